@@ -1,0 +1,1 @@
+"""The daemon on each node: reports what is, makes desired VMs so, never decides placement."""

@@ -1,0 +1,153 @@
+"""The hypervisor as the agent sees it: a port with two drivers, libvirt and simulated.
+
+Every call that touches a running or defined domain names the generation it means; a driver reads
+the domain's metadata immediately before it acts and raises GenerationMismatch when they differ.
+Calls never block the event loop. Both drivers pass ``tests/contract/test_hypervisor.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec import Struct
+
+from shared.model import (
+    CpuFacts,
+    NumaCell,
+    ObservedPower,
+    PoolFacts,
+    Sample,
+    VmSpec,
+)
+
+
+class DomainInfo(Struct, frozen=True, kw_only=True):
+    """One domain. ``vm_id`` is None for a domain that carries no metadata of ours (foreign).
+
+    ``power`` is RUNNING, PAUSED, STOPPED (stopped from outside, or defined and never started),
+    SHUT_OFF (the guest powered itself off), CRASHED, or UNKNOWN.
+    """
+
+    name: str
+    uuid: str
+    vm_id: str | None
+    generation: int
+    power: ObservedPower
+
+
+class DomainDefinition(Struct, frozen=True, kw_only=True):
+    """All that a driver needs to define a domain; paths are the driver's own business."""
+
+    vm_id: str
+    name: str
+    uuid: str
+    title: str
+    tenant: str
+    generation: int
+    spec: VmSpec
+
+
+class HypervisorFacts(Struct, frozen=True, kw_only=True):
+    cpus: int
+    memory_mib: int
+    cpu: CpuFacts
+    numa: tuple[NumaCell, ...]
+    pools: tuple[PoolFacts, ...]
+    networks: tuple[str, ...]
+    artefacts: tuple[str, ...]
+    machine_types: tuple[str, ...]
+    virtualization: str
+    libvirt_version: str
+    qemu_version: str
+
+
+DomainListener = Callable[[str], None]
+
+
+class Hypervisor(Protocol):
+    """Names are domain names (``DomainInfo.name``). All raise HypervisorUnavailable."""
+
+    async def facts(self) -> HypervisorFacts: ...
+
+    async def domains(self) -> tuple[DomainInfo, ...]:
+        """Return every domain of the node, ours and foreign ones, sorted by name."""
+        ...
+
+    async def domain(self, name: str) -> DomainInfo | None: ...
+
+    async def define(self, definition: DomainDefinition) -> None:
+        """Define the domain, or redefine it while it is not running, with a new generation.
+
+        Raises ArtefactMissing, HypervisorError (with libvirt's words) when it is refused.
+        """
+        ...
+
+    async def start(self, name: str, generation: int) -> None:
+        """Start a defined domain. Raises DomainNotFound, GenerationMismatch, HypervisorError."""
+        ...
+
+    async def shutdown(self, name: str, generation: int) -> None:
+        """Ask the guest to power off; returns before it does."""
+        ...
+
+    async def stop(self, name: str, generation: int) -> None:
+        """End the domain at once; does nothing when it is not running."""
+        ...
+
+    async def pause(self, name: str, generation: int) -> None: ...
+
+    async def resume(self, name: str, generation: int) -> None: ...
+
+    async def reboot(self, name: str, generation: int) -> None:
+        """Ask the guest to reboot itself."""
+        ...
+
+    async def reset(self, name: str, generation: int) -> None:
+        """Reset the virtual machine as its button would."""
+        ...
+
+    async def undefine(self, name: str, generation: int) -> None:
+        """Forget a domain that is not running, with its NVRAM, saved state and console log.
+
+        Does nothing when there is none. Raises HypervisorError while it runs.
+        """
+        ...
+
+    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+        """Create a qcow2 volume unless it exists with that size.
+
+        Raises HypervisorError for a pool that does not exist or a volume of another size.
+        """
+        ...
+
+    async def delete_volume(self, pool: str, volume: str) -> None:
+        """Delete a volume; does nothing when there is none."""
+        ...
+
+    async def volumes(self, pool: str) -> tuple[str, ...]:
+        """Return the names of a pool's volumes, sorted."""
+        ...
+
+    async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
+        """Return part of a domain's serial console log; a negative offset counts from the end."""
+        ...
+
+    async def samples(self) -> tuple[Sample, ...]:
+        """Return one sample per running domain of ours (``object`` is the VM's id).
+
+        Never waits for a hung domain; such a one is left out.
+        """
+        ...
+
+    def listen(self, listener: DomainListener) -> None:
+        """Call ``listener(domain name)`` on the event loop after a domain's state has changed.
+
+        An empty name means that events may have been lost: look at all of them.
+        """
+        ...
+
+
+def volume_name(vm_id: str, disk: str) -> str:
+    """Return the one name of a VM's disk in its pool, the same in every driver."""
+    return f"{vm_id}-{disk}.qcow2"

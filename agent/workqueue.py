@@ -1,0 +1,66 @@
+"""A queue of keys: each is in it at most once, and worked on by one worker at a time.
+
+That is the lock of a VM: whoever has taken its key is the only one that acts on it. A key that is
+added while it is worked on comes back afterwards. Bounded by the number of keys there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+
+class WorkQueue:
+    def __init__(self) -> None:
+        self._waiting: deque[str] = deque()
+        self._queued: set[str] = set()
+        self._working: set[str] = set()
+        self._again: set[str] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._available = asyncio.Event()
+
+    def add(self, key: str) -> None:
+        if key in self._working:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
+            self._waiting.append(key)
+            self._available.set()
+
+    def add_after(self, key: str, delay_s: float) -> None:
+        """Add a key later; of several delays the earliest counts."""
+        loop = asyncio.get_running_loop()
+        pending = self._timers.get(key)
+        if pending is not None and pending.when() <= loop.time() + delay_s:
+            return
+        if pending is not None:
+            pending.cancel()
+        self._timers[key] = loop.call_later(delay_s, self._due, key)
+
+    async def take(self) -> str:
+        """Return the next key; nobody else gets it until ``done``."""
+        while not self._waiting:
+            self._available.clear()
+            await self._available.wait()
+        key = self._waiting.popleft()
+        self._queued.discard(key)
+        self._working.add(key)
+        return key
+
+    def done(self, key: str) -> None:
+        self._working.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    def is_working(self, key: str) -> bool:
+        return key in self._working
+
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    def _due(self, key: str) -> None:
+        self._timers.pop(key, None)
+        self.add(key)

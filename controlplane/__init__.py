@@ -1,0 +1,1 @@
+"""The replicas: one leader decides and commits, every replica answers."""

@@ -1,0 +1,267 @@
+"""How a VM comes to run: binding, start permits, and what agents' reports prove.
+
+A generation is given out here and nowhere else, for one attempt on one node in one boot of it. The
+next one is given out only after the attempt before it has been proven over: by a report that
+says "not running, and never again under this permit", or by a new boot of its node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.commands.draft import Author, Draft
+from controlplane.commands.operations import put_vm, vm_removed
+from shared.errors import StateConflict
+from shared.model import (
+    Attempt,
+    AttemptState,
+    Condition,
+    ObservedPower,
+    Power,
+    Problem,
+    Vm,
+    VmStatus,
+    condition,
+)
+from shared.protocol import VmReport
+from shared.states import (
+    ATTEMPT_TRANSITIONS,
+    RUNNING_POWERS,
+    AttemptEvent,
+    advance,
+)
+
+# A VM that ran this long before it crashed starts a new row of back-off.
+STABLE_AFTER = timedelta(minutes=5)
+RESTART_FIRST = timedelta(seconds=1)
+RESTART_CAP = timedelta(minutes=5)
+
+PLACED = "Placed"
+
+NodeCheck = Callable[[Draft, Vm, str], None]
+
+
+class BindVm(Struct, frozen=True, kw_only=True):
+    """Binds a VM to a node. ``check`` re-verifies the fit on the draft, or raises."""
+
+    vm_id: str
+    node_id: str
+    by: Author
+    check: NodeCheck
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.vm(self.vm_id)
+        if vm.status.node is not None or vm.deleting or vm.spec.power is Power.STOPPED:
+            raise StateConflict(f"{vm.name!r} is no longer waiting for a node")
+        self.check(draft, vm, self.node_id)
+        node = draft.node(self.node_id)
+        draft.event(
+            "vm.placed", vm.id, self.by, tenant=vm.tenant, node=node.id, node_name=node.name
+        )
+        placed = Condition(type=PLACED, status=True, since=draft.now)
+        status = with_condition(replace(vm.status, node=node.id), placed)
+        put_vm(draft, replace(vm, status=status))
+
+
+class PermitStart(Struct, frozen=True, kw_only=True):
+    """Gives out the next generation for a bound VM. Returns it. Raises StateConflict.
+
+    ``check`` re-verifies that the node has room: a stopped VM holds none.
+    """
+
+    vm_id: str
+    by: Author
+    check: NodeCheck
+
+    def decide(self, draft: Draft) -> int:
+        vm = draft.vm(self.vm_id)
+        attempt = vm.status.attempt
+        if vm.status.node is None or vm.deleting or vm.spec.power is Power.STOPPED:
+            raise StateConflict(f"{vm.name!r} is not waiting for a start")
+        if attempt is not None and attempt.state is not AttemptState.ENDED:
+            raise StateConflict(f"generation {attempt.generation} of {vm.name!r} is not over")
+        self.check(draft, vm, vm.status.node)
+        node = draft.node(vm.status.node)
+        generation = vm.status.generation + 1
+        status = replace(
+            vm.status,
+            generation=generation,
+            attempt=Attempt(
+                generation=generation,
+                node=node.id,
+                boot_id=node.boot_id,
+                state=AttemptState.PERMITTED,
+                permitted_at=draft.now,
+            ),
+        )
+        status = with_condition(status, Condition(type=PLACED, status=True, since=draft.now))
+        draft.event("vm.starting", vm.id, self.by, tenant=vm.tenant, generation=generation)
+        put_vm(draft, replace(vm, status=status))
+        return generation
+
+
+class ObserveVm(Struct, frozen=True, kw_only=True):
+    """Takes an agent's report on a VM that is bound to its node; others are ignored."""
+
+    node_id: str
+    report: VmReport
+    by: Author
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.find(Vm, self.report.vm_id)
+        if vm is None or vm.status.node != self.node_id:
+            return
+        if vm.deleting and self.report.removed and _answers(self.report, vm):
+            draft.event("vm.deleted", vm.id, self.by, tenant=vm.tenant, name=vm.name)
+            vm_removed(draft, vm)
+            return
+        observed = _observe(draft, vm, self.report, self.by)
+        # A report that says nothing new but its revision is not worth a write.
+        if observed != replace(
+            vm, status=replace(vm.status, observed_revision=observed.status.observed_revision)
+        ):
+            put_vm(draft, observed)
+
+
+class NotePlacement(Struct, frozen=True, kw_only=True):
+    """Writes down why a VM that should run has no room, for people; nothing when it is known."""
+
+    vm_id: str
+    message: str
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.find(Vm, self.vm_id)
+        if vm is None or vm.deleting or vm.spec.power is Power.STOPPED:
+            return
+        known = condition(vm, PLACED)
+        if known is not None and not known.status and known.message == self.message:
+            return
+        noted = Condition(
+            type=PLACED,
+            status=False,
+            reason="unschedulable",
+            message=self.message,
+            since=draft.now if known is None else known.since,
+        )
+        put_vm(draft, replace(vm, status=with_condition(vm.status, noted)))
+
+
+class EndAttempt(Struct, frozen=True, kw_only=True):
+    """Ends an attempt of an earlier boot of its node: no guest outlives the boot it ran in."""
+
+    vm_id: str
+    by: Author
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.vm(self.vm_id)
+        attempt = vm.status.attempt
+        if attempt is None or attempt.state is AttemptState.ENDED:
+            return
+        node = draft.node(attempt.node)
+        if node.boot_id == attempt.boot_id:
+            raise StateConflict(f"{node.name!r} has not booted since {vm.name!r} was permitted")
+        ended = _advance(vm.status, AttemptEvent.NODE_BOOTED_ANEW)
+        draft.event("vm.lost_with_node", vm.id, self.by, tenant=vm.tenant, node=node.id)
+        put_vm(draft, replace(vm, status=replace(ended, power_seen=ObservedPower.STOPPED)))
+
+
+def with_condition(status: VmStatus, condition: Condition) -> VmStatus:
+    others = tuple(c for c in status.conditions if c.type != condition.type)
+    return replace(status, conditions=(*others, condition))
+
+
+def _answers(report: VmReport, vm: Vm) -> bool:
+    """A removal counts only for the present attempt: never for a permit still in flight."""
+    return report.generation == vm.status.generation
+
+
+def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
+    status = replace(
+        vm.status,
+        observed_revision=max(vm.status.observed_revision, report.revision),
+        answered_request=max(vm.status.answered_request, report.answered_request),
+        fault=report.fault,
+    )
+    attempt = vm.status.attempt
+    if attempt is None or report.generation != attempt.generation:
+        return replace(vm, status=status)
+    if report.power in RUNNING_POWERS:
+        return _seen_running(draft, replace(vm, status=status), report, by)
+    if report.permit_used:
+        return _seen_over(draft, replace(vm, status=status), report, by)
+    return replace(vm, status=status)
+
+
+def _seen_running(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
+    before = vm.status
+    assert before.attempt is not None, "only an attempt is seen running"
+    changed = (
+        before.attempt.state is not AttemptState.RUNNING or before.power_seen is not report.power
+    )
+    if changed:
+        draft.event(
+            f"vm.{report.power.value}",
+            vm.id,
+            by,
+            tenant=vm.tenant,
+            node=vm.status.node,
+            generation=report.generation,
+        )
+    status = _advance(before, AttemptEvent.SEEN_RUNNING)
+    return replace(vm, status=replace(status, power_seen=report.power))
+
+
+def _seen_over(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
+    before = vm.status
+    assert before.attempt is not None, "only an attempt is seen to be over"
+    already_over = before.attempt.state is AttemptState.ENDED
+    status = replace(_advance(before, AttemptEvent.SEEN_NOT_RUNNING), power_seen=report.power)
+    vm = replace(vm, status=status)
+    if already_over:
+        return vm
+    draft.event(
+        _over_event(vm, report.power),
+        vm.id,
+        by,
+        tenant=vm.tenant,
+        node=vm.status.node,
+        generation=report.generation,
+        detail="" if report.fault is None else report.fault.detail,
+    )
+    if vm.spec.power is Power.STOPPED or vm.deleting:
+        return vm
+    if report.power is ObservedPower.SHUT_OFF:
+        # The guest switched itself off: that is what its user wants now.
+        return replace(vm, spec=replace(vm.spec, power=Power.STOPPED))
+    return _crashed(draft, vm, report.fault)
+
+
+def _crashed(draft: Draft, vm: Vm, fault: Problem | None) -> Vm:
+    """Count a crash and hold the next attempt back, or stop where the user wants no restart."""
+    assert vm.status.attempt is not None, "what crashed was an attempt"
+    started_ago = draft.now - vm.status.attempt.permitted_at
+    crashes = 1 if started_ago >= STABLE_AFTER else vm.status.crashes + 1
+    delay = min(RESTART_CAP, RESTART_FIRST * 2 ** min(crashes - 1, 16))
+    status = replace(vm.status, crashes=crashes, not_before=draft.now + delay, fault=fault)
+    if not vm.spec.ha.restart:
+        return replace(vm, status=status, spec=replace(vm.spec, power=Power.STOPPED))
+    return replace(vm, status=status)
+
+
+def _advance(status: VmStatus, event: AttemptEvent) -> VmStatus:
+    assert status.attempt is not None, "only an attempt advances"
+    state = advance(ATTEMPT_TRANSITIONS, status.attempt.state, event)
+    return replace(status, attempt=replace(status.attempt, state=state))
+
+
+def _over_event(vm: Vm, power: ObservedPower) -> str:
+    if power is ObservedPower.FAILED:
+        return "vm.start_failed"
+    if power is ObservedPower.SHUT_OFF:
+        return "vm.shut_off"
+    expected = vm.spec.power is Power.STOPPED or vm.deleting
+    return "vm.stopped" if expected else "vm.crashed"

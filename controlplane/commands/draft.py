@@ -1,0 +1,218 @@
+"""A draft: the changes of one group of commands, over the state they were decided on.
+
+A command reads through the draft, so that it sees the changes of those before it in the same
+group. A refused command is rolled back and leaves no trace; sequence numbers are given out only
+when the group is sealed. A draft never touches the state below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from controlplane.state import ClusterState
+from shared.errors import NotFound
+from shared.ids import IdSource
+from shared.model import (
+    DEFAULT_TENANT,
+    AuditRecord,
+    Cluster,
+    Event,
+    FinishedOperation,
+    HistoryEntry,
+    Node,
+    Operation,
+    Record,
+    Vm,
+)
+
+R = TypeVar("R", bound=Record)
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Author(Struct, frozen=True):
+    """On whose behalf a command changes something: a principal, or a loop of the control plane."""
+
+    principal: str
+    request_id: str = ""
+
+
+class Command(Protocol[Result_co]):
+    """A typed change. ``decide`` is synchronous and reads nothing but the draft."""
+
+    def decide(self, draft: Draft) -> Result_co:
+        """Write into the draft, or raise a NovacronError and be rolled back."""
+        ...
+
+
+class Savepoint(Struct, frozen=True):
+    changes: dict[tuple[type[Record], str], Record | None]
+    history_length: int
+    trimmed_length: int
+
+
+class Draft:
+    def __init__(self, state: ClusterState, ids: IdSource, now: datetime) -> None:
+        self._state = state
+        self._changes: dict[tuple[type[Record], str], Record | None] = {}
+        self._history: list[HistoryEntry] = []
+        self._trimmed: list[int] = []
+        self._ids = ids
+        self.now = now
+
+    # What a command reads.
+
+    def new_id(self, kind: str) -> str:
+        return self._ids.new(kind)
+
+    def find(self, kind: type[R], record_id: str) -> R | None:
+        if (kind, record_id) in self._changes:
+            changed: R | None = self._changes[kind, record_id]  # type: ignore[assignment]
+            return changed
+        stored = self._state.get(kind, record_id)
+        return None if stored is None else stored.record
+
+    def cluster(self) -> Cluster | None:
+        return next(self._changed(Cluster), None) or self._state.cluster()
+
+    def vm(self, vm_id: str) -> Vm:
+        """Return a VM. Raises NotFound."""
+        vm = self.find(Vm, vm_id)
+        if vm is None:
+            raise NotFound(f"there is no VM {vm_id}")
+        return vm
+
+    def node(self, node_id: str) -> Node:
+        """Return a node. Raises NotFound."""
+        node = self.find(Node, node_id)
+        if node is None:
+            raise NotFound(f"there is no node {node_id}")
+        return node
+
+    def vm_by_name(self, tenant: str, name: str) -> Vm | None:
+        for vm in self._changed(Vm):
+            if (vm.tenant, vm.name) == (tenant, name):
+                return vm
+        vm_id = self._state.vm_id_by_name(tenant, name)
+        found = None if vm_id is None else self.find(Vm, vm_id)
+        return found if found is not None and found.name == name else None
+
+    def node_by_name(self, name: str) -> Node | None:
+        for node in self._changed(Node):
+            if node.name == name:
+                return node
+        node_id = self._state.node_id_by_name(name)
+        return None if node_id is None else self.find(Node, node_id)
+
+    def vms_on(self, node_id: str) -> Iterator[Vm]:
+        """Yield the VMs bound to a node, as this draft leaves them."""
+        for vm in self._changed(Vm):
+            if vm.status.node == node_id:
+                yield vm
+        for vm_id in self._state.vm_ids_on(node_id):
+            if (Vm, vm_id) not in self._changes:
+                yield self._state.vms[vm_id].record
+
+    def operations_on(self, target: str) -> list[Operation]:
+        """Return the open operations on an object, oldest first."""
+        found = [op for op in self._changed(Operation) if op.target == target]
+        for operation_id in self._state.operation_ids_on(target):
+            if (Operation, operation_id) not in self._changes:
+                found.append(self._state.operations[operation_id].record)
+        return sorted(found, key=lambda operation: operation.id)
+
+    def _changed(self, kind: type[R]) -> Iterator[R]:
+        for (changed_kind, _), record in self._changes.items():
+            if changed_kind is kind and record is not None:
+                yield record  # type: ignore[misc]
+
+    # What a command writes.
+
+    def put(self, record: Record) -> None:
+        self._changes[type(record), record.id] = record
+
+    def delete(self, kind: type[Record], record_id: str) -> None:
+        self._changes[kind, record_id] = None
+
+    def event(
+        self,
+        kind: str,
+        subject: str,
+        by: Author,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        **data: Any,
+    ) -> None:
+        self._history.append(
+            Event(
+                seq=0,
+                id=self.new_id("event"),
+                kind=kind,
+                object=subject,
+                tenant=tenant,
+                at=self.now,
+                by=by.principal,
+                data=data,
+            )
+        )
+
+    def audit(self, action: str, subject: str, by: Author, tenant: str = DEFAULT_TENANT) -> None:
+        self._history.append(
+            AuditRecord(
+                seq=0,
+                id=self.new_id("audit"),
+                action=action,
+                object=subject,
+                tenant=tenant,
+                at=self.now,
+                by=by.principal,
+                request_id=by.request_id,
+            )
+        )
+
+    def finish(self, operation: Operation) -> None:
+        """Move an operation that reached its end from the records into history."""
+        self.delete(Operation, operation.id)
+        self._history.append(FinishedOperation(seq=0, operation=operation))
+
+    def trim_history(self, seqs: list[int]) -> None:
+        self._trimmed.extend(seqs)
+
+    # What the applier does with it.
+
+    def savepoint(self) -> Savepoint:
+        return Savepoint(dict(self._changes), len(self._history), len(self._trimmed))
+
+    def rollback(self, savepoint: Savepoint) -> None:
+        self._changes = dict(savepoint.changes)
+        del self._history[savepoint.history_length :]
+        del self._trimmed[savepoint.trimmed_length :]
+
+    def size(self) -> int:
+        """Return how many writes the draft comes to."""
+        return len(self._changes) + len(self._history) + len(self._trimmed)
+
+    def sealed(self, last_seq: int) -> SealedDraft:
+        """Number the history densely from ``last_seq`` on and return the writes."""
+        numbered = tuple(
+            msgspec.structs.replace(entry, seq=last_seq + position)
+            for position, entry in enumerate(self._history, start=1)
+        )
+        return SealedDraft(
+            changes=tuple((kind, record_id, r) for (kind, record_id), r in self._changes.items()),
+            history=numbered,
+            trimmed=tuple(self._trimmed),
+        )
+
+
+class SealedDraft(Struct, frozen=True):
+    changes: tuple[tuple[type[Record], str, Record | None], ...]
+    history: tuple[HistoryEntry, ...]
+    trimmed: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.changes or self.history or self.trimmed)

@@ -1,0 +1,104 @@
+"""What happens to nodes: they join, report, fall silent, are cordoned."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.commands.draft import Author, Draft
+from shared.errors import StateConflict
+from shared.model import Inventory, Node, NodeState
+
+
+class JoinNode(Struct, frozen=True, kw_only=True):
+    """Takes what an agent says of its node in its hello. Returns the node's id.
+
+    The caller has checked that the certificate speaks for this name. A node that is new gets its
+    record here; it becomes ready only when it has accepted the term.
+    """
+
+    name: str
+    address: str
+    boot_id: str
+    labels: dict[str, str]
+    inventory: Inventory
+    foreign_domains: tuple[str, ...]
+    by: Author
+
+    def decide(self, draft: Draft) -> str:
+        known = draft.node_by_name(self.name)
+        node = known or Node(
+            id=draft.new_id("node"),
+            name=self.name,
+            created_at=draft.now,
+            updated_at=draft.now,
+            state_since=draft.now,
+        )
+        joined = replace(
+            node,
+            address=self.address,
+            boot_id=self.boot_id,
+            labels=self.labels,
+            inventory=self.inventory,
+            foreign_domains=self.foreign_domains,
+        )
+        if known is None:
+            draft.event("node.joined", node.id, self.by, name=self.name)
+        elif known.boot_id != self.boot_id:
+            draft.event("node.booted", node.id, self.by, name=self.name, boot_id=self.boot_id)
+        if joined != known:
+            draft.put(replace(joined, updated_at=draft.now))
+        return node.id
+
+
+class ReportInventory(Struct, frozen=True, kw_only=True):
+    node_id: str
+    inventory: Inventory
+    foreign_domains: tuple[str, ...]
+
+    def decide(self, draft: Draft) -> None:
+        node = draft.node(self.node_id)
+        changed = replace(node, inventory=self.inventory, foreign_domains=self.foreign_domains)
+        if changed != node:
+            draft.put(replace(changed, updated_at=draft.now))
+
+
+class SetNodeState(Struct, frozen=True, kw_only=True):
+    """Says whether a node is heard; silence is a fact about us and it, never a death."""
+
+    node_id: str
+    state: NodeState
+    by: Author
+
+    def decide(self, draft: Draft) -> None:
+        node = draft.node(self.node_id)
+        if node.state is self.state:
+            return
+        draft.event(f"node.{self.state.value}", node.id, self.by, name=node.name)
+        draft.put(replace(node, state=self.state, state_since=draft.now, updated_at=draft.now))
+
+
+class SetCordon(Struct, frozen=True, kw_only=True):
+    """Cordons or uncordons a node. Raises NotFound, StateConflict when it already is so."""
+
+    node_id: str
+    cordoned: bool
+    reason: str
+    by: Author
+
+    def decide(self, draft: Draft) -> None:
+        node = draft.node(self.node_id)
+        verb = "cordoned" if self.cordoned else "uncordoned"
+        if node.cordoned is self.cordoned:
+            state = "cordoned" if node.cordoned else "not cordoned"
+            raise StateConflict(f"node {node.name!r} is {state} already")
+        draft.audit(f"node.{verb}", node.id, self.by)
+        draft.event(f"node.{verb}", node.id, self.by, name=node.name, reason=self.reason)
+        draft.put(
+            replace(
+                node,
+                cordoned=self.cordoned,
+                cordon_reason=self.reason if self.cordoned else "",
+                updated_at=draft.now,
+            )
+        )

@@ -1,0 +1,187 @@
+"""Who leads: one campaign after the other, and the watch over a term that was won.
+
+A lease keeps the leader key; its create revision is the term. The lease is renewed on a task of its
+own. ``suspend_after_s`` after the last good renewal was *sent*, on a clock that counts suspension,
+writes stop; they go on in the same term only if key and lease are read back as our own. Safety
+never rests on this: every commit compares the key. A replica that finds a key of its own name and
+another incarnation resigns it at once: the lock on its data directory says that process is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+from msgspec import Struct
+
+from controlplane.store import keys
+from controlplane.store.port import KeyValue, Store
+from shared.clock import Clock
+from shared.codec import pack, unpack
+from shared.errors import LeadershipLost, NovacronError, RecordUnreadable
+from shared.model import LeaderKey
+
+log = logging.getLogger(__name__)
+
+# A campaign that failed is tried again after up to this long, so that replicas do not collide.
+CAMPAIGN_JITTER_S = 0.5
+# How often a follower looks at the key besides the watch that wakes it.
+FOLLOWER_LOOK_S = 1.0
+
+
+class ElectionSettings(Struct, frozen=True, kw_only=True):
+    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast."""
+
+    lease_ttl_s: int = 5
+    renew_period_s: float = 1.0
+    suspend_after_s: float = 3.0
+
+
+class Reign:
+    """One term that was won: until when its holder may write without looking again."""
+
+    def __init__(
+        self, leader_revision: int, sent_s: float, suspend_after_s: float, clock: Clock
+    ) -> None:
+        self.leader_revision = leader_revision
+        self._last_good_s = sent_s
+        self._suspend_after_s = suspend_after_s
+        self._clock = clock
+        self._renewed = asyncio.Event()
+
+    def lasts_at(self, boottime_s: float) -> bool:
+        return boottime_s - self._last_good_s < self._suspend_after_s
+
+    def renewed(self, sent_s: float) -> None:
+        """Note a good renewal by when it was sent: the lease is at least that young."""
+        self._last_good_s = sent_s
+        self._renewed.set()
+
+    async def until_writable(self) -> None:
+        """Return at once while the term is fresh, else when it has been proven ours again."""
+        while not self.lasts_at(self._clock.boottime_s()):
+            self._renewed.clear()
+            await self._renewed.wait()
+
+
+Lead = Callable[[Reign], Awaitable[None]]
+
+
+class Election:
+    def __init__(
+        self,
+        store: Store,
+        me: LeaderKey,
+        settings: ElectionSettings,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._store = store
+        self._me = me
+        self._settings = settings
+        self._clock = clock
+        self._rng = rng
+        self._lease = 0
+        self.leader: LeaderKey | None = None
+
+    async def run(self, lead: Lead) -> None:
+        """Campaign for ever; while a term is ours, ``lead`` runs, and is cancelled at its end."""
+        while True:
+            try:
+                reign = await self._campaign()
+                if reign is not None:
+                    await self._rule(reign, lead)
+            except LeadershipLost as lost:
+                log.warning("leadership lost: %s", lost)
+            except NovacronError as error:
+                log.warning("the campaign failed: %s", error)
+            self.leader = None if self._is_me(self.leader) else self.leader
+            await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
+
+    async def resign(self, reign: Reign) -> None:
+        """Give the term back at once, so that another replica need not wait for the lease."""
+        await self._store.resign(reign.leader_revision)
+
+    async def _campaign(self) -> Reign | None:
+        """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
+        current = await self._store.get(keys.LEADER)
+        if current is not None and not await self._resign_dead_self(current):
+            self.leader = _read_leader(current)
+            await asyncio.sleep(FOLLOWER_LOOK_S)
+            return None
+        sent_s = self._clock.boottime_s()
+        self._lease = await self._store.grant_lease(self._settings.lease_ttl_s)
+        outcome = await self._store.campaign(pack(self._me), self._lease)
+        self.leader = _read_leader(outcome.leader)
+        if outcome.leader.lease != self._lease:
+            await self._store.revoke_lease(self._lease)
+            return None
+        return Reign(
+            outcome.leader.create_revision, sent_s, self._settings.suspend_after_s, self._clock
+        )
+
+    async def _resign_dead_self(self, current: KeyValue) -> bool:
+        leader = _read_leader(current)
+        if leader is None or leader.replica != self._me.replica:
+            return False
+        if leader.incarnation == self._me.incarnation and current.lease == self._lease:
+            return False
+        log.info("resigning the term %d of an earlier process", current.create_revision)
+        return await self._store.resign(current.create_revision)
+
+    async def _rule(self, reign: Reign, lead: Lead) -> None:
+        log.info("leading: term revision %d", reign.leader_revision)
+        leading = asyncio.ensure_future(lead(reign))
+        keeping = asyncio.ensure_future(self._keep(reign))
+        try:
+            await asyncio.wait({leading, keeping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (leading, keeping):
+                task.cancel()
+            results = await asyncio.gather(leading, keeping, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+                raise result
+
+    async def _keep(self, reign: Reign) -> None:
+        """Renew the lease until it is lost. Raises LeadershipLost."""
+        while True:
+            sent_s = self._clock.boottime_s()
+            if await self._renew() and await self._still_mine(reign, sent_s):
+                reign.renewed(sent_s)
+            await asyncio.sleep(self._settings.renew_period_s)
+
+    async def _renew(self) -> bool:
+        try:
+            async with asyncio.timeout(self._settings.renew_period_s):
+                remaining_s = await self._store.renew_lease(self._lease)
+        except (NovacronError, TimeoutError) as error:
+            log.warning("the lease was not renewed: %s", error or "timed out")
+            return False
+        if remaining_s <= 0:
+            raise LeadershipLost("the lease is gone")
+        return True
+
+    async def _still_mine(self, reign: Reign, sent_s: float) -> bool:
+        """After a gap a renewal proves nothing (etcd 3.4 renews revoked leases): read the key."""
+        if reign.lasts_at(sent_s):
+            return True
+        try:
+            current = await self._store.get(keys.LEADER)
+        except NovacronError:
+            return False
+        if current is None or current.create_revision != reign.leader_revision:
+            raise LeadershipLost("the leader key is another's")
+        return current.lease == self._lease
+
+    def _is_me(self, leader: LeaderKey | None) -> bool:
+        return leader is not None and leader.incarnation == self._me.incarnation
+
+
+def _read_leader(found: KeyValue) -> LeaderKey | None:
+    try:
+        return unpack(found.value, LeaderKey)
+    except RecordUnreadable:
+        return None

@@ -1,0 +1,25 @@
+"""Ends attempts whose node has booted since: the one proof of a stop that needs no report."""
+
+from __future__ import annotations
+
+from controlplane.commands.attempts import EndAttempt
+from controlplane.commands.draft import Author
+from controlplane.state import ClusterState
+from controlplane.store.applier import Applier
+
+
+class EndLostAttempts:
+    name = "boots"
+    period_s = 10.0
+
+    def __init__(self, applier: Applier, state: ClusterState) -> None:
+        self._applier = applier
+        self._state = state
+
+    async def reconcile(self) -> None:
+        for node_id, boot_id, vm_ids in self._state.open_attempts():
+            node = self._state.nodes.get(node_id)
+            if node is None or node.record.boot_id == boot_id:
+                continue
+            for vm_id in vm_ids:
+                await self._applier.submit(EndAttempt(vm_id=vm_id, by=Author("leader")))

@@ -1,0 +1,56 @@
+"""Copies history into this replica's SQLite, and trims from etcd what a majority has copied."""
+
+from __future__ import annotations
+
+from controlplane.commands.cluster import TRIM_MAX, TrimHistory
+from controlplane.state import ClusterState
+from controlplane.store.applier import Applier
+from controlplane.store.history import History
+
+# The newest entries stay in etcd: followers that lag a little find them there.
+KEPT_IN_ETCD = 500
+COPY_MAX = 1000
+
+
+class CopyHistory:
+    """Runs on every replica, whoever leads."""
+
+    name = "history copy"
+    period_s = 5.0
+
+    def __init__(self, state: ClusterState, history: History) -> None:
+        self._state = state
+        self._history = history
+        self.copied_seq = 0
+
+    async def reconcile(self) -> None:
+        if self.copied_seq == 0:
+            self.copied_seq = await self._history.copied_seq()
+        while missing := self._missing():
+            await self._history.append([self._state.history[seq] for seq in missing])
+            self.copied_seq = missing[-1]
+
+    def _missing(self) -> list[int]:
+        if self._state.last_seq <= self.copied_seq:
+            return []
+        return sorted(seq for seq in self._state.history if seq > self.copied_seq)[:COPY_MAX]
+
+
+class TrimCopiedHistory:
+    """Runs on the leader. With one replica its own copy is the majority's."""
+
+    name = "history trim"
+    period_s = 10.0
+
+    def __init__(self, applier: Applier, state: ClusterState, copy: CopyHistory) -> None:
+        self._applier = applier
+        self._state = state
+        self._copy = copy
+
+    async def reconcile(self) -> None:
+        limit = min(self._copy.copied_seq, self._state.last_seq - KEPT_IN_ETCD)
+        while True:
+            old = sorted(seq for seq in self._state.history if seq <= limit)[:TRIM_MAX]
+            if not old:
+                return
+            await self._applier.submit(TrimHistory(seqs=tuple(old)))

@@ -1,0 +1,1 @@
+"""The agents' two RPCs on a replica: sessions with the leader, telemetry with any."""

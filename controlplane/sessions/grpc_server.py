@@ -1,0 +1,121 @@
+"""The gRPC server that agents dial: mTLS, two streams, nothing decided here.
+
+Whoever connects is who its certificate says: a role of ``agent`` in this cell, or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from controlplane.sessions.hub import Hub
+from controlplane.sessions.telemetry import TelemetryServer
+from shared.channel import Channel
+from shared.errors import Disconnected, NovacronError, Unauthenticated
+from shared.grpc_channel import CHANNEL_OPTIONS, GrpcChannel
+from shared.protocol import (
+    AgentMessage,
+    LeaderMessage,
+    NotLeader,
+    TelemetryAnswer,
+    TelemetryMessage,
+)
+from shared.tls import Identity, Role, TlsMaterial, identity_among
+
+log = logging.getLogger(__name__)
+
+# Two streams for each of the 10,000 nodes a cell is built for.
+STREAMS_MAX = 20_000
+# On the way out agents are told to go; they find the next leader by themselves.
+STOP_GRACE_S = 1.0
+
+
+class AgentServer:
+    def __init__(
+        self,
+        cell: str,
+        hub: Callable[[], Hub | None],
+        leader_address: Callable[[], str | None],
+        telemetry: TelemetryServer,
+    ) -> None:
+        """``hub`` is the present term's, if this replica leads."""
+        self._cell = cell
+        self._hub = hub
+        self._leader_address = leader_address
+        self._telemetry = telemetry
+        self._server: Any = None
+
+    async def start(self, listen: str, tls: TlsMaterial) -> int:
+        """Serve on ``host:port`` and return the port."""
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS, maximum_concurrent_rpcs=STREAMS_MAX)
+        handlers = {
+            "Session": grpc.stream_stream_rpc_method_handler(self._session),
+            "Telemetry": grpc.stream_stream_rpc_method_handler(self._telemetry_stream),
+        }
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("novacron.Agents", handlers),)
+        )
+        credentials = grpc.ssl_server_credentials(
+            [(tls.key, tls.certificate)], root_certificates=tls.ca, require_client_auth=True
+        )
+        port: int = self._server.add_secure_port(listen, credentials)
+        await self._server.start()
+        return port
+
+    async def stop(self) -> None:
+        await self._server.stop(STOP_GRACE_S)
+
+    async def _session(self, _: Any, context: Any) -> None:
+        channel: Channel[LeaderMessage, AgentMessage] = GrpcChannel(
+            context, AgentMessage, _never_mind
+        )
+        await self._guard(context, lambda identity: self._lead_session(channel, identity))
+
+    async def _lead_session(
+        self, channel: Channel[LeaderMessage, AgentMessage], identity: Identity
+    ) -> None:
+        hub = self._hub()
+        if hub is None:
+            await channel.send(NotLeader(agent_address=self._leader_address()))
+        else:
+            await hub.serve(channel, identity)
+
+    async def _telemetry_stream(self, _: Any, context: Any) -> None:
+        channel: Channel[TelemetryAnswer, TelemetryMessage] = GrpcChannel(
+            context, TelemetryMessage, _never_mind
+        )
+        await self._guard(context, lambda identity: self._telemetry.serve(channel, identity))
+
+    async def _guard(self, context: Any, serve: Callable[[Identity], Any]) -> None:
+        """Serve a peer whose certificate is an agent's of this cell; log what goes wrong, once."""
+        try:
+            identity = self._identify(context)
+        except Unauthenticated as error:
+            log.warning("%s is refused: %s", context.peer(), error)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        try:
+            await serve(identity)
+        except Disconnected:
+            pass
+        except NovacronError as error:
+            log.warning("the stream of %s ended: %s", identity.name, error)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("the stream of %s failed", identity.name)
+            raise
+
+    def _identify(self, context: Any) -> Identity:
+        names = context.auth_context().get("x509_subject_alternative_name", [])
+        identity = identity_among(names)
+        if identity.role is not Role.AGENT or identity.cell != self._cell:
+            raise Unauthenticated(f"{identity} is not an agent of cell {self._cell}")
+        return identity
+
+
+async def _never_mind() -> None:
+    """A server's stream ends when its handler returns."""

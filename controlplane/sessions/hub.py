@@ -1,0 +1,335 @@
+"""The leader's sessions with its nodes.
+
+Owns who is connected and when each node was last heard. It turns what agents say into commands and
+what the records say into messages; it decides nothing about VMs. A node has one session: a newer
+one displaces the older. Made for one term, and closed with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.commands.attempts import ObserveVm
+from controlplane.commands.draft import Author
+from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
+from controlplane.sessions.desired import desired_of
+from controlplane.state import ClusterState
+from controlplane.store.applier import Applier
+from shared.channel import Channel
+from shared.errors import (
+    Disconnected,
+    Forbidden,
+    NodeUnreachable,
+    NovacronError,
+    Overloaded,
+    Unavailable,
+)
+from shared.ids import IdSource
+from shared.model import NodeState, Record, Vm
+from shared.problems import problem_of
+from shared.protocol import (
+    PROTOCOL_LEVEL,
+    AgentMessage,
+    Answer,
+    Desired,
+    Heartbeat,
+    HeartbeatSeen,
+    Hello,
+    InSync,
+    InventoryReport,
+    LeaderMessage,
+    Query,
+    Rejected,
+    TermAccepted,
+    VmReport,
+    Welcome,
+)
+from shared.tls import Identity
+
+log = logging.getLogger(__name__)
+
+# A greeting is two messages and one commit; an agent that takes longer is not well.
+GREETING_TIMEOUT_S = 15.0
+# Greetings under way at once: each is a commit and a listing of the node's VMs.
+GREETINGS_MAX = 50
+# Queries wait for an agent this long; a console log is read in well under a second.
+QUERY_TIMEOUT_S = 10.0
+QUERIES_PER_NODE_MAX = 16
+
+AgentChannel = Channel[LeaderMessage, AgentMessage]
+
+
+class HubSettings(Struct, frozen=True, kw_only=True):
+    """A node is silent after five heartbeats were missed."""
+
+    heartbeat_period_s: float = 2.0
+    silence_limit_s: float = 10.0
+
+
+class _Session:
+    """One connected agent: what has been sent to it, and what it was asked."""
+
+    def __init__(self, node_id: str, node_name: str, channel: AgentChannel, now_s: float) -> None:
+        self.node_id = node_id
+        self.node_name = node_name
+        self.channel = channel
+        self.heard_s = now_s
+        self.trusted = False
+        self.sent: dict[str, Desired] = {}
+        self.dirty: set[str] = set()
+        self.wake = asyncio.Event()
+        self.queries: dict[str, asyncio.Future[bytes]] = {}
+        self.displaced = asyncio.Event()
+
+    def mark(self, vm_id: str) -> None:
+        self.dirty.add(vm_id)
+        self.wake.set()
+
+
+class Hub:
+    def __init__(
+        self,
+        applier: Applier,
+        state: ClusterState,
+        cluster_id: str,
+        settings: HubSettings,
+        ids: IdSource,
+    ) -> None:
+        self._applier = applier
+        self._state = state
+        self._cluster_id = cluster_id
+        self._settings = settings
+        self._ids = ids
+        self._sessions: dict[str, _Session] = {}
+        self._greetings = asyncio.Semaphore(GREETINGS_MAX)
+        self._trust_observers: list[Callable[[str], None]] = []
+        state.observe(self._record_changed)
+
+    def close(self) -> None:
+        """End every session: the term is over."""
+        self._state.unobserve(self._record_changed)
+        for session in self._sessions.values():
+            session.displaced.set()
+
+    def trusts(self, node_id: str) -> bool:
+        """Whether the node has accepted this term and is connected."""
+        session = self._sessions.get(node_id)
+        return session is not None and session.trusted
+
+    def silent_for_s(self, node_id: str) -> float | None:
+        """Return how long a connected node has not been heard; None when it is not connected."""
+        session = self._sessions.get(node_id)
+        if session is None or not session.trusted:
+            return None
+        return asyncio.get_running_loop().time() - session.heard_s
+
+    def on_trust_change(self, observer: Callable[[str], None]) -> None:
+        self._trust_observers.append(observer)
+
+    async def ask(self, node_id: str, query: Query) -> bytes:
+        """Return an agent's answer. Raises NodeUnreachable, Overloaded, or the agent's problem."""
+        session = self._sessions.get(node_id)
+        if session is None or not session.trusted:
+            raise NodeUnreachable("the node's agent is not connected")
+        if len(session.queries) >= QUERIES_PER_NODE_MAX:
+            raise Overloaded(f"{session.node_name} has {QUERIES_PER_NODE_MAX} queries to answer")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        session.queries[query.id] = answer
+        try:
+            async with asyncio.timeout(QUERY_TIMEOUT_S):
+                await session.channel.send(query)
+                return await answer
+        except TimeoutError:
+            raise NodeUnreachable(
+                f"{session.node_name} did not answer in {QUERY_TIMEOUT_S:.0f} s"
+            ) from None
+        except Disconnected as gone:
+            raise NodeUnreachable(f"{session.node_name} disconnected") from gone
+        finally:
+            session.queries.pop(query.id, None)
+
+    async def serve(self, channel: AgentChannel, identity: Identity) -> None:
+        """Greet an agent and serve its session until one side ends it."""
+        if self._greetings.locked():
+            await _reject(channel, Overloaded("too many agents are being greeted"))
+            return
+        try:
+            async with self._greetings, asyncio.timeout(GREETING_TIMEOUT_S):
+                session = await self._greet(channel, identity)
+        except Disconnected:
+            return
+        except TimeoutError:
+            await _reject(channel, Unavailable("the greeting took too long"))
+            return
+        except NovacronError as error:
+            log.warning("the session of %s is refused: %s", identity.name, error)
+            await _reject(channel, error)
+            return
+        try:
+            await self._run(session)
+        finally:
+            self._forget(session)
+
+    async def _greet(self, channel: AgentChannel, identity: Identity) -> _Session:
+        hello = await channel.receive()
+        if not isinstance(hello, Hello):
+            raise Forbidden("a session begins with a hello")
+        if hello.node_name != identity.name:
+            raise Forbidden(
+                f"the certificate speaks for {identity.name!r}, not for {hello.node_name!r}"
+            )
+        if hello.protocol != PROTOCOL_LEVEL:
+            raise Forbidden(f"protocol {hello.protocol} is not {PROTOCOL_LEVEL}")
+        by = Author(f"agent:{hello.node_name}")
+        node_id = await self._applier.submit(
+            JoinNode(
+                name=hello.node_name,
+                address=hello.address,
+                boot_id=hello.boot_id,
+                labels=hello.labels,
+                inventory=hello.inventory,
+                foreign_domains=hello.foreign_domains,
+                by=by,
+            )
+        )
+        await channel.send(
+            Welcome(
+                term=self._applier.term,
+                node_id=node_id,
+                cluster_id=self._cluster_id,
+                heartbeat_period_s=self._settings.heartbeat_period_s,
+                silence_limit_s=self._settings.silence_limit_s,
+            )
+        )
+        accepted = await channel.receive()
+        if not isinstance(accepted, TermAccepted) or accepted.term != self._applier.term:
+            raise Forbidden("the agent did not accept the term")
+        session = self._admit(node_id, hello.node_name, channel)
+        for report in hello.domains:
+            await self._applier.submit(ObserveVm(node_id=node_id, report=report, by=by))
+        await self._applier.submit(
+            SetNodeState(node_id=node_id, state=NodeState.READY, by=Author("leader"))
+        )
+        return session
+
+    def _admit(self, node_id: str, name: str, channel: AgentChannel) -> _Session:
+        older = self._sessions.get(node_id)
+        if older is not None:
+            log.warning("a newer session of %s displaces the older one", name)
+            older.displaced.set()
+        session = _Session(node_id, name, channel, asyncio.get_running_loop().time())
+        session.trusted = True
+        self._sessions[node_id] = session
+        self._tell_trust(node_id)
+        return session
+
+    def _forget(self, session: _Session) -> None:
+        for query in session.queries.values():
+            if not query.done():
+                query.set_exception(NodeUnreachable(f"{session.node_name} disconnected"))
+        if self._sessions.get(session.node_id) is session:
+            del self._sessions[session.node_id]
+            self._tell_trust(session.node_id)
+
+    async def _run(self, session: _Session) -> None:
+        tasks = [
+            asyncio.ensure_future(self._receive(session)),
+            asyncio.ensure_future(self._push(session)),
+            asyncio.ensure_future(session.displaced.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            await session.channel.close()
+        for end in ended:
+            if isinstance(end, NovacronError) and not isinstance(end, Disconnected):
+                log.warning("the session of %s ended: %s", session.node_name, end)
+            elif isinstance(end, Exception) and not isinstance(end, NovacronError):
+                raise end
+
+    async def _receive(self, session: _Session) -> None:
+        by = Author(f"agent:{session.node_name}")
+        while True:
+            message = await session.channel.receive()
+            session.heard_s = asyncio.get_running_loop().time()
+            if isinstance(message, Heartbeat):
+                term = self._applier.term
+                await session.channel.send(HeartbeatSeen(term=term, number=message.number))
+            elif isinstance(message, VmReport):
+                await self._applier.submit(
+                    ObserveVm(node_id=session.node_id, report=message, by=by)
+                )
+            elif isinstance(message, InventoryReport):
+                await self._applier.submit(
+                    ReportInventory(
+                        node_id=session.node_id,
+                        inventory=message.inventory,
+                        foreign_domains=message.foreign_domains,
+                    )
+                )
+            elif isinstance(message, Answer):
+                _settle_query(session, message)
+
+    async def _push(self, session: _Session) -> None:
+        """Send what changed of the node's VMs; first all of them, then the sync mark."""
+        vm_ids = tuple(sorted(self._state.vm_ids_on(session.node_id)))
+        for vm_id in vm_ids:
+            await self._push_vm(session, vm_id)
+        await session.channel.send(InSync(term=self._applier.term, vm_ids=vm_ids))
+        while True:
+            await session.wake.wait()
+            session.wake.clear()
+            while session.dirty:
+                await self._push_vm(session, session.dirty.pop())
+
+    async def _push_vm(self, session: _Session, vm_id: str) -> None:
+        stored = self._state.vms.get(vm_id)
+        node = self._state.nodes.get(session.node_id)
+        if stored is None or node is None or stored.record.status.node != session.node_id:
+            session.sent.pop(vm_id, None)
+            return
+        desired = desired_of(stored, node.record, self._applier.term)
+        sent = session.sent.get(vm_id)
+        # A new revision that says nothing new would only make the agent answer again.
+        if sent is not None and replace(sent, revision=desired.revision) == desired:
+            return
+        session.sent[vm_id] = desired
+        await session.channel.send(desired)
+
+    def _record_changed(self, before: Record | None, after: Record | None) -> None:
+        for record in (before, after):
+            if isinstance(record, Vm) and record.status.node is not None:
+                session = self._sessions.get(record.status.node)
+                if session is not None:
+                    session.mark(record.id)
+
+    def _tell_trust(self, node_id: str) -> None:
+        for observer in self._trust_observers:
+            observer(node_id)
+
+
+def _settle_query(session: _Session, answer: Answer) -> None:
+    waiting = session.queries.get(answer.query_id)
+    if waiting is None or waiting.done():
+        return
+    if answer.problem is None:
+        waiting.set_result(answer.data)
+    else:
+        waiting.set_exception(NodeUnreachable(f"{session.node_name}: {answer.problem.detail}"))
+
+
+async def _reject(channel: AgentChannel, error: NovacronError) -> None:
+    try:
+        await channel.send(Rejected(problem=problem_of(error)))
+    except Disconnected:
+        pass
+    finally:
+        await channel.close()

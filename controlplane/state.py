@@ -1,0 +1,212 @@
+"""The cluster's records in memory, with the indexes that decisions need.
+
+The leader's copy is advanced by its own commits; a follower's by the informer. Both go through
+``apply``, record by record, at the revision etcd gave. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+from msgspec import Struct
+
+from shared.model import (
+    ApiKey,
+    AttemptState,
+    Cluster,
+    HistoryEntry,
+    Node,
+    Operation,
+    Power,
+    Record,
+    Vm,
+)
+
+R = TypeVar("R", bound=Record)
+K = TypeVar("K")
+Observer = Callable[[Record | None, Record | None], None]
+
+
+class Stored(Struct, Generic[R], frozen=True):
+    """A record and the revision at which etcd stored it."""
+
+    record: R
+    revision: int
+
+
+class Changes:
+    """Wakes everyone who waits for the next change; says nothing about what changed."""
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def notify(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+
+class ClusterState:
+    """All records below ``keys.STATE`` and the part of history that etcd still holds."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.changes = Changes()
+        self.clusters: dict[str, Stored[Cluster]] = {}
+        self.vms: dict[str, Stored[Vm]] = {}
+        self.nodes: dict[str, Stored[Node]] = {}
+        self.operations: dict[str, Stored[Operation]] = {}
+        self.api_keys: dict[str, Stored[ApiKey]] = {}
+        self.history: dict[int, HistoryEntry] = {}
+        self.last_seq = 0
+        self._tables: dict[type[Record], dict[str, Stored[Any]]] = {
+            Cluster: self.clusters,
+            Vm: self.vms,
+            Node: self.nodes,
+            Operation: self.operations,
+            ApiKey: self.api_keys,
+        }
+        self._observers: list[Observer] = []
+        self._vm_names: dict[tuple[str, str], str] = {}
+        self._node_names: dict[str, str] = {}
+        self._vms_on: dict[str, set[str]] = {}
+        self._unbound: set[str] = set()
+        self._to_start: set[str] = set()
+        self._open_attempts: dict[tuple[str, str], set[str]] = {}
+        self._operations_on: dict[str, set[str]] = {}
+
+    def vm_id_by_name(self, tenant: str, name: str) -> str | None:
+        return self._vm_names.get((tenant, name))
+
+    def node_id_by_name(self, name: str) -> str | None:
+        return self._node_names.get(name)
+
+    def vm_ids_on(self, node_id: str) -> Iterable[str]:
+        return self._vms_on.get(node_id, ())
+
+    def vm_ids_to_place(self) -> list[str]:
+        """Return the VMs that should run and have no node, oldest first."""
+        return sorted(self._unbound)
+
+    def vm_ids_to_start(self) -> list[str]:
+        """Return the VMs that should run, have a node and no attempt under way, oldest first."""
+        return sorted(self._to_start)
+
+    def open_attempts(self) -> list[tuple[str, str, list[str]]]:
+        """Return (node id, boot id, VM ids) of all attempts that have not ended."""
+        return [(node, boot, sorted(ids)) for (node, boot), ids in self._open_attempts.items()]
+
+    def observe(self, observer: Observer) -> None:
+        """Call ``observer(before, after)`` for every record that is put or removed from now on."""
+        self._observers.append(observer)
+
+    def unobserve(self, observer: Observer) -> None:
+        self._observers.remove(observer)
+
+    def operation_ids_on(self, target: str) -> Iterable[str]:
+        return self._operations_on.get(target, ())
+
+    def vms_on(self, node_id: str) -> Iterator[Stored[Vm]]:
+        for vm_id in sorted(self.vm_ids_on(node_id)):
+            yield self.vms[vm_id]
+
+    def cluster(self) -> Cluster | None:
+        """Return the cell's record about itself; None until the cluster has been made."""
+        return next((stored.record for stored in self.clusters.values()), None)
+
+    def record_ids(self) -> Iterator[tuple[type[Record], str]]:
+        for kind, table in self._tables.items():
+            for record_id in table:
+                yield kind, record_id
+
+    def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
+        return self._table(kind).get(record_id)
+
+    def put(self, record: Record, revision: int) -> None:
+        """Take one record as etcd has it at ``revision``."""
+        table = self._table(type(record))
+        before = table.get(record.id)
+        if before is not None:
+            self._unindex(before.record)
+        table[record.id] = Stored(record, revision)
+        self._index(record)
+        self._tell(None if before is None else before.record, record)
+
+    def remove(self, kind: type[Record], record_id: str) -> None:
+        before = self._table(kind).pop(record_id, None)
+        if before is not None:
+            self._unindex(before.record)
+            self._tell(before.record, None)
+
+    def put_history(self, entry: HistoryEntry) -> None:
+        self.history[entry.seq] = entry
+        self.last_seq = max(self.last_seq, entry.seq)
+
+    def remove_history(self, seq: int) -> None:
+        self.history.pop(seq, None)
+
+    def advanced(self, revision: int) -> None:
+        """Declare that everything up to ``revision`` has been taken, and wake who waits."""
+        self.revision = max(self.revision, revision)
+        self.changes.notify()
+
+    def _table(self, kind: type[R]) -> dict[str, Stored[R]]:
+        return self._tables[kind]
+
+    def _tell(self, before: Record | None, after: Record | None) -> None:
+        for observer in self._observers:
+            observer(before, after)
+
+    def _index(self, record: Record) -> None:
+        if isinstance(record, Vm):
+            self._vm_names[record.tenant, record.name] = record.id
+            self._index_vm(record)
+        elif isinstance(record, Node):
+            self._node_names[record.name] = record.id
+        elif isinstance(record, Operation):
+            self._operations_on.setdefault(record.target, set()).add(record.id)
+
+    def _index_vm(self, vm: Vm) -> None:
+        attempt = vm.status.attempt
+        over = attempt is None or attempt.state is AttemptState.ENDED
+        if attempt is not None and not over:
+            key = (attempt.node, attempt.boot_id)
+            self._open_attempts.setdefault(key, set()).add(vm.id)
+        if vm.status.node is not None:
+            self._vms_on.setdefault(vm.status.node, set()).add(vm.id)
+        if vm.spec.power is Power.STOPPED or vm.deleting or not over:
+            return
+        (self._unbound if vm.status.node is None else self._to_start).add(vm.id)
+
+    def _unindex(self, record: Record) -> None:
+        if isinstance(record, Vm):
+            self._unbound.discard(record.id)
+            self._to_start.discard(record.id)
+            if record.status.node is not None:
+                _discard(self._vms_on, record.status.node, record.id)
+            if record.status.attempt is not None:
+                attempt = record.status.attempt
+                _discard(self._open_attempts, (attempt.node, attempt.boot_id), record.id)
+            if self._vm_names.get((record.tenant, record.name)) == record.id:
+                del self._vm_names[record.tenant, record.name]
+        elif isinstance(record, Node):
+            if self._node_names.get(record.name) == record.id:
+                del self._node_names[record.name]
+        elif isinstance(record, Operation):
+            _discard(self._operations_on, record.target, record.id)
+
+
+def _discard(index: dict[K, set[str]], key: K, member: str) -> None:
+    if key not in index:
+        return
+    index[key].discard(member)
+    if not index[key]:
+        del index[key]

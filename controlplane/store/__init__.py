@@ -1,0 +1,1 @@
+"""etcd and what is built on it: client, watch, informer, applier, history."""

@@ -1,0 +1,272 @@
+"""The leader's one writer.
+
+Commands wait here, are decided one after the other on a draft over the leader's memory, and go to
+etcd as one transaction per group, which compares the leader key and the applier's mark. The memory
+advances only by what was committed. A group whose outcome is unknown is sent again, unchanged:
+the mark makes the second attempt either commit it or prove that the first one did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from msgspec import Struct
+
+from controlplane.commands.draft import Command, Draft, SealedDraft
+from controlplane.state import ClusterState
+from controlplane.store import keys
+from controlplane.store.port import (
+    Committed,
+    Delete,
+    Fence,
+    KeyValue,
+    NotCommitted,
+    Put,
+    Store,
+    Write,
+)
+from shared.clock import Clock
+from shared.codec import pack, unpack
+from shared.errors import (
+    ChangeTooLarge,
+    LeadershipLost,
+    NovacronError,
+    OutcomeUnknown,
+    Overloaded,
+    StoreFull,
+    StoreUnavailable,
+)
+from shared.ids import IdSource
+from shared.model import Applied, HistoryEntry, Record, Term
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# etcd's default --max-txn-ops is 128; one write is the mark.
+GROUP_WRITES_MAX = 127
+# At 25 commands a group and 3 ms a commit this is half a second of work; more is refused at once.
+WAITING_COMMANDS_MAX = 4096
+# Sending a group of unknown outcome again is cheap and safe; how often is bounded by the term.
+RETRY_DELAY_S = 0.1
+
+
+class TermOver(LeadershipLost):
+    """The fence did not hold. ``ambiguous``: the group may have been committed before that."""
+
+    def __init__(self, message: str, *, ambiguous: bool) -> None:
+        super().__init__(message)
+        self.ambiguous = ambiguous
+
+
+class _Waiting(Struct):
+    command: Command[Any]
+    result: asyncio.Future[Any]
+
+
+class Applier:
+    """Serves one term: made when it begins, closed for good when it is lost.
+
+    ``until_writable`` is awaited before each commit: it holds writes back while the lease is old.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        state: ClusterState,
+        term: Term,
+        mark: KeyValue | None,
+        ids: IdSource,
+        clock: Clock,
+        until_writable: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._state = state
+        self._term = term
+        self._mark_revision = 0 if mark is None else mark.mod_revision
+        self._seq = 0 if mark is None else unpack(mark.value, Applied).seq
+        self._ids = ids
+        self._clock = clock
+        self._waiting: deque[_Waiting] = deque()
+        self._wake = asyncio.Event()
+        self._until_writable = until_writable
+        self._lost: LeadershipLost | None = None
+
+    @property
+    def term(self) -> Term:
+        return self._term
+
+    async def submit(self, command: Command[Result]) -> Result:
+        """Return what the command decided, once it is committed.
+
+        Raises the command's refusal, Overloaded, LeadershipLost, StoreUnavailable (nothing
+        happened), OutcomeUnknown (it may have happened).
+        """
+        if self._lost is not None:
+            raise self._lost
+        if len(self._waiting) >= WAITING_COMMANDS_MAX:
+            raise Overloaded(f"{WAITING_COMMANDS_MAX} changes are waiting to be written")
+        result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(command, result))
+        self._wake.set()
+        return await result
+
+    def close(self, reason: LeadershipLost) -> None:
+        """Refuse what waits and whatever comes; the term is over."""
+        self._lost = reason
+        for waiting in self._waiting:
+            _refuse(waiting, reason)
+        self._waiting.clear()
+
+    async def run(self) -> None:
+        """Commit groups until leadership is lost; raises LeadershipLost."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._waiting:
+                    await self._commit_group()
+        except LeadershipLost as lost:
+            self.close(lost)
+            raise
+
+    async def _commit_group(self) -> None:
+        draft = Draft(self._state, self._ids, self._clock.now())
+        group: list[tuple[_Waiting, Any]] = []
+        while self._waiting:
+            savepoint = draft.savepoint()
+            waiting = self._waiting[0]
+            try:
+                decided = waiting.command.decide(draft)
+                if draft.size() > GROUP_WRITES_MAX and not group:
+                    raise ChangeTooLarge(
+                        f"the change is {draft.size()} writes; {GROUP_WRITES_MAX} fit"
+                    )
+            except Exception as error:
+                draft.rollback(savepoint)
+                self._waiting.popleft()
+                _refuse(waiting, _refusal(error))
+                continue
+            if draft.size() > GROUP_WRITES_MAX:
+                draft.rollback(savepoint)
+                break
+            self._waiting.popleft()
+            group.append((waiting, decided))
+        if group:
+            await self._write(draft.sealed(self._seq), group)
+
+    async def _write(self, sealed: SealedDraft, group: list[tuple[_Waiting, Any]]) -> None:
+        if not sealed:
+            _resolve(group)
+            return
+        try:
+            revision = await self._commit(sealed)
+        except asyncio.CancelledError:
+            _refuse_all(group, OutcomeUnknown("the replica stopped while the change was written"))
+            raise
+        except TermOver as over:
+            unknown = OutcomeUnknown(f"{over}; the change may have been written before that")
+            _refuse_all(group, unknown if over.ambiguous else over)
+            raise
+        except NovacronError as error:
+            _refuse_all(group, error)
+            return
+        self._take(sealed, revision)
+        _resolve(group)
+
+    async def _commit(self, sealed: SealedDraft) -> int:
+        """Return the revision at which the group was committed, by this attempt or an earlier one.
+
+        Raises TermOver, StoreFull, StoreUnavailable (it was certainly not committed).
+        """
+        group_id = self._ids.new("group")
+        seq = sealed.history[-1].seq if sealed.history else self._seq
+        mark = Put(keys.MARK, pack(Applied(group=group_id, seq=seq)))
+        writes = (*_writes(sealed), mark)
+        fence = Fence(self._term.revision, self._mark_revision)
+        sent_before = False
+        while True:
+            await self._until_writable()
+            try:
+                outcome = await self._store.commit(fence, writes)
+            except (OutcomeUnknown, StoreUnavailable, StoreFull) as error:
+                if not sent_before and not isinstance(error, OutcomeUnknown):
+                    raise
+                sent_before = True
+                log.warning("the outcome of a commit is unknown: sending it again", exc_info=error)
+                await asyncio.sleep(RETRY_DELAY_S)
+                continue
+            if isinstance(outcome, Committed):
+                self._mark_revision, self._seq = outcome.revision, seq
+                return outcome.revision
+            return self._read_back(outcome, group_id, seq, ambiguous=sent_before)
+
+    def _read_back(self, outcome: NotCommitted, group_id: str, seq: int, *, ambiguous: bool) -> int:
+        mark = outcome.mark
+        if mark is not None and unpack(mark.value, Applied).group == group_id:
+            self._mark_revision, self._seq = mark.mod_revision, seq
+            return mark.mod_revision
+        raise TermOver(
+            f"term {self._term} is over: the leader key or the applier's mark is another's",
+            ambiguous=ambiguous,
+        )
+
+    def _take(self, sealed: SealedDraft, revision: int) -> None:
+        take_writes(self._state, sealed.changes, sealed.history, sealed.trimmed, revision)
+
+
+def take_writes(
+    state: ClusterState,
+    changes: Sequence[tuple[type[Record], str, Record | None]],
+    history: Sequence[HistoryEntry],
+    trimmed: Sequence[int],
+    revision: int,
+) -> None:
+    """Advance a state by committed writes."""
+    for kind, record_id, record in changes:
+        if record is None:
+            state.remove(kind, record_id)
+        else:
+            state.put(record, revision)
+    for entry in history:
+        state.put_history(entry)
+    for seq in trimmed:
+        state.remove_history(seq)
+    state.advanced(revision)
+
+
+def _writes(sealed: SealedDraft) -> list[Write]:
+    writes: list[Write] = []
+    for kind, record_id, record in sealed.changes:
+        key = keys.key_of(kind, record_id)
+        writes.append(Delete(key) if record is None else Put(key, pack(record)))
+    writes += [Put(keys.history_key(entry.seq), pack(entry)) for entry in sealed.history]
+    writes += [Delete(keys.history_key(seq)) for seq in sealed.trimmed]
+    return writes
+
+
+def _refusal(error: Exception) -> Exception:
+    """A command that breaks is our fault, but must not stop the others."""
+    if not isinstance(error, NovacronError):
+        log.error("a command failed in its decision", exc_info=error)
+    return error
+
+
+def _refuse(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.result.done():
+        waiting.result.set_exception(error)
+
+
+def _refuse_all(group: list[tuple[_Waiting, Any]], error: Exception) -> None:
+    for waiting, _ in group:
+        _refuse(waiting, error)
+
+
+def _resolve(group: list[tuple[_Waiting, Any]]) -> None:
+    for waiting, decided in group:
+        if not waiting.result.done():
+            waiting.result.set_result(decided)

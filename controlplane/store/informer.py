@@ -1,0 +1,152 @@
+"""A replica's memory of the cluster: listed once, then advanced by the watch.
+
+While another replica leads, the watch is what advances the state. While this one leads, its own
+commits do, and the watch only audits: every key must come back exactly as it was committed. After
+a compaction everything is listed again and compared, so that readers never see a gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from controlplane.state import ClusterState
+from controlplane.store import keys
+from controlplane.store.port import KeyValue, Listing, Store, WatchBatch
+from shared.codec import unpack
+from shared.errors import Compacted, NovacronError, RecordUnreadable
+from shared.model import HistoryEntry, Record, Replica
+
+log = logging.getLogger(__name__)
+
+# The store's own client has tried every member before it gives up.
+RETRY_S = 1.0
+
+
+class Informer:
+    def __init__(self, store: Store, state: ClusterState) -> None:
+        self._store = store
+        self._state = state
+        self._auditing = False
+        self._must_list = False
+        self.mismatches = 0
+        self.unreadable: set[str] = set()
+        self.replicas: dict[str, Replica] = {}
+
+    def audit_only(self) -> None:
+        """Stop advancing the state: from now on the leader's commits do."""
+        self._auditing = True
+
+    def follow_again(self) -> None:
+        """Advance the state by the watch again, from a fresh listing: memory may be ahead."""
+        self._auditing = False
+        self._must_list = True
+
+    async def load(self, revision_min: int) -> None:
+        """Make the state what etcd lists at a revision not below ``revision_min``."""
+        listing = await self._store.list(keys.ROOT, revision_min=revision_min)
+        self._take_listing(listing)
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Follow the watch for ever."""
+        await self.load(0)
+        on_ready()
+        next_revision = self._state.revision + 1
+        while True:
+            try:
+                if self._must_list:
+                    self._must_list = False
+                    await self.load(0)
+                    next_revision = self._state.revision + 1
+                next_revision = await self._follow(next_revision)
+            except Compacted as compacted:
+                log.warning("the watch fell behind a compaction: %s", compacted)
+                self._must_list = not self._auditing
+                next_revision = compacted.compact_revision
+            except NovacronError as error:
+                log.warning("the store cannot be followed: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, next_revision: int) -> int:
+        """Take batches until a listing is due; return the revision to go on from."""
+        batches = self._store.watch(keys.ROOT, next_revision)
+        try:
+            async for batch in batches:
+                if self._must_list:
+                    break
+                self._take_batch(batch)
+                next_revision = batch.revision + 1
+        finally:
+            await batches.aclose()
+        return next_revision
+
+    def _take_listing(self, listing: Listing) -> None:
+        listed: set[str] = set()
+        seqs: set[int] = set()
+        for item in listing.items:
+            if item.key.startswith(keys.HISTORY):
+                seqs.add(keys.history_seq(item.key))
+            listed.add(item.key)
+            self._take_item(item)
+        for kind, record_id in list(self._state.record_ids()):
+            if keys.key_of(kind, record_id) not in listed:
+                self._state.remove(kind, record_id)
+        for seq in [seq for seq in self._state.history if seq not in seqs]:
+            self._state.remove_history(seq)
+        for name in [name for name in self.replicas if keys.replica_key(name) not in listed]:
+            del self.replicas[name]
+        self._state.advanced(listing.revision)
+
+    def _take_batch(self, batch: WatchBatch) -> None:
+        for item in batch.puts:
+            if item.key.startswith(keys.REPLICAS):
+                self._take_item(item)
+            elif self._auditing:
+                self._audit(item)
+            else:
+                self._take_item(item)
+        for key in batch.deletes:
+            if key.startswith(keys.REPLICAS):
+                self.replicas.pop(key.removeprefix(keys.REPLICAS), None)
+            elif not self._auditing:
+                self._take_deletion(key)
+        if not self._auditing and (batch.puts or batch.deletes):
+            self._state.advanced(batch.revision)
+
+    def _take_item(self, item: KeyValue) -> None:
+        """Take one key; a record that does not decode is set aside, and stops nothing."""
+        try:
+            if item.key.startswith(keys.HISTORY):
+                self._state.put_history(unpack(item.value, HistoryEntry))  # type: ignore[arg-type]
+            elif item.key.startswith(keys.STATE):
+                record: Record = unpack(item.value, keys.record_kind(item.key))
+                self._state.put(record, item.mod_revision)
+            elif item.key.startswith(keys.REPLICAS):
+                self.replicas[item.key.removeprefix(keys.REPLICAS)] = unpack(item.value, Replica)
+        except RecordUnreadable as error:
+            self.unreadable.add(item.key)
+            log.error("%s is set aside: %s", item.key, error)
+        else:
+            self.unreadable.discard(item.key)
+
+    def _take_deletion(self, key: str) -> None:
+        self.unreadable.discard(key)
+        if key.startswith(keys.HISTORY):
+            self._state.remove_history(keys.history_seq(key))
+        elif key.startswith(keys.STATE):
+            kind, record_id = keys.record_of(key)
+            self._state.remove(kind, record_id)
+
+    def _audit(self, item: KeyValue) -> None:
+        """Compare what the watch shows with the leader's memory, where that is not newer."""
+        if not item.key.startswith(keys.STATE):
+            return
+        kind, record_id = keys.record_of(item.key)
+        known = self._state.get(kind, record_id)
+        if item.mod_revision > self._state.revision:
+            return  # our own commit whose answer is still on its way
+        if known is None or known.revision >= item.mod_revision:
+            return
+        self.mismatches += 1
+        log.error("%s at %d is not in the leader's memory", item.key, item.mod_revision)

@@ -1,0 +1,60 @@
+"""Which record is under which key. Nothing else in the tree spells a key."""
+
+from __future__ import annotations
+
+from shared.errors import RecordUnreadable
+from shared.model import ApiKey, Cluster, Node, Operation, Record, Vm
+
+ROOT = "/novacron/"
+STATE = f"{ROOT}state/"
+HISTORY = f"{ROOT}history/"
+REPLICAS = f"{ROOT}replicas/"
+LEADER = f"{ROOT}leader"
+MARK = f"{ROOT}applied"
+CLUSTER = f"{STATE}cluster"
+
+_FOLDERS: dict[type[Record], str] = {
+    Vm: f"{STATE}vms/",
+    Node: f"{STATE}nodes/",
+    Operation: f"{STATE}operations/",
+    ApiKey: f"{STATE}api-keys/",
+}
+SEQ_DIGITS = 20
+
+
+def record_key(record: Record) -> str:
+    return key_of(type(record), record.id)
+
+
+def key_of(kind: type[Record], record_id: str) -> str:
+    return CLUSTER if kind is Cluster else _FOLDERS[kind] + record_id
+
+
+def record_kind(key: str) -> type[Record]:
+    """Return which Struct a key below STATE holds. Raises RecordUnreadable for a foreign key."""
+    if key == CLUSTER:
+        return Cluster
+    for kind, folder in _FOLDERS.items():
+        if key.startswith(folder):
+            return kind
+    raise RecordUnreadable(f"{key} is not a key of this release")
+
+
+def record_of(key: str) -> tuple[type[Record], str]:
+    """Return the kind and id of the record below STATE that a key names.
+
+    The cluster's one record has a key without its id; it is never deleted.
+    """
+    return record_kind(key), key.rpartition("/")[2]
+
+
+def history_key(seq: int) -> str:
+    return f"{HISTORY}{seq:0{SEQ_DIGITS}d}"
+
+
+def history_seq(key: str) -> int:
+    return int(key.removeprefix(HISTORY))
+
+
+def replica_key(name: str) -> str:
+    return REPLICAS + name

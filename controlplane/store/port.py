@@ -1,0 +1,146 @@
+"""The store as the rest of the control plane sees it.
+
+Every write of cluster state is ``commit`` under a fence. The few calls that cannot be fenced have
+names of their own. Keys are text, values bytes; ``controlplane/store/keys.py`` knows what is where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+
+class KeyValue(Struct, frozen=True):
+    key: str
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease: int = 0
+
+
+class Listing(Struct, frozen=True):
+    """All keys of a prefix at one revision, sorted by key."""
+
+    revision: int
+    items: tuple[KeyValue, ...]
+
+
+class Put(Struct, frozen=True):
+    key: str
+    value: bytes
+
+
+class Delete(Struct, frozen=True):
+    key: str
+
+
+Write = Put | Delete
+
+
+class Fence(Struct, frozen=True):
+    """What a commit compares: the leader key's create revision and the mark's mod revision."""
+
+    leader_revision: int
+    mark_revision: int
+
+
+class Committed(Struct, frozen=True):
+    revision: int
+
+
+class NotCommitted(Struct, frozen=True):
+    """The fence did not hold; the two keys are as the same transaction read them."""
+
+    leader: KeyValue | None
+    mark: KeyValue | None
+    revision: int
+
+
+class Campaign(Struct, frozen=True):
+    """The leader key after a campaign: ours or another's."""
+
+    leader: KeyValue
+    revision: int
+
+
+class WatchBatch(Struct, frozen=True):
+    """Changes of one revision or more, complete up to ``revision``; a deletion has no value.
+
+    A batch without changes says only that nothing was missed so far (progress).
+    """
+
+    revision: int
+    puts: tuple[KeyValue, ...]
+    deletes: tuple[str, ...]
+
+
+class MemberStatus(Struct, frozen=True):
+    endpoint: str
+    reachable: bool
+    member_id: str = ""
+    cluster_id: str = ""
+    version: str = ""
+    is_leader: bool = False
+    db_size_bytes: int = 0
+    db_in_use_bytes: int = 0
+    revision: int = 0
+    raft_term: int = 0
+    alarms: tuple[str, ...] = ()
+    problem: str = ""
+
+
+class Store(Protocol):
+    """Raises StoreUnavailable (nothing happened), OutcomeUnknown (read back), StoreFull."""
+
+    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+        """Return a linearizable listing at one revision, read in pages, not older than asked."""
+        ...
+
+    async def get(self, key: str) -> KeyValue | None:
+        """Return one key, linearizably."""
+        ...
+
+    async def commit(self, fence: Fence, writes: Sequence[Write]) -> Committed | NotCommitted:
+        """Apply all writes in one transaction if the fence holds. At most 128, keys distinct."""
+        ...
+
+    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[WatchBatch]:
+        """Yield all changes from a revision on, over member failures, without gap or repeat.
+
+        Raises Compacted when the revision is gone.
+        """
+        ...
+
+    # Not fenced, each for a reason of its own.
+
+    async def campaign(self, value: bytes, lease: int) -> Campaign:
+        """Put the leader key under the lease unless it exists; return the key as it then is."""
+        ...
+
+    async def resign(self, leader_revision: int) -> bool:
+        """Delete the leader key if that is its create revision; True when it was deleted."""
+        ...
+
+    async def grant_lease(self, ttl_s: int) -> int:
+        """Return the id of a new lease."""
+        ...
+
+    async def renew_lease(self, lease: int) -> float:
+        """Renew once and return the remaining time in seconds; 0 or less when it is gone."""
+        ...
+
+    async def revoke_lease(self, lease: int) -> None: ...
+
+    async def register_replica(self, name: str, value: bytes, lease: int) -> None:
+        """Put a replica's own registration under its lease."""
+        ...
+
+    async def compact(self, revision: int) -> None: ...
+
+    async def members(self) -> tuple[MemberStatus, ...]:
+        """Return what each configured member says of itself; unreachable ones are included."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""What agent and control plane have in common: records, messages, errors and small ports."""

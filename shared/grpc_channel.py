@@ -1,0 +1,67 @@
+"""A gRPC bidirectional stream as a ``Channel``: MessagePack Structs over grpc.aio.
+
+Used by both ends of the agents' two RPCs. A stream is ended by half-closing where that is possible,
+since grpc.aio leaks what it cancels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from shared.codec import pack, unpack
+from shared.errors import Disconnected
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
+
+# gRPC's own limits are stated, never inherited.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+)
+
+
+class ByteStream(Protocol):
+    """What a client's call and a server's context have in common."""
+
+    async def read(self) -> Any: ...
+
+    async def write(self, message: bytes) -> None: ...
+
+
+class GrpcChannel(Generic[Sent, Received]):
+    def __init__(self, stream: ByteStream, received: Any, end: Any) -> None:
+        """``received`` is the Struct union to decode; ``end`` half-closes, or ends, the stream."""
+        self._stream = stream
+        self._received = received
+        self._end = end
+
+    async def send(self, message: Sent) -> None:
+        try:
+            await self._stream.write(pack(message))
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            raise Disconnected(f"the stream broke while sending: {_why(error)}") from error
+
+    async def receive(self) -> Received:
+        try:
+            data = await self._stream.read()
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            raise Disconnected(f"the stream broke: {_why(error)}") from error
+        if data is grpc.aio.EOF:
+            raise Disconnected("the peer ended the stream")
+        message: Received = unpack(data, self._received)
+        return message
+
+    async def close(self) -> None:
+        await self._end()
+
+
+def _why(error: Exception) -> str:
+    details = getattr(error, "details", None)
+    text = details() if callable(details) else None
+    return text or str(error) or type(error).__name__

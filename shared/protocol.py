@@ -1,0 +1,201 @@
+"""The messages of the two RPCs between agents and the control plane.
+
+``Session``: one bidirectional stream per node to the leader; small and rare messages. Whatever is
+pushed to an agent carries the term, and for a VM its revision and generation.
+``Telemetry``: batches of samples to any replica, acknowledged cumulatively.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from shared.model import (
+    GuestRequest,
+    Inventory,
+    ObservedPower,
+    OpenEnum,
+    Problem,
+    Sample,
+    Term,
+    VmSpec,
+)
+
+PROTOCOL_LEVEL = 1
+
+SESSION_METHOD = "/novacron.Agents/Session"
+TELEMETRY_METHOD = "/novacron.Agents/Telemetry"
+
+# A hello of a node with 500 domains and a full inventory is 200 kB; the limit leaves room.
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+
+
+class Intent(OpenEnum):
+    """What the agent is to make of one VM."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    STOP = "stop"
+    REMOVE = "remove"
+    UNKNOWN = "unknown"
+
+
+class QueryKind(OpenEnum):
+    CONSOLE_LOG = "console_log"
+    UNKNOWN = "unknown"
+
+
+class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
+    """What an agent sees of one VM, read under the VM's lock: never in the middle of an action.
+
+    ``generation`` is the attempt this is about; ``permit_used`` says that the agent will never
+    start that generation (again), so that "not running" is the end of the attempt. ``revision`` is
+    the desired state's that this answers, 0 when the agent has not been told any since it started.
+    ``removed`` says that nothing of the VM is left on the node.
+    """
+
+    vm_id: str
+    generation: int
+    power: ObservedPower
+    permit_used: bool
+    revision: int = 0
+    answered_request: int = 0
+    removed: bool = False
+    fault: Problem | None = None
+
+
+class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
+    """An agent introduces its node; ``domains`` is every domain of ours that libvirt has."""
+
+    protocol: int = PROTOCOL_LEVEL
+    node_name: str
+    boot_id: str
+    incarnation: str
+    address: str
+    agent_version: str
+    highest_term: Term
+    labels: dict[str, str] = {}
+    inventory: Inventory
+    domains: tuple[VmReport, ...]
+    foreign_domains: tuple[str, ...] = ()
+
+
+class TermAccepted(Struct, frozen=True, kw_only=True, tag="term_accepted"):
+    """The agent has persisted the welcome's term; from now on it refuses every lower one."""
+
+    term: Term
+
+
+class InventoryReport(Struct, frozen=True, kw_only=True, tag="inventory"):
+    inventory: Inventory
+    foreign_domains: tuple[str, ...] = ()
+
+
+class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    number: int
+
+
+class Answer(Struct, frozen=True, kw_only=True, tag="answer"):
+    query_id: str
+    data: bytes = b""
+    problem: Problem | None = None
+
+
+AgentMessage = Hello | TermAccepted | VmReport | InventoryReport | Heartbeat | Answer
+
+
+class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
+    term: Term
+    node_id: str
+    cluster_id: str
+    heartbeat_period_s: float
+    silence_limit_s: float
+
+
+class NotLeader(Struct, frozen=True, kw_only=True, tag="not_leader"):
+    """This replica does not lead; ``agent_address`` is the leader's, when it is known."""
+
+    agent_address: str | None = None
+
+
+class Rejected(Struct, frozen=True, kw_only=True, tag="rejected"):
+    """The session is refused; trying again at once will not help."""
+
+    problem: Problem
+
+
+class Desired(Struct, frozen=True, kw_only=True, tag="desired"):
+    """What should be of one VM on this node.
+
+    ``generation`` names the attempt. With ``permitted`` it is a start permit: valid once, and only
+    in the boot ``boot_id``. A running domain of any other generation must not be touched.
+    """
+
+    term: Term
+    vm_id: str
+    revision: int
+    generation: int
+    permitted: bool
+    boot_id: str
+    intent: Intent
+    name: str
+    tenant: str
+    domain_name: str
+    domain_uuid: str
+    spec: VmSpec
+    request: GuestRequest | None = None
+
+
+class InSync(Struct, frozen=True, kw_only=True, tag="in_sync"):
+    """All desired VMs of this node were sent; a domain of ours not among them is a stray."""
+
+    term: Term
+    vm_ids: tuple[str, ...]
+
+
+class Query(Struct, frozen=True, kw_only=True, tag="query"):
+    """An ephemeral read; ``offset`` below zero counts from the end."""
+
+    id: str
+    kind: QueryKind
+    vm_id: str
+    domain_name: str
+    offset: int = 0
+    limit_bytes: int = 65536
+
+
+class HeartbeatSeen(Struct, frozen=True, kw_only=True, tag="heartbeat_seen"):
+    term: Term
+    number: int
+
+
+LeaderMessage = Welcome | NotLeader | Rejected | Desired | InSync | Query | HeartbeatSeen
+
+
+class TelemetryHello(Struct, frozen=True, kw_only=True, tag="telemetry_hello"):
+    node_name: str
+    node_id: str
+    incarnation: str
+
+
+class Batch(Struct, frozen=True, kw_only=True, tag="batch"):
+    """Samples in order of time; ``dropped`` counts what the outbox let go since the start."""
+
+    number: int
+    samples: tuple[Sample, ...]
+    dropped: int = 0
+
+
+TelemetryMessage = TelemetryHello | Batch
+
+
+class BatchSeen(Struct, frozen=True, kw_only=True, tag="batch_seen"):
+    """Every batch up to ``number`` has been taken in."""
+
+    number: int
+
+
+class TelemetryRefused(Struct, frozen=True, kw_only=True, tag="telemetry_refused"):
+    problem: Problem
+
+
+TelemetryAnswer = BatchSeen | TelemetryRefused

@@ -1,0 +1,138 @@
+"""The state machines, as tables: what may follow what, and which action fits which phase.
+
+Nothing else in the tree decides a transition. ``vm_phase`` is not a machine of its own: it derives
+one word from a VM's record, so that the word can never disagree with the facts.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+from shared.errors import IllegalTransition, StateConflict
+from shared.model import AttemptState, ObservedPower, OperationState, Power, Vm, VmPhase
+
+
+class OperationEvent(enum.Enum):
+    STARTED = "started"
+    STEPPED = "stepped"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCEL_ASKED = "cancel asked"
+    CANCELLED = "cancelled"
+
+
+class AttemptEvent(enum.Enum):
+    """What a report or a proof says about one generation."""
+
+    SEEN_RUNNING = "seen running"
+    SEEN_NOT_RUNNING = "seen not running"
+    NODE_BOOTED_ANEW = "node booted anew"
+
+
+class VmAction(enum.StrEnum):
+    START = "start"
+    SHUTDOWN = "shutdown"
+    STOP = "stop"
+    REBOOT = "reboot"
+    RESET = "reset"
+    PAUSE = "pause"
+    RESUME = "resume"
+    DELETE = "delete"
+
+
+_O, _OE = OperationState, OperationEvent
+OPERATION_TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationState] = {
+    (_O.PENDING, _OE.STARTED): _O.RUNNING,
+    (_O.PENDING, _OE.STEPPED): _O.RUNNING,
+    (_O.PENDING, _OE.SUCCEEDED): _O.SUCCEEDED,
+    (_O.PENDING, _OE.FAILED): _O.FAILED,
+    (_O.PENDING, _OE.CANCEL_ASKED): _O.CANCELLING,
+    (_O.PENDING, _OE.CANCELLED): _O.CANCELLED,
+    (_O.RUNNING, _OE.STEPPED): _O.RUNNING,
+    (_O.RUNNING, _OE.SUCCEEDED): _O.SUCCEEDED,
+    (_O.RUNNING, _OE.FAILED): _O.FAILED,
+    (_O.RUNNING, _OE.CANCEL_ASKED): _O.CANCELLING,
+    (_O.RUNNING, _OE.CANCELLED): _O.CANCELLED,
+    (_O.CANCELLING, _OE.STEPPED): _O.CANCELLING,
+    (_O.CANCELLING, _OE.CANCEL_ASKED): _O.CANCELLING,
+    (_O.CANCELLING, _OE.SUCCEEDED): _O.SUCCEEDED,
+    (_O.CANCELLING, _OE.FAILED): _O.FAILED,
+    (_O.CANCELLING, _OE.CANCELLED): _O.CANCELLED,
+}
+OPERATION_ENDS = frozenset({_O.SUCCEEDED, _O.FAILED, _O.CANCELLED})
+
+# An attempt that ended may be seen running after all: a start that libvirt reported as failed, or
+# answered too late. The truth is taken, as long as no newer generation was given out.
+_A, _AE = AttemptState, AttemptEvent
+ATTEMPT_TRANSITIONS: dict[tuple[AttemptState, AttemptEvent], AttemptState] = {
+    (_A.PERMITTED, _AE.SEEN_RUNNING): _A.RUNNING,
+    (_A.PERMITTED, _AE.SEEN_NOT_RUNNING): _A.ENDED,
+    (_A.PERMITTED, _AE.NODE_BOOTED_ANEW): _A.ENDED,
+    (_A.RUNNING, _AE.SEEN_RUNNING): _A.RUNNING,
+    (_A.RUNNING, _AE.SEEN_NOT_RUNNING): _A.ENDED,
+    (_A.RUNNING, _AE.NODE_BOOTED_ANEW): _A.ENDED,
+    (_A.ENDED, _AE.SEEN_RUNNING): _A.RUNNING,
+    (_A.ENDED, _AE.SEEN_NOT_RUNNING): _A.ENDED,
+    (_A.ENDED, _AE.NODE_BOOTED_ANEW): _A.ENDED,
+}
+
+_P = VmPhase
+ACTION_PHASES: dict[VmAction, frozenset[VmPhase]] = {
+    VmAction.START: frozenset({_P.STOPPED, _P.CRASHED}),
+    VmAction.SHUTDOWN: frozenset({_P.RUNNING}),
+    VmAction.STOP: frozenset(
+        {_P.PENDING, _P.STARTING, _P.RUNNING, _P.PAUSED, _P.STOPPING, _P.CRASHED}
+    ),
+    VmAction.REBOOT: frozenset({_P.RUNNING}),
+    VmAction.RESET: frozenset({_P.RUNNING}),
+    VmAction.PAUSE: frozenset({_P.RUNNING}),
+    VmAction.RESUME: frozenset({_P.PAUSED}),
+    VmAction.DELETE: frozenset(set(_P) - {_P.DELETING}),
+}
+
+RUNNING_POWERS = frozenset({ObservedPower.RUNNING, ObservedPower.PAUSED})
+
+State = TypeVar("State", bound=enum.Enum)
+Event = TypeVar("Event", bound=enum.Enum)
+
+
+def advance(table: dict[tuple[State, Event], State], state: State, event: Event) -> State:
+    """Return the state that follows; raises IllegalTransition where ``table`` has no row."""
+    try:
+        return table[state, event]
+    except KeyError:
+        raise IllegalTransition(f"nothing follows {state.value!r} on {event.value!r}") from None
+
+
+def check_action(action: VmAction, vm: Vm) -> None:
+    """Raise StateConflict unless the action fits the VM's phase."""
+    phase = vm_phase(vm)
+    if phase not in ACTION_PHASES[action]:
+        fits = ", ".join(sorted(p.value for p in ACTION_PHASES[action]))
+        raise StateConflict(f"cannot {action} {vm.name!r} while it is {phase.value}: fits {fits}")
+
+
+def vm_phase(vm: Vm) -> VmPhase:
+    """Return the one word for what a VM is doing, from desired power, attempt and last report."""
+    if vm.deleting:
+        return VmPhase.DELETING
+    attempt = vm.status.attempt
+    wanted = vm.spec.power is not Power.STOPPED
+    if attempt is None or attempt.state is AttemptState.ENDED:
+        return _phase_at_rest(vm, wanted)
+    if not wanted:
+        return VmPhase.STOPPING
+    if attempt.state is AttemptState.PERMITTED:
+        return VmPhase.STARTING
+    return VmPhase.PAUSED if vm.status.power_seen is ObservedPower.PAUSED else VmPhase.RUNNING
+
+
+def _phase_at_rest(vm: Vm, wanted: bool) -> VmPhase:
+    if not wanted:
+        return VmPhase.STOPPED
+    if vm.status.node is None:
+        return VmPhase.PENDING
+    if vm.status.crashes:
+        return VmPhase.CRASHED
+    return VmPhase.STARTING
