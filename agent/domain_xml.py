@@ -60,12 +60,14 @@ def build_domain_xml(definition: DomainDefinition, layout: DomainLayout) -> str:
 def read_metadata(xml: str) -> DomainMetadata | None:
     """Return what a domain's XML, or its bare metadata element, says; None for a foreign one.
 
-    Metadata of ours that cannot be understood makes a domain foreign too: it is never acted on.
+    libvirt hands out the bare element without its namespace, by which it has found it. Metadata of
+    ours that cannot be understood makes a domain foreign too: it is never acted on.
     """
     root = _parse(xml)
     if root is None:
         return None
-    element = root if root.tag == _METADATA_TAG else root.find(f"./metadata/{_METADATA_TAG}")
+    bare = root.tag in (_METADATA_TAG, "vm")
+    element = root if bare else root.find(f"./metadata/{_METADATA_TAG}")
     if element is None:
         return None
     vm_id, generation = element.get("id", ""), element.get("generation", "")

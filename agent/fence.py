@@ -6,6 +6,8 @@ generation is started at most once, whatever crashes in between.
 
 from __future__ import annotations
 
+import asyncio
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -52,6 +54,7 @@ class Fence:
         self._offload = offload
         self._vms: dict[str, VmFacts] = {}
         self._records = 0
+        self._writing = asyncio.Lock()
         self.term = Term(0, 0)
         for data in log.read():
             self._take(unpack(data, FenceRecord))  # type: ignore[arg-type]
@@ -99,12 +102,14 @@ class Fence:
             raise StaleRevision(f"revision {revision} of {vm_id} is below {known}")
 
     async def _write(self, record: FenceRecord) -> None:
-        await self._offload(lambda: self._log.append(pack(record)))
-        self._take(record)
-        if self._records > max(REWRITE_RECORDS_MIN, REWRITE_FACTOR * len(self._vms)):
-            kept: list[FenceRecord] = [TermSeen(self.term), *self._vms.values()]
-            await self._offload(lambda: self._log.rewrite([pack(entry) for entry in kept]))
-            self._records = len(kept)
+        # One at a time: a rewrite must not lose what was appended but is not in memory yet.
+        async with self._writing:
+            await self._offload(lambda: self._log.append(pack(record)))
+            self._take(record)
+            if self._records > max(REWRITE_RECORDS_MIN, REWRITE_FACTOR * len(self._vms)):
+                kept: list[FenceRecord] = [TermSeen(self.term), *self._vms.values()]
+                await self._offload(lambda: self._log.rewrite([pack(entry) for entry in kept]))
+                self._records = len(kept)
 
     def _take(self, record: FenceRecord) -> None:
         self._records += 1

@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 SOURCE_PERIODS_MAX = 1
 
 VmSource = Callable[[], Awaitable[tuple[Sample, ...]]]
-NodeSource = Callable[[], Sample | None]
+NodeSource = Callable[[], Awaitable[Sample | None]]
 
 
 class Sampler:
     """Takes samples for as long as ``run`` runs.
 
-    ``node_source`` answers at once with a sample, or None while the node does not know its id;
-    it raises OSError when the kernel does not answer. ``vm_source`` is ``Hypervisor.samples``.
+    ``node_source`` returns a sample, or None while the node does not know its id; it raises
+    OSError when the kernel does not answer. ``vm_source`` is ``Hypervisor.samples``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Sampler:
         faults: list[Exception] = []
         samples: list[Sample] = []
         try:
-            node = self._node_source()
+            node = await self._node_source()
             if node is not None:
                 samples.append(node)
         except OSError as error:

@@ -16,7 +16,7 @@ from shared.states import RUNNING_POWERS
 
 
 class Step(enum.Enum):
-    """SETTLED means: report what is. CONFLICT means: a domain of another generation runs here."""
+    """SETTLED means: report what is. CONFLICT means: a domain that is not ours to touch is here."""
 
     START = "start"
     PAUSE = "pause"
@@ -54,6 +54,8 @@ def next_step(
 ) -> Step:
     """Return the next step towards ``desired``; total over every combination."""
     running = domain is not None and domain.power in RUNNING_POWERS
+    if domain is not None and domain.vm_id != desired.vm_id:
+        return Step.CONFLICT
     if domain is not None and domain.power is ObservedPower.UNKNOWN:
         return Step.SETTLED
     if running and domain is not None and domain.generation != desired.generation:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 
 
 class WorkQueue:
@@ -18,6 +20,7 @@ class WorkQueue:
         self._again: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._available = asyncio.Event()
+        self._observed: list[set[str]] = []
 
     def add(self, key: str) -> None:
         if key in self._working:
@@ -45,6 +48,8 @@ class WorkQueue:
         key = self._waiting.popleft()
         self._queued.discard(key)
         self._working.add(key)
+        for touched in self._observed:
+            touched.add(key)
         return key
 
     def done(self, key: str) -> None:
@@ -53,8 +58,15 @@ class WorkQueue:
             self._again.discard(key)
             self.add(key)
 
-    def is_working(self, key: str) -> bool:
-        return key in self._working
+    @contextmanager
+    def touched(self) -> Iterator[Set[str]]:
+        """Yield the keys that are worked on at any moment from here to the end of the block."""
+        touched = set(self._working)
+        self._observed.append(touched)
+        try:
+            yield touched
+        finally:
+            self._observed = [other for other in self._observed if other is not touched]
 
     def close(self) -> None:
         for timer in self._timers.values():

@@ -3,13 +3,14 @@
 A lease keeps the leader key; its create revision is the term. The lease is renewed on a task of its
 own. ``suspend_after_s`` after the last good renewal was *sent*, on a clock that counts suspension,
 writes stop; they go on in the same term only if key and lease are read back as our own. Safety
-never rests on this: every commit compares the key. A replica that finds a key of its own name and
-another incarnation resigns it at once: the lock on its data directory says that process is dead.
+never rests on this: every commit compares the key. A replica that finds a key of its own name while
+it campaigns resigns it at once: the lock on its data directory says that no other process holds it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 CAMPAIGN_JITTER_S = 0.5
 # How often a follower looks at the key besides the watch that wakes it.
 FOLLOWER_LOOK_S = 1.0
+# On the way out; without an answer the lease ends the term soon enough.
+RESIGN_TIMEOUT_S = 1.0
 
 
 class ElectionSettings(Struct, frozen=True, kw_only=True):
@@ -92,17 +95,13 @@ class Election:
             try:
                 reign = await self._campaign()
                 if reign is not None:
-                    await self._rule(reign, lead)
+                    await self._rule_and_resign(reign, lead)
             except LeadershipLost as lost:
                 log.warning("leadership lost: %s", lost)
             except NovacronError as error:
                 log.warning("the campaign failed: %s", error)
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
-
-    async def resign(self, reign: Reign) -> None:
-        """Give the term back at once, so that another replica need not wait for the lease."""
-        await self._store.resign(reign.leader_revision)
 
     async def _campaign(self) -> Reign | None:
         """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
@@ -126,10 +125,20 @@ class Election:
         leader = _read_leader(current)
         if leader is None or leader.replica != self._me.replica:
             return False
-        if leader.incarnation == self._me.incarnation and current.lease == self._lease:
-            return False
-        log.info("resigning the term %d of an earlier process", current.create_revision)
+        # Whoever campaigns does not rule: an own key is left of a term that ended early, or of a
+        # campaign whose answer was lost.
+        log.info("resigning the term %d, which nobody holds", current.create_revision)
         return await self._store.resign(current.create_revision)
+
+    async def _rule_and_resign(self, reign: Reign, lead: Lead) -> None:
+        """Rule; when asked to stop, give the term back so that nobody waits for the lease."""
+        try:
+            await self._rule(reign, lead)
+        except asyncio.CancelledError:
+            with contextlib.suppress(NovacronError, TimeoutError):
+                async with asyncio.timeout(RESIGN_TIMEOUT_S):
+                    await self._store.resign(reign.leader_revision)
+            raise
 
     async def _rule(self, reign: Reign, lead: Lead) -> None:
         log.info("leading: term revision %d", reign.leader_revision)

@@ -40,18 +40,24 @@ class Changes:
     """Wakes everyone who waits for the next change; says nothing about what changed."""
 
     def __init__(self) -> None:
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: dict[asyncio.Future[None], None] = {}
 
     def notify(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def wait(self) -> None:
+    def next(self) -> asyncio.Future[None]:
+        """Return what is done at the next change from this very moment on; cancel it if unused."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        await waiter
+        self._waiters[waiter] = None
+        # Who gives up waiting in a quiet cluster must not stay here until something changes.
+        waiter.add_done_callback(lambda done: self._waiters.pop(done, None))
+        return waiter
+
+    async def wait(self) -> None:
+        await self.next()
 
 
 class ClusterState:

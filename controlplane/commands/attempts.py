@@ -191,7 +191,8 @@ def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
         return replace(vm, status=status)
     if report.power in RUNNING_POWERS:
         return _seen_running(draft, replace(vm, status=status), report, by)
-    if report.permit_used:
+    # UNKNOWN is no answer: libvirt could not tell, or a newer agent has a word that we lack.
+    if report.permit_used and report.power is not ObservedPower.UNKNOWN:
         return _seen_over(draft, replace(vm, status=status), report, by)
     return replace(vm, status=status)
 

@@ -103,23 +103,21 @@ REQUESTS = frozenset({f"vm.{VmAction.REBOOT}", f"vm.{VmAction.RESET}"})
 
 def open_operation(draft: Draft, kind: str, vm: Vm, by: Author, request_number: int = 0) -> str:
     """Write a new operation on a VM and return its id."""
-    operation = Operation(
-        id=draft.new_id("op"),
-        kind=kind,
-        target=vm.id,
-        tenant=vm.tenant,
-        state=OperationState.RUNNING,
-        phase=GOALS[kind][0].name,
-        steps=tuple(OperationStep(name=goal.name) for goal in GOALS[kind]),
-        by=by.principal,
-        created_at=draft.now,
-        updated_at=draft.now,
-        deadline_at=draft.now + (CREATE_DEADLINE if kind == CREATE else ACTION_DEADLINE),
-        request_number=request_number,
-        generation_floor=vm.status.generation,
-    )
+    operation = _new_operation(draft, kind, vm, by, request_number)
     draft.put(operation)
     return operation.id
+
+
+def record_done(draft: Draft, kind: str, vm: Vm, by: Author) -> str:
+    """Write an operation that had nothing left to do, and return its id."""
+    operation = replace(_new_operation(draft, kind, vm, by, 0), phase="", steps=())
+    end_operation(draft, operation, OperationEvent.SUCCEEDED)
+    return operation.id
+
+
+def open_operation_id(draft: Draft, kind: str, vm: Vm) -> str | None:
+    """Return the operation of this kind that is under way on a VM."""
+    return next((op.id for op in draft.operations_on(vm.id) if op.kind == kind), None)
 
 
 def put_vm(draft: Draft, vm: Vm) -> None:
@@ -167,6 +165,26 @@ def vm_removed(draft: Draft, vm: Vm) -> None:
             end_operation(draft, operation, OperationEvent.CANCELLED, _superseded("deleted"))
 
 
+def _new_operation(
+    draft: Draft, kind: str, vm: Vm, by: Author, request_number: int
+) -> Operation:
+    return Operation(
+        id=draft.new_id("op"),
+        kind=kind,
+        target=vm.id,
+        tenant=vm.tenant,
+        state=OperationState.RUNNING,
+        phase=GOALS[kind][0].name,
+        steps=tuple(OperationStep(name=goal.name) for goal in GOALS[kind]),
+        by=by.principal,
+        created_at=draft.now,
+        updated_at=draft.now,
+        deadline_at=draft.now + (CREATE_DEADLINE if kind == CREATE else ACTION_DEADLINE),
+        request_number=request_number,
+        generation_floor=vm.status.generation,
+    )
+
+
 def _mark_goals(draft: Draft, operation: Operation, vm: Vm) -> Operation:
     steps = list(operation.steps)
     for position, goal in enumerate(GOALS[operation.kind]):
@@ -189,6 +207,9 @@ def _why_never(vm: Vm, operation: Operation) -> Problem | None:
         return _superseded(f"is now wanted {vm.spec.power.value}")
     if operation.kind in REQUESTS and _is_at_rest(vm, operation):
         return problem("guest_not_running", "the guest ended before it took the request")
+    asked = 0 if vm.request is None else vm.request.number
+    if operation.kind in REQUESTS and asked != operation.request_number:
+        return _superseded("was asked for something else")
     return None
 
 

@@ -10,7 +10,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
-from controlplane.commands.operations import CREATE, DELETE, open_operation, put_vm, vm_removed
+from controlplane.commands.operations import (
+    CREATE,
+    DELETE,
+    open_operation,
+    open_operation_id,
+    put_vm,
+    record_done,
+    vm_removed,
+)
 from shared.errors import NameTaken, StateConflict
 from shared.ids import domain_uuid
 from shared.model import GuestRequest, Power, RequestKind, Vm, VmSpec
@@ -55,7 +63,9 @@ class CreateVm(Struct, frozen=True, kw_only=True, tag="create_vm"):
             domain_name=vm_id,
             domain_uuid=domain_uuid(vm_id),
         )
-        operation_id = open_operation(draft, CREATE, vm, self.by)
+        # One that is to stay stopped has nothing to wait for.
+        stopped = self.spec.power is Power.STOPPED
+        operation_id = (record_done if stopped else open_operation)(draft, CREATE, vm, self.by)
         draft.audit("vm.create", vm_id, self.by, self.tenant)
         draft.event("vm.created", vm_id, self.by, tenant=self.tenant, name=self.name)
         put_vm(draft, vm)
@@ -63,7 +73,11 @@ class CreateVm(Struct, frozen=True, kw_only=True, tag="create_vm"):
 
 
 class ActOnVm(Struct, frozen=True, kw_only=True, tag="act_on_vm"):
-    """Returns the id of the operation. Raises NotFound, StateConflict."""
+    """Returns the id of the operation. Raises NotFound, StateConflict.
+
+    Whoever asks again for what is under way gets the same operation: what is open on one VM must
+    always fit into the transaction that ends it.
+    """
 
     vm_id: str
     action: VmAction
@@ -84,12 +98,17 @@ class ActOnVm(Struct, frozen=True, kw_only=True, tag="act_on_vm"):
             request_number=vm.request_number + (1 if request is not None else 0),
             status=status,
         )
-        number = 0 if request is None else request.number
-        operation_id = open_operation(draft, f"vm.{self.action}", vm, self.by, number)
+        operation_id = self._operation(draft, vm, request)
         draft.audit(f"vm.{self.action}", vm.id, self.by, vm.tenant)
         draft.event(f"vm.{self.action}_requested", vm.id, self.by, tenant=vm.tenant)
         put_vm(draft, changed)
         return operation_id
+
+    def _operation(self, draft: Draft, vm: Vm, request: GuestRequest | None) -> str:
+        kind = f"vm.{self.action}"
+        if request is not None:
+            return open_operation(draft, kind, vm, self.by, request.number)
+        return open_operation_id(draft, kind, vm) or open_operation(draft, kind, vm, self.by)
 
     def _request(self, vm: Vm) -> GuestRequest | None:
         kind = _REQUESTS.get(self.action)

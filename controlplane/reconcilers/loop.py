@@ -31,13 +31,10 @@ async def run(reconciler: Reconciler, changes: Changes) -> None:
     """Run passes until cancelled. Raises LeadershipLost."""
     while True:
         # Waiting begins before the pass: a change that comes during it leads to another one.
-        changed = asyncio.ensure_future(changes.wait())
+        changed = changes.next()
         try:
             await _pass(reconciler)
-            async with asyncio.timeout(reconciler.period_s):
-                await changed
-        except TimeoutError:
-            continue
+            await asyncio.wait([changed], timeout=reconciler.period_s)
         finally:
             changed.cancel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from controlplane.commands.attempts import BindVm, NotePlacement
@@ -12,7 +13,10 @@ from controlplane.scheduler.place import Plan, plan
 from controlplane.scheduler.request import request_of
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
+from shared.errors import NotFound, StateConflict
 from shared.model import Vm
+
+log = logging.getLogger(__name__)
 
 # A pass is bounded, so that a storm of creates does not keep the loop from everything else.
 PLACEMENTS_PER_PASS_MAX = 50
@@ -60,6 +64,9 @@ class PlaceVms:
         if decision.node is None:
             await self._applier.submit(NotePlacement(vm_id=vm.id, message=decision.summary()))
         else:
-            await self._applier.submit(
-                BindVm(vm_id=vm.id, node_id=decision.node, by=by, check=self._capacity.check)
-            )
+            bind = BindVm(vm_id=vm.id, node_id=decision.node, by=by, check=self._capacity.check)
+            try:
+                await self._applier.submit(bind)
+            except (StateConflict, NotFound) as moved_on:
+                # Its user or its node changed meanwhile: no reason to hold up those behind it.
+                log.info("%s is not placed: %s", vm.name, moved_on)

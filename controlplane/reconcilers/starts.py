@@ -9,7 +9,7 @@ from controlplane.sessions.hub import Hub
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
 from shared.clock import Clock
-from shared.errors import StateConflict
+from shared.errors import NotFound, StateConflict
 
 
 class PermitStarts:
@@ -38,6 +38,8 @@ class PermitStarts:
             permit = PermitStart(vm_id=vm_id, by=Author("leader"), check=self._capacity.check)
             try:
                 await self._applier.submit(permit)
+            except NotFound:
+                continue  # deleted meanwhile
             except StateConflict as conflict:
                 await self._applier.submit(NotePlacement(vm_id=vm_id, message=str(conflict)))
 

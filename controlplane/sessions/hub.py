@@ -22,6 +22,7 @@ from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
 from shared.channel import Channel
 from shared.errors import (
+    Conflict,
     Disconnected,
     Forbidden,
     NodeUnreachable,
@@ -81,13 +82,13 @@ class _Session:
         self.heard_s = now_s
         self.trusted = False
         self.sent: dict[str, Desired] = {}
-        self.dirty: set[str] = set()
+        self.dirty: dict[str, None] = {}
         self.wake = asyncio.Event()
         self.queries: dict[str, asyncio.Future[bytes]] = {}
         self.displaced = asyncio.Event()
 
     def mark(self, vm_id: str) -> None:
-        self.dirty.add(vm_id)
+        self.dirty[vm_id] = None
         self.wake.set()
 
 
@@ -210,12 +211,32 @@ class Hub:
         if not isinstance(accepted, TermAccepted) or accepted.term != self._applier.term:
             raise Forbidden("the agent did not accept the term")
         session = self._admit(node_id, hello.node_name, channel)
-        for report in hello.domains:
-            await self._applier.submit(ObserveVm(node_id=node_id, report=report, by=by))
-        await self._applier.submit(
-            SetNodeState(node_id=node_id, state=NodeState.READY, by=Author("leader"))
-        )
+        try:
+            await self._take_hello(session, hello)
+        except BaseException:
+            self._forget(session)
+            raise
         return session
+
+    async def _take_hello(self, session: _Session, hello: Hello) -> None:
+        """Take what the agent found; only then is the node trusted with anything new."""
+        for report in hello.domains:
+            await self._observe(session, report)
+        session.trusted = True
+        self._tell_trust(session.node_id)
+        await self._applier.submit(
+            SetNodeState(node_id=session.node_id, state=NodeState.READY, by=Author("leader"))
+        )
+
+    async def _observe(self, session: _Session, report: VmReport) -> None:
+        """Take a report; one VM's that cannot be taken must not cost the node its session."""
+        by = Author(f"agent:{session.node_name}")
+        try:
+            await self._applier.submit(
+                ObserveVm(node_id=session.node_id, report=report, by=by)
+            )
+        except Conflict as refused:
+            log.error("a report on %s was not taken: %s", report.vm_id, refused)
 
     def _admit(self, node_id: str, name: str, channel: AgentChannel) -> _Session:
         older = self._sessions.get(node_id)
@@ -223,7 +244,6 @@ class Hub:
             log.warning("a newer session of %s displaces the older one", name)
             older.displaced.set()
         session = _Session(node_id, name, channel, asyncio.get_running_loop().time())
-        session.trusted = True
         self._sessions[node_id] = session
         self._tell_trust(node_id)
         return session
@@ -256,7 +276,6 @@ class Hub:
                 raise end
 
     async def _receive(self, session: _Session) -> None:
-        by = Author(f"agent:{session.node_name}")
         while True:
             message = await session.channel.receive()
             session.heard_s = asyncio.get_running_loop().time()
@@ -264,9 +283,7 @@ class Hub:
                 term = self._applier.term
                 await session.channel.send(HeartbeatSeen(term=term, number=message.number))
             elif isinstance(message, VmReport):
-                await self._applier.submit(
-                    ObserveVm(node_id=session.node_id, report=message, by=by)
-                )
+                await self._observe(session, message)
             elif isinstance(message, InventoryReport):
                 await self._applier.submit(
                     ReportInventory(
@@ -288,7 +305,9 @@ class Hub:
             await session.wake.wait()
             session.wake.clear()
             while session.dirty:
-                await self._push_vm(session, session.dirty.pop())
+                vm_id = next(iter(session.dirty))
+                del session.dirty[vm_id]
+                await self._push_vm(session, vm_id)
 
     async def _push_vm(self, session: _Session, vm_id: str) -> None:
         stored = self._state.vms.get(vm_id)

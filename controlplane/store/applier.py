@@ -37,8 +37,6 @@ from shared.errors import (
     NovacronError,
     OutcomeUnknown,
     Overloaded,
-    StoreFull,
-    StoreUnavailable,
 )
 from shared.ids import IdSource
 from shared.model import Applied, HistoryEntry, Record, Term
@@ -95,6 +93,8 @@ class Applier:
         self._wake = asyncio.Event()
         self._until_writable = until_writable
         self._lost: LeadershipLost | None = None
+        # So many of those that wait are written one by one: together they could not be.
+        self._apart = 0
 
     @property
     def term(self) -> Term:
@@ -137,7 +137,7 @@ class Applier:
     async def _commit_group(self) -> None:
         draft = Draft(self._state, self._ids, self._clock.now())
         group: list[tuple[_Waiting, Any]] = []
-        while self._waiting:
+        while self._waiting and not (group and self._apart):
             savepoint = draft.savepoint()
             waiting = self._waiting[0]
             try:
@@ -149,6 +149,7 @@ class Applier:
             except Exception as error:
                 draft.rollback(savepoint)
                 self._waiting.popleft()
+                self._apart = max(0, self._apart - 1)
                 _refuse(waiting, _refusal(error))
                 continue
             if draft.size() > GROUP_WRITES_MAX:
@@ -156,6 +157,7 @@ class Applier:
                 break
             self._waiting.popleft()
             group.append((waiting, decided))
+        self._apart = max(0, self._apart - len(group))
         if group:
             await self._write(draft.sealed(self._seq), group)
 
@@ -164,7 +166,12 @@ class Applier:
             _resolve(group)
             return
         try:
-            revision = await self._commit(sealed)
+            writes = _writes(sealed)
+        except Exception as error:
+            self._refuse_or_part(group, _refusal(error))
+            return
+        try:
+            revision = await self._commit(writes, sealed)
         except asyncio.CancelledError:
             _refuse_all(group, OutcomeUnknown("the replica stopped while the change was written"))
             raise
@@ -172,28 +179,40 @@ class Applier:
             unknown = OutcomeUnknown(f"{over}; the change may have been written before that")
             _refuse_all(group, unknown if over.ambiguous else over)
             raise
+        except ChangeTooLarge as error:
+            self._refuse_or_part(group, error)
+            return
         except NovacronError as error:
             _refuse_all(group, error)
             return
         self._take(sealed, revision)
         _resolve(group)
 
-    async def _commit(self, sealed: SealedDraft) -> int:
+    def _refuse_or_part(self, group: list[tuple[_Waiting, Any]], error: Exception) -> None:
+        """Refuse a change that cannot be written; of several, find out which by trying each."""
+        if len(group) == 1:
+            _refuse_all(group, error)
+            return
+        self._waiting.extendleft(waiting for waiting, _ in reversed(group))
+        self._apart += len(group)
+
+    async def _commit(self, changes: list[Write], sealed: SealedDraft) -> int:
         """Return the revision at which the group was committed, by this attempt or an earlier one.
 
-        Raises TermOver, StoreFull, StoreUnavailable (it was certainly not committed).
+        Raises TermOver, StoreFull, StoreUnavailable, ChangeTooLarge (certainly not committed).
         """
         group_id = self._ids.new("group")
         seq = sealed.history[-1].seq if sealed.history else self._seq
         mark = Put(keys.MARK, pack(Applied(group=group_id, seq=seq)))
-        writes = (*_writes(sealed), mark)
+        writes = (*changes, mark)
         fence = Fence(self._term.revision, self._mark_revision)
         sent_before = False
         while True:
             await self._until_writable()
             try:
                 outcome = await self._store.commit(fence, writes)
-            except (OutcomeUnknown, StoreUnavailable, StoreFull) as error:
+            except NovacronError as error:
+                # Once sent, no later refusal says what became of the first attempt.
                 if not sent_before and not isinstance(error, OutcomeUnknown):
                     raise
                 sent_before = True

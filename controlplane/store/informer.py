@@ -37,6 +37,7 @@ class Informer:
     def audit_only(self) -> None:
         """Stop advancing the state: from now on the leader's commits do."""
         self._auditing = True
+        self._must_list = False
 
     def follow_again(self) -> None:
         """Advance the state by the watch again, from a fresh listing: memory may be ahead."""
@@ -55,9 +56,7 @@ class Informer:
         next_revision = self._state.revision + 1
         while True:
             try:
-                if self._must_list:
-                    self._must_list = False
-                    await self.load(0)
+                if self._must_list and await self._list_again():
                     next_revision = self._state.revision + 1
                 next_revision = await self._follow(next_revision)
             except Compacted as compacted:
@@ -67,6 +66,19 @@ class Informer:
             except NovacronError as error:
                 log.warning("the store cannot be followed: %s", error)
                 await asyncio.sleep(RETRY_S)
+
+    async def _list_again(self) -> bool:
+        """Make the state a fresh listing; return whether it was taken.
+
+        While the listing is under way this replica may have begun to lead: its memory is then the
+        truth, and what was listed is older than it.
+        """
+        listing = await self._store.list(keys.ROOT)
+        if self._auditing or listing.revision < self._state.revision:
+            return False
+        self._must_list = False
+        self._take_listing(listing)
+        return True
 
     async def _follow(self, next_revision: int) -> int:
         """Take batches until a listing is due; return the revision to go on from."""
@@ -85,10 +97,9 @@ class Informer:
         listed: set[str] = set()
         seqs: set[int] = set()
         for item in listing.items:
-            if item.key.startswith(keys.HISTORY):
-                seqs.add(keys.history_seq(item.key))
             listed.add(item.key)
-            self._take_item(item)
+            if self._take_item(item) and item.key.startswith(keys.HISTORY):
+                seqs.add(keys.history_seq(item.key))
         for kind, record_id in list(self._state.record_ids()):
             if keys.key_of(kind, record_id) not in listed:
                 self._state.remove(kind, record_id)
@@ -114,10 +125,11 @@ class Informer:
         if not self._auditing and (batch.puts or batch.deletes):
             self._state.advanced(batch.revision)
 
-    def _take_item(self, item: KeyValue) -> None:
+    def _take_item(self, item: KeyValue) -> bool:
         """Take one key; a record that does not decode is set aside, and stops nothing."""
         try:
             if item.key.startswith(keys.HISTORY):
+                keys.history_seq(item.key)
                 self._state.put_history(unpack(item.value, HistoryEntry))  # type: ignore[arg-type]
             elif item.key.startswith(keys.STATE):
                 record: Record = unpack(item.value, keys.record_kind(item.key))
@@ -127,22 +139,29 @@ class Informer:
         except RecordUnreadable as error:
             self.unreadable.add(item.key)
             log.error("%s is set aside: %s", item.key, error)
-        else:
-            self.unreadable.discard(item.key)
+            return False
+        self.unreadable.discard(item.key)
+        return True
 
     def _take_deletion(self, key: str) -> None:
         self.unreadable.discard(key)
-        if key.startswith(keys.HISTORY):
-            self._state.remove_history(keys.history_seq(key))
-        elif key.startswith(keys.STATE):
-            kind, record_id = keys.record_of(key)
-            self._state.remove(kind, record_id)
+        try:
+            if key.startswith(keys.HISTORY):
+                self._state.remove_history(keys.history_seq(key))
+            elif key.startswith(keys.STATE):
+                kind, record_id = keys.record_of(key)
+                self._state.remove(kind, record_id)
+        except RecordUnreadable:
+            return  # a key that a newer release wrote and now deletes: it was never taken
 
     def _audit(self, item: KeyValue) -> None:
         """Compare what the watch shows with the leader's memory, where that is not newer."""
         if not item.key.startswith(keys.STATE):
             return
-        kind, record_id = keys.record_of(item.key)
+        try:
+            kind, record_id = keys.record_of(item.key)
+        except RecordUnreadable:
+            return  # not a key of this release: it is in nobody's memory
         known = self._state.get(kind, record_id)
         if item.mod_revision > self._state.revision:
             return  # our own commit whose answer is still on its way

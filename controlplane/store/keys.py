@@ -53,7 +53,11 @@ def history_key(seq: int) -> str:
 
 
 def history_seq(key: str) -> int:
-    return int(key.removeprefix(HISTORY))
+    """Return the ``seq`` of a key below HISTORY. Raises RecordUnreadable for a foreign key."""
+    digits = key.removeprefix(HISTORY)
+    if not (digits.isascii() and digits.isdigit()):
+        raise RecordUnreadable(f"{key} is not a key of this release")
+    return int(digits)
 
 
 def replica_key(name: str) -> str:

@@ -46,7 +46,10 @@ async def run_for(
     async def two_vms() -> tuple[Sample, ...]:
         return (Sample(object="vm-1", at=clock.now_s), Sample(object="vm-2", at=clock.now_s))
 
-    node_source: NodeSource = (lambda: node(clock)) if node else (lambda: node_sample(clock))
+    async def measure() -> Sample | None:
+        return node(clock) if node else node_sample(clock)
+
+    node_source: NodeSource = measure
     vm_source: VmSource = (lambda: vms(clock)) if vms else two_vms
     sampler = Sampler(
         node_source, vm_source, outbox, sample_period_s=PERIOD_S, batch_period_s=2 * PERIOD_S
@@ -139,7 +142,7 @@ async def test_a_hanging_hypervisor_is_given_up_after_a_period() -> None:
         await hung.wait()
         return ()
 
-    def node() -> Sample | None:
+    async def node() -> Sample | None:
         rounds.append(0.0)
         return Sample(object="node-1", at=float(len(rounds)))
 

@@ -1,0 +1,117 @@
+"""The agent as a process: real ports, its own metrics, an orderly end that touches no guest."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import sys
+import uuid
+from pathlib import Path
+
+from agent.app import Agent, AgentPorts
+from agent.append_log import FileLog
+from agent.config import AgentConfig
+from agent.drivers import open_driver, remember_probe
+from agent.exporter import CONTENT_TYPE, AgentExporter
+from agent.figures import Figures
+from agent.metrics_server import MetricsServer
+from agent.node_sampler import NodeSampler
+from agent.outbox import Outbox
+from agent.sampler import Sampler
+from agent.session import NodeFacts
+from agent.session_grpc import Dialler
+from agent.telemetry import Telemetry
+from shared.addresses import host_and_port
+from shared.clock import SystemClock
+from shared.config import load_config
+from shared.errors import NovacronError
+from shared.lifetime import run_until_asked_to_stop
+from shared.log import set_up_logging
+from shared.offload import ThreadOffload
+from shared.tls import load_material
+from shared.version import VERSION
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path("/etc/novacron/agent.toml")
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="novacron-agent", description=__doc__)
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, AgentConfig, os.environ)
+        set_up_logging(config.log_level)
+        asyncio.run(serve(config))
+    except NovacronError as error:
+        sys.exit(f"novacron-agent: {error}")
+
+
+async def serve(config: AgentConfig) -> None:
+    """Serve until a signal asks to stop; guests are left as they are."""
+    tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
+    rng = random.SystemRandom()
+    node = _node_facts(config)
+    disk = ThreadOffload("fence")
+    sampling = ThreadOffload("sampling")
+    state = FileLog(config.state_dir / "fence")
+    clock = SystemClock()
+    hypervisor = open_driver(config, node.boot_id, clock, rng)
+    dialler = Dialler(tls)
+    outbox = Outbox(config.telemetry.batch_period_s)
+    agent = Agent(
+        node,
+        config.controlplane,
+        AgentPorts(hypervisor=hypervisor, log=state, offload=disk, dial=dialler.session, rng=rng),
+    )
+    sampler = Sampler(
+        NodeSampler(lambda: agent.node_id or "", sampling, clock).sample,
+        hypervisor.samples,
+        outbox,
+        sample_period_s=config.telemetry.sample_period_s,
+        batch_period_s=config.telemetry.batch_period_s,
+    )
+    telemetry = Telemetry(
+        config.controlplane, dialler.telemetry, outbox, agent.telemetry_hello, clock, rng
+    )
+    figures = Figures(agent, sampler, outbox, telemetry)
+    exporter = AgentExporter(figures.agent, figures.domains)
+    metrics = MetricsServer(exporter.render, CONTENT_TYPE)
+    await metrics.start(*host_and_port(config.metrics.listen))
+    log.info("serving", extra={"node": node.name, "boot": node.boot_id})
+    remembering = asyncio.ensure_future(remember_probe(hypervisor, config, node.boot_id))
+    try:
+        await run_until_asked_to_stop(
+            hypervisor.run(),
+            agent.run(),
+            sampler.run(),
+            telemetry.run(),
+        )
+    finally:
+        remembering.cancel()
+        await metrics.close()
+        await dialler.close()
+        await hypervisor.close()
+        state.close()
+        disk.close()
+        sampling.close()
+
+
+def _node_facts(config: AgentConfig) -> NodeFacts:
+    return NodeFacts(
+        name=config.node_name,
+        address=config.address,
+        labels=config.labels,
+        boot_id=BOOT_ID_FILE.read_text(encoding="ascii").strip(),
+        incarnation=uuid.uuid4().hex,
+        agent_version=VERSION,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The agent's configuration, ``/etc/novacron/agent.toml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+
+class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``driver`` is ``libvirt`` or ``simulated``.
+
+    ``probe_kvm``: boot a tiny guest once per boot of the node to learn whether KVM works here;
+    without it guests run under emulation.
+    """
+
+    driver: str = "libvirt"
+    uri: str = "qemu:///system"
+    artefact_dir: Path = Path("/var/lib/novacron/artefacts")
+    pools: tuple[str, ...] = ("default",)
+    console_pool: str = "novacron-console"
+    probe_kvm: bool = True
+
+
+class CapacityConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What VMs may use of this node, when that is less than the machine has."""
+
+    cpus: int | None = None
+    memory_mib: int | None = None
+
+
+class MetricsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    listen: str = "127.0.0.1:9177"
+
+
+class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The control plane's windows hold one point per five seconds."""
+
+    sample_period_s: float = 5.0
+    batch_period_s: float = 10.0
+
+
+class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``controlplane``: the agents' address of every replica; ``networks``: name to bridge."""
+
+    node_name: str
+    state_dir: Path = Path("/var/lib/novacron/agent")
+    address: str
+    controlplane: tuple[str, ...]
+    log_level: str = "info"
+    labels: dict[str, str] = {}
+    networks: dict[str, str] = {}
+    tls: TlsConfig
+    hypervisor: HypervisorConfig = HypervisorConfig()
+    capacity: CapacityConfig = CapacityConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()

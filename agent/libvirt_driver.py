@@ -1,0 +1,259 @@
+"""The hypervisor port over libvirt.
+
+Owns the order of things: which connection a call uses, which calls on a pool are kept apart, what
+is remembered of domains. It never opens a VM's file, never sets autostart, and never acts on a
+domain whose metadata does not carry exactly the generation it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Callable
+from typing import TypeVar
+
+import libvirt
+
+from agent import libvirt_domains
+from agent import libvirt_storage as storage
+from agent.domain_xml import DomainLayout, build_domain_xml
+from agent.hypervisor import (
+    DomainDefinition,
+    DomainInfo,
+    DomainListener,
+    HypervisorFacts,
+    volume_name,
+)
+from agent.libvirt_connection import LibvirtLink
+from agent.libvirt_facts import existing_networks, read_facts
+from agent.libvirt_probe import EMULATION, PROBE_NAME, probe_virtualization
+from agent.libvirt_samples import read_samples
+from agent.libvirt_settings import LibvirtSettings
+from shared.clock import Clock
+from shared.errors import ArtefactMissing, HypervisorError, HypervisorUnavailable
+from shared.model import ObservedPower, Sample
+
+T = TypeVar("T")
+
+# 200 domains take one second; a call that takes longer is held by a QEMU that hangs.
+SAMPLES_TIMEOUT_S = 2.0
+# The first call may be held by a newly hung QEMU; from then on libvirt leaves that one out.
+SAMPLES_ATTEMPTS = 2
+
+
+class LibvirtDriver:
+    """Implements ``agent.hypervisor.Hypervisor``; ``run`` must run for any call to succeed."""
+
+    def __init__(self, settings: LibvirtSettings, clock: Clock, rng: random.Random) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._listeners: list[DomainListener] = []
+        self._virtualization = settings.known_virtualization
+        self._probing = asyncio.Lock()
+        self._pool_locks = {name: asyncio.Lock() for name in settings.pool_targets()}
+        self._other_pools_lock = asyncio.Lock()
+        self._last_seen: dict[str, DomainInfo] = {}
+        self._link = LibvirtLink(
+            settings.uri,
+            rng,
+            functools.partial(storage.ensure_pools, targets=settings.pool_targets()),
+            self._notify,
+        )
+
+    async def run(self) -> None:
+        """Keep the connection to libvirtd until cancelled or closed; guests are left alone."""
+        await self._link.run()
+
+    async def close(self) -> None:
+        """End the connection, and ``run``; does nothing the second time."""
+        await self._link.close()
+
+    async def wait_connected(self) -> None:
+        """Return once libvirtd can be asked."""
+        await self._link.wait_connected()
+
+    async def facts(self) -> HypervisorFacts:
+        """Return what the node has; the first call may take 10 s, to probe KVM."""
+        virtualization = await self._find_virtualization()
+        read = functools.partial(read_facts, settings=self._settings, virtualization=virtualization)
+        return await self._link.read(read)
+
+    async def domains(self) -> tuple[DomainInfo, ...]:
+        found = await self._link.read(libvirt_domains.list_domains)
+        known = [self._recall(info) for info in found if info and info.name != PROBE_NAME]
+        self._last_seen = {info.name: info for info in known}
+        return tuple(self._settled(info) for info in known)
+
+    async def domain(self, name: str) -> DomainInfo | None:
+        def read(connection: libvirt.virConnect) -> DomainInfo | None:
+            domain = libvirt_domains.find_domain(connection, name)
+            return None if domain is None else libvirt_domains.describe(domain)
+
+        info = await self._link.read(read)
+        if info is None:
+            self._last_seen.pop(name, None)
+            return None
+        self._last_seen[name] = self._recall(info)
+        return self._settled(self._last_seen[name])
+
+    async def define(self, definition: DomainDefinition) -> None:
+        virtualization = await self._find_virtualization()
+
+        def define(connection: libvirt.virConnect) -> None:
+            layout = self._layout(connection, definition, virtualization)
+            libvirt_domains.define(
+                connection, definition.name, build_domain_xml(definition, layout)
+            )
+
+        await self._link.act(define)
+        self._last_seen.pop(definition.name, None)
+
+    async def start(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.start)
+
+    async def shutdown(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.shutdown)
+
+    async def stop(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.stop)
+
+    async def pause(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.pause)
+
+    async def resume(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.resume)
+
+    async def reboot(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.reboot)
+
+    async def reset(self, name: str, generation: int) -> None:
+        await self._act(name, generation, libvirt_domains.reset)
+
+    async def undefine(self, name: str, generation: int) -> None:
+        await self._link.act(
+            functools.partial(libvirt_domains.undefine, name=name, generation=generation)
+        )
+        # Also when there was no domain: an earlier call may have ended between the two.
+        await self.delete_volume(self._settings.console_pool, storage.console_log_name(name))
+
+    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+        await self._store(
+            pool, lambda connection: storage.ensure_volume(connection, pool, volume, size_gib)
+        )
+
+    async def delete_volume(self, pool: str, volume: str) -> None:
+        await self._store(pool, lambda connection: storage.delete_volume(connection, pool, volume))
+
+    async def volumes(self, pool: str) -> tuple[str, ...]:
+        return await self._store(pool, functools.partial(storage.list_volumes, pool=pool))
+
+    async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
+        pool = self._settings.console_pool
+        return await self._store(
+            pool,
+            lambda connection: storage.read_console_log(
+                connection, pool, name, offset, limit_bytes
+            ),
+        )
+
+    async def samples(self) -> tuple[Sample, ...]:
+        at = self._clock.now().timestamp()
+        read = functools.partial(read_samples, at=at)
+        for _ in range(SAMPLES_ATTEMPTS - 1):
+            try:
+                return await self._link.statistics(read, SAMPLES_TIMEOUT_S)
+            except HypervisorUnavailable:
+                continue
+        return await self._link.statistics(read, SAMPLES_TIMEOUT_S)
+
+    def listen(self, listener: DomainListener) -> None:
+        self._listeners.append(listener)
+
+    def _notify(self, name: str) -> None:
+        if name == PROBE_NAME:
+            return
+        for listener in self._listeners:
+            listener(name)
+
+    async def _act(self, name: str, generation: int, act: libvirt_domains.DomainAct) -> None:
+        await self._link.act(
+            functools.partial(libvirt_domains.act_on, name=name, generation=generation, act=act)
+        )
+
+    async def _store(self, pool: str, work: Callable[[libvirt.virConnect], T]) -> T:
+        """Run one call on a pool at a time: libvirt refuses to refresh a pool that is at work."""
+        async with self._pool_locks.get(pool, self._other_pools_lock):
+            return await self._link.read(work)
+
+    async def _find_virtualization(self) -> str:
+        """Return how guests run here; concurrent callers wait for one probe."""
+        if not self._settings.probe_kvm and self._virtualization is None:
+            self._virtualization = EMULATION
+        async with self._probing:
+            if self._virtualization is None:
+                self._virtualization = await self._link.act(
+                    functools.partial(probe_virtualization, settings=self._settings)
+                )
+        return self._virtualization
+
+    def _recall(self, info: DomainInfo) -> DomainInfo:
+        """Return ``info`` with what was known before libvirtd forgot why a domain ended.
+
+        A restart of libvirtd loses the reason (of domains that ended before it, not of those that
+        ended while it was away).
+        """
+        before = self._last_seen.get(info.name)
+        if info.power is not ObservedPower.UNKNOWN or before is None:
+            return info
+        if (before.uuid, before.generation) != (info.uuid, info.generation):
+            return info
+        if before.power in (ObservedPower.RUNNING, ObservedPower.PAUSED):
+            return info
+        return before
+
+    def _settled(self, info: DomainInfo) -> DomainInfo:
+        """Return ``info`` without doubt: not running, for no known reason, is STOPPED."""
+        if info.power is not ObservedPower.UNKNOWN:
+            return info
+        return DomainInfo(
+            name=info.name,
+            uuid=info.uuid,
+            vm_id=info.vm_id,
+            generation=info.generation,
+            power=ObservedPower.STOPPED,
+        )
+
+    def _layout(
+        self, connection: libvirt.virConnect, definition: DomainDefinition, virtualization: str
+    ) -> DomainLayout:
+        spec, settings = definition.spec, self._settings
+        console_dir = storage.pool_target(connection, settings.console_pool)
+        disks = tuple(
+            str(
+                storage.pool_target(connection, disk.pool)
+                / volume_name(definition.vm_id, disk.name)
+            )
+            for disk in spec.disks
+        )
+        return DomainLayout(
+            domain_type=virtualization,
+            machine=settings.machine,
+            cpu_model=settings.cpu_model,
+            kernel_path=self._artefact(spec.boot.kernel),
+            initrd_path=self._artefact(spec.boot.initrd) if spec.boot.initrd else None,
+            disk_paths=disks,
+            bridges=tuple(self._bridge(nic.network) for nic in spec.nics),
+            console_log_path=str(console_dir / storage.console_log_name(definition.name)),
+        )
+
+    def _artefact(self, name: str) -> str:
+        path = self._settings.artefact(name)
+        if not path.is_file():
+            raise ArtefactMissing(f"this node has no artefact {name!r}")
+        return str(path)
+
+    def _bridge(self, network: str) -> str:
+        if network not in existing_networks(self._settings):
+            raise HypervisorError(f"this node has no bridge for network {network!r}")
+        return self._settings.networks[network]

@@ -1,0 +1,64 @@
+"""How the agent dials replicas: one long-lived mTLS channel to each, a stream per conversation.
+
+The replica must show a certificate of this cell's CA for the address that was dialled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from agent.session import LeaderChannel
+from agent.telemetry import TelemetryChannel
+from shared.errors import Disconnected
+from shared.grpc_channel import CHANNEL_OPTIONS, GrpcChannel
+from shared.protocol import (
+    SESSION_METHOD,
+    TELEMETRY_METHOD,
+    LeaderMessage,
+    TelemetryAnswer,
+)
+from shared.tls import TlsMaterial
+
+CONNECT_TIMEOUT_S = 5.0
+# gRPC waits up to two minutes between attempts by default; a leader is back long before that.
+RECONNECT_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+class Dialler:
+    def __init__(self, tls: TlsMaterial) -> None:
+        self._credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        self._channels: dict[str, Any] = {}
+
+    async def session(self, address: str) -> LeaderChannel:
+        stream = await self._open(address, SESSION_METHOD)
+        return GrpcChannel(stream, LeaderMessage, stream.done_writing)
+
+    async def telemetry(self, address: str) -> TelemetryChannel:
+        stream = await self._open(address, TELEMETRY_METHOD)
+        return GrpcChannel(stream, TelemetryAnswer, stream.done_writing)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _open(self, address: str, method: str) -> Any:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = grpc.aio.secure_channel(
+                address, self._credentials, options=(*CHANNEL_OPTIONS, *RECONNECT_OPTIONS)
+            )
+            self._channels[address] = channel
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise Disconnected(
+                f"{address} did not accept a connection in {CONNECT_TIMEOUT_S:.0f} s"
+            ) from None
+        return channel.stream_stream(method)()

@@ -1,0 +1,157 @@
+"""One path of the API as an ASGI application: from a raw request to a handler and its answer.
+
+The order of the checks is part of the interface: method (405), token (401), permission (403), then
+what was sent (400, 413, 422), then what it is about (404, 409).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import Struct
+from msgspec.structs import replace
+from starlette.types import Receive, Scope, Send
+
+from controlplane.api.answer import EXCHANGE, Answer, Exchange, Headers, json_answer, send_answer
+from controlplane.api.auth import authenticate
+from controlplane.api.body import Reader, read_body
+from controlplane.api.problems import WrongMethod
+from controlplane.api.routes import BASE, Call, Route
+from controlplane.api.stream import EVENT_STREAM, EventStreams
+from controlplane.services.context import Context, Principal
+from controlplane.services.context import Scope as Tenancy
+from controlplane.services.requests import EventQuery
+from controlplane.services.revisions import epoch_of, parse_cluster_revision
+from controlplane.services.scope import authorize
+from controlplane.services.views import OperationView
+from controlplane.telemetry.exporter import Metrics
+from shared.errors import MalformedRequest, Unavailable
+
+# How long a read waits for a replica to see a write that the client has seen elsewhere.
+CATCH_UP_S = 2.0
+# Set by the server: cuts the connection without waiting for what is not read.
+ABORT = "novacron.abort"
+
+
+class _Sent(Struct):
+    """The headers that mean something here."""
+
+    authorization: bytes | None = None
+    accept: bytes = b""
+    content_length: bytes | None = None
+    min_revision: bytes | None = None
+    last_event_id: bytes | None = None
+
+
+_HEADERS = {
+    b"authorization": "authorization",
+    b"accept": "accept",
+    b"content-length": "content_length",
+    b"x-novacron-min-revision": "min_revision",
+    b"last-event-id": "last_event_id",
+}
+
+
+class _Prepared(Struct, frozen=True):
+    """A route with its readers."""
+
+    route: Route
+    query: Reader[Struct]
+    body: Reader[Struct]
+
+
+class Endpoint:
+    """All methods of one path."""
+
+    def __init__(
+        self,
+        path: str,
+        routes: tuple[Route, ...],
+        context: Context,
+        metrics: Metrics,
+        streams: EventStreams,
+    ) -> None:
+        self._path = path
+        self._context = context
+        self._metrics = metrics
+        self._streams = streams
+        self._methods = {
+            route.method: _Prepared(route, Reader(route.query), Reader(route.body))
+            for route in routes
+        }
+        if "GET" in self._methods:
+            self._methods["HEAD"] = self._methods["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope[EXCHANGE]
+        exchange.route = self._path
+        method: str = scope["method"]
+        prepared = self._methods.get(method)
+        if prepared is None:
+            raise WrongMethod(method, tuple(self._methods))
+        route = prepared.route
+        sent = _read_headers(scope)
+        principal = self._principal(route, sent, exchange)
+        query = prepared.query.query(scope["query_string"])
+        if sent.min_revision is not None:
+            await self._catch_up(sent.min_revision)
+        if route.follows and method == "GET" and EVENT_STREAM.encode() in sent.accept:
+            assert isinstance(query, EventQuery), "only lists of events are followed"
+            if sent.last_event_id is not None:
+                query = replace(query, since=sent.last_event_id.decode("latin-1"))
+            await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
+            return
+        raw = b""
+        if method not in ("GET", "HEAD"):
+            raw = await read_body(receive, sent.content_length)
+        body = prepared.body.body(raw)
+        call = Call(
+            self._context, self._metrics, principal, scope.get("path_params", {}), query, body
+        )
+        answer = _answer(route, await route.handler(call))
+        await send_answer(send, answer, with_body=method != "HEAD")
+
+    def _principal(self, route: Route, sent: _Sent, exchange: Exchange) -> Principal:
+        if route.permission is None:
+            return Principal("anonymous", frozenset(), Tenancy(), exchange.request_id)
+        context = self._context
+        principal = authenticate(
+            context.state, context.clock, sent.authorization, exchange.request_id
+        )
+        exchange.principal = principal.name
+        authorize(principal, route.permission)
+        return principal
+
+    async def _catch_up(self, wanted: bytes) -> None:
+        """Wait until this replica has seen what the client has.
+
+        Raises MalformedRequest, Unavailable. A revision of before a restore asks for nothing.
+        """
+        revision = parse_cluster_revision(wanted.decode("latin-1"))
+        if revision is None:
+            raise MalformedRequest("X-Novacron-Min-Revision is not a revision of this API")
+        state = self._context.state
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                while revision.epoch >= epoch_of(state) and revision.revision > state.revision:
+                    await state.changes.wait()
+        except TimeoutError:
+            raise Unavailable("this replica has not seen the revision asked for yet") from None
+
+
+def _read_headers(scope: Scope) -> _Sent:
+    sent = _Sent()
+    for name, value in scope["headers"]:
+        field = _HEADERS.get(name)
+        if field is not None:
+            setattr(sent, field, value)
+    return sent
+
+
+def _answer(route: Route, result: object) -> Answer:
+    if isinstance(result, Answer):
+        return result
+    headers: Headers = ()
+    if route.status == 202 and isinstance(result, OperationView):
+        headers = ((b"location", f"{BASE}/operations/{result.id}".encode()),)
+    return json_answer(route.status, result, headers)

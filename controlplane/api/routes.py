@@ -1,0 +1,320 @@
+"""The one table of routes: what each path takes, demands and answers.
+
+The application, the OpenAPI document and the tests are made of it. A handler hands over to a use
+case, which checks the permission again: the table's is for the document, and to refuse before a
+body is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from msgspec import Struct
+
+from controlplane.api.answer import TEXT, Answer, json_answer
+from controlplane.services import cluster, events, metrics, nodes, operations, placement, vms
+from controlplane.services.context import Context, Permission, Principal
+from controlplane.services.metrics import scrape_view
+from controlplane.services.requests import (
+    ConsoleQuery,
+    CordonOrder,
+    EventQuery,
+    NewVm,
+    NoBody,
+    NodeQuery,
+    NoQuery,
+    OperationQuery,
+    ShutdownOrder,
+    UsageQuery,
+    VmQuery,
+    WaitQuery,
+)
+from controlplane.services.views import (
+    ClusterView,
+    EventList,
+    NodeList,
+    NodeView,
+    OperationList,
+    OperationView,
+    PlacementView,
+    SeriesView,
+    UsageList,
+    VmList,
+    VmView,
+)
+from controlplane.telemetry.exporter import CONTENT_TYPE, Metrics
+from shared.states import VmAction
+
+BASE = "/api/v1"
+
+
+class Call(Struct, frozen=True):
+    """One authorized, checked request; ``path`` has the values of the template's names."""
+
+    context: Context
+    metrics: Metrics
+    principal: Principal
+    path: dict[str, str]
+    query: Any
+    body: Any
+
+
+Handler = Callable[[Call], Awaitable[object]]
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """One method of one path.
+
+    ``permission`` None: open to everyone. ``view`` is what the handler returns, to be sent as JSON
+    with ``status``; a handler of a route without one returns an Answer of type ``text``.
+    ``follows``: the same list also comes as an event stream.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    permission: Permission | None
+    summary: str
+    view: type[Struct] | None = None
+    text: str = ""
+    body: type[Struct] = NoBody
+    query: type[Struct] = NoQuery
+    status: int = 200
+    follows: bool = False
+
+
+async def _healthz(call: Call) -> Answer:
+    return json_answer(200, {"status": "ok"})
+
+
+async def _readyz(call: Call) -> Answer:
+    found = cluster.readiness(call.context)
+    return json_answer(200 if found.ready else 503, found)
+
+
+async def _scrape(call: Call) -> Answer:
+    text = await call.metrics.render(await scrape_view(call.context.state))
+    return Answer(200, CONTENT_TYPE.encode(), text)
+
+
+async def _console_log(call: Call) -> Answer:
+    log = await vms.console_log(call.context, call.principal, call.path["vm"], call.query)
+    return Answer(200, TEXT, log)
+
+
+def _vm_action(action: VmAction, summary: str) -> Route:
+    return Route(
+        method="POST",
+        path=f"{BASE}/vms/{{vm}}/actions/{action}",
+        handler=lambda c: vms.act_on_vm(c.context, c.principal, c.path["vm"], action),
+        permission=Permission.VMS_WRITE,
+        summary=summary,
+        view=OperationView,
+        status=202,
+    )
+
+
+def _cordon(*, cordoned: bool, summary: str) -> Route:
+    return Route(
+        method="POST",
+        path=f"{BASE}/nodes/{{node}}/actions/{'cordon' if cordoned else 'uncordon'}",
+        handler=lambda c: nodes.set_cordon(
+            c.context, c.principal, c.path["node"], c.body, cordoned=cordoned
+        ),
+        permission=Permission.NODES_WRITE,
+        summary=summary,
+        view=NodeView,
+        body=CordonOrder,
+    )
+
+
+# Literal paths stand before those with names; what is asked most stands first.
+ROUTES: tuple[Route, ...] = (
+    Route(
+        method="GET",
+        path=f"{BASE}/vms",
+        handler=lambda c: vms.list_vms(c.context, c.principal, c.query),
+        permission=Permission.VMS_READ,
+        summary="List VMs, oldest first",
+        view=VmList,
+        query=VmQuery,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/vms",
+        handler=lambda c: vms.create_vm(c.context, c.principal, c.body),
+        permission=Permission.VMS_WRITE,
+        summary="Create a VM",
+        view=OperationView,
+        body=NewVm,
+        status=202,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/vms/{{vm}}",
+        handler=lambda c: vms.get_vm(c.context, c.principal, c.path["vm"]),
+        permission=Permission.VMS_READ,
+        summary="Get a VM by id or name",
+        view=VmView,
+    ),
+    Route(
+        method="DELETE",
+        path=f"{BASE}/vms/{{vm}}",
+        handler=lambda c: vms.delete_vm(c.context, c.principal, c.path["vm"]),
+        permission=Permission.VMS_WRITE,
+        summary="Delete a VM and its disks",
+        view=OperationView,
+        status=202,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/vms/{{vm}}/placement",
+        handler=lambda c: placement.explain_vm(c.context, c.principal, c.path["vm"]),
+        permission=Permission.VMS_READ,
+        summary="Explain where a VM can run now, node by node",
+        view=PlacementView,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/vms/{{vm}}/metrics",
+        handler=lambda c: metrics.vm_series(c.context, c.principal, c.path["vm"]),
+        permission=Permission.METRICS_READ,
+        summary="Get the last ten minutes of a VM's figures",
+        view=SeriesView,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/vms/{{vm}}/console-log",
+        handler=_console_log,
+        permission=Permission.VMS_READ,
+        summary="Read a part of a VM's serial console log",
+        text=TEXT.decode(),
+        query=ConsoleQuery,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/vms/{{vm}}/actions/{VmAction.SHUTDOWN}",
+        handler=lambda c: vms.act_on_vm(
+            c.context, c.principal, c.path["vm"], VmAction.SHUTDOWN, c.body.deadline_s
+        ),
+        permission=Permission.VMS_WRITE,
+        summary="Ask the guest to shut down, and stop it at a deadline",
+        view=OperationView,
+        body=ShutdownOrder,
+        status=202,
+    ),
+    _vm_action(VmAction.START, "Start a stopped VM"),
+    _vm_action(VmAction.STOP, "Stop a VM at once"),
+    _vm_action(VmAction.REBOOT, "Ask the guest to reboot"),
+    _vm_action(VmAction.RESET, "Reset a VM as by its button"),
+    _vm_action(VmAction.PAUSE, "Pause a running VM"),
+    _vm_action(VmAction.RESUME, "Resume a paused VM"),
+    Route(
+        method="GET",
+        path=f"{BASE}/nodes",
+        handler=lambda c: nodes.list_nodes(c.context, c.principal, c.query),
+        permission=Permission.NODES_READ,
+        summary="List nodes, oldest first",
+        view=NodeList,
+        query=NodeQuery,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/nodes/{{node}}",
+        handler=lambda c: nodes.get_node(c.context, c.principal, c.path["node"]),
+        permission=Permission.NODES_READ,
+        summary="Get a node by id or name",
+        view=NodeView,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/nodes/{{node}}/metrics",
+        handler=lambda c: metrics.node_series(c.context, c.principal, c.path["node"]),
+        permission=Permission.METRICS_READ,
+        summary="Get the last ten minutes of a node's figures",
+        view=SeriesView,
+    ),
+    _cordon(cordoned=True, summary="Keep new VMs away from a node"),
+    _cordon(cordoned=False, summary="Let new VMs go to a node again"),
+    Route(
+        method="GET",
+        path=f"{BASE}/operations",
+        handler=lambda c: operations.list_operations(c.context, c.principal, c.query),
+        permission=Permission.OPERATIONS_READ,
+        summary="List operations, newest first",
+        view=OperationList,
+        query=OperationQuery,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/operations/{{operation}}",
+        handler=lambda c: operations.get_operation(
+            c.context, c.principal, c.path["operation"], c.query.wait
+        ),
+        permission=Permission.OPERATIONS_READ,
+        summary="Get an operation; waits for its end when asked to",
+        view=OperationView,
+        query=WaitQuery,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/events",
+        handler=lambda c: events.list_events(c.context, c.principal, c.query),
+        permission=Permission.EVENTS_READ,
+        summary="List events, oldest first, or follow them (Accept: text/event-stream)",
+        view=EventList,
+        query=EventQuery,
+        follows=True,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/placement-plans",
+        handler=lambda c: placement.plan_new_vm(c.context, c.principal, c.body),
+        permission=Permission.VMS_READ,
+        summary="Plan where a VM would go, node by node; changes nothing",
+        view=PlacementView,
+        body=NewVm,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/metrics",
+        handler=lambda c: metrics.list_usage(c.context, c.principal, c.query),
+        permission=Permission.METRICS_READ,
+        summary="List the latest figures of nodes or VMs",
+        view=UsageList,
+        query=UsageQuery,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/cluster",
+        handler=lambda c: cluster.get_cluster(c.context, c.principal),
+        permission=Permission.CLUSTER_READ,
+        summary="Get the cluster: leader, replicas, store members, counts",
+        view=ClusterView,
+    ),
+    Route(
+        method="GET",
+        path="/healthz",
+        handler=_healthz,
+        permission=None,
+        summary="Tell that the process answers",
+        text="application/json",
+    ),
+    Route(
+        method="GET",
+        path="/readyz",
+        handler=_readyz,
+        permission=None,
+        summary="Tell whether this replica can serve, need by need",
+        view=cluster.Readiness,
+    ),
+    Route(
+        method="GET",
+        path="/metrics",
+        handler=_scrape,
+        permission=Permission.METRICS_READ,
+        summary="Scrape this replica's metrics (Prometheus text format)",
+        text=CONTENT_TYPE,
+    ),
+)

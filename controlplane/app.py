@@ -1,0 +1,165 @@
+"""One replica, wired: everything that a replica is except its network servers.
+
+``controlplane/__main__.py`` hands in the real ports, the simulation its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from msgspec import Struct
+
+from controlplane.election import Election, ElectionSettings
+from controlplane.leader import Founding, Leader, LeaderParts
+from controlplane.reconcilers import loop
+from controlplane.reconcilers.history import CopyHistory
+from controlplane.reconcilers.placement import Planned
+from controlplane.scheduler.request import SchedulerSettings
+from controlplane.services.context import Context, Leadership
+from controlplane.sessions.hub import Hub, HubSettings
+from controlplane.sessions.telemetry import TelemetryServer
+from controlplane.state import ClusterState
+from controlplane.store.history import History
+from controlplane.store.informer import Informer
+from controlplane.store.port import Store
+from controlplane.telemetry.windows import Windows
+from shared.clock import Clock
+from shared.codec import pack
+from shared.errors import NovacronError
+from shared.ids import IdSource
+from shared.model import LeaderKey, Replica
+from shared.offload import Offload
+
+log = logging.getLogger(__name__)
+
+# A replica's own registration is for people; it may be a while behind its process.
+REGISTRATION_TTL_S = 15
+REGISTRATION_PERIOD_S = 5.0
+
+
+class ReplicaSettings(Struct, frozen=True, kw_only=True):
+    """Who a replica is, and its times; ``incarnation`` is new for each process."""
+
+    name: str
+    incarnation: str
+    url: str
+    agent_address: str
+    version: str
+    election: ElectionSettings = ElectionSettings()
+    sessions: HubSettings = HubSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+
+
+class Ports(Struct, frozen=True):
+    """What a replica is given of the world. ``planned`` is told of every placement decision."""
+
+    store: Store
+    history: History
+    clock: Clock
+    rng: random.Random
+    founding: Founding
+    offload: Offload
+    windows: Windows
+    planned: Planned
+
+
+class ControlPlane:
+    def __init__(self, settings: ReplicaSettings, ports: Ports) -> None:
+        self._settings = settings
+        self._ports = ports
+        self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
+        self.state = ClusterState()
+        self.informer = Informer(ports.store, self.state)
+        self.windows = ports.windows
+        self.telemetry = TelemetryServer(self.state, self.windows)
+        self._copy = CopyHistory(self.state, ports.history)
+        self._me = LeaderKey(
+            replica=settings.name, incarnation=settings.incarnation, url=settings.url
+        )
+        self._registration = Replica(
+            name=settings.name,
+            incarnation=settings.incarnation,
+            url=settings.url,
+            agent_address=settings.agent_address,
+            version=settings.version,
+            started_at=ports.clock.now(),
+        )
+        self._election = Election(ports.store, self._me, settings.election, ports.clock, ports.rng)
+        self.leader = Leader(
+            LeaderParts(
+                store=ports.store,
+                state=self.state,
+                informer=self.informer,
+                copy=self._copy,
+                ids=self._ids,
+                clock=ports.clock,
+                founding=ports.founding,
+                hub_settings=settings.sessions,
+                scheduler=settings.scheduler,
+                planned=ports.planned,
+            )
+        )
+
+    async def run(self) -> None:
+        """Follow, copy history, stand for election: until cancelled."""
+        ready = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.informer.run(ready.set))
+            await ready.wait()
+            tasks.create_task(loop.run(self._copy, self.state.changes))
+            tasks.create_task(self._election.run(self.leader.lead))
+            tasks.create_task(self._stay_registered())
+
+    def hub(self) -> Hub | None:
+        """Return the sessions of the present term, if this replica leads."""
+        return self.leader.hub
+
+    def leader_address(self) -> str | None:
+        """Return where agents find the leader, as far as this replica knows."""
+        leader = self._election.leader
+        replica = None if leader is None else self.informer.replicas.get(leader.replica)
+        return None if replica is None else replica.agent_address
+
+    def leadership(self) -> Leadership:
+        leader = self._election.leader
+        if leader is None:
+            return Leadership()
+        term = self.leader.term
+        return Leadership(leader.replica, leader.url, "" if term is None else str(term))
+
+    def replicas(self) -> tuple[Replica, ...]:
+        return tuple(replica for _, replica in sorted(self.informer.replicas.items()))
+
+    def context(self) -> Context:
+        """Return what the services work with."""
+        return Context(
+            state=self.state,
+            submit=self.leader.submit,
+            ask=self.leader.ask,
+            history=self._ports.history,
+            windows=self.windows,
+            store=self._ports.store,
+            clock=self._ports.clock,
+            scheduler=self._settings.scheduler,
+            leadership=self.leadership,
+            replicas=self.replicas,
+            offload=self._ports.offload,
+            version=self._settings.version,
+        )
+
+    async def _stay_registered(self) -> None:
+        """Keep this replica's own record under a lease; write it anew when the lease is gone."""
+        lease = 0
+        while True:
+            try:
+                if lease == 0 or await self._ports.store.renew_lease(lease) <= 0:
+                    lease = await self._ports.store.grant_lease(REGISTRATION_TTL_S)
+                    await self._ports.store.register_replica(
+                        self._settings.name, pack(self._registration), lease
+                    )
+            except NovacronError as error:
+                log.warning("the replica is not registered: %s", error)
+                lease = 0
+            await asyncio.sleep(REGISTRATION_PERIOD_S)

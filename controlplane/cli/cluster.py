@@ -1,0 +1,106 @@
+"""`novacron cluster`: the control plane and its store."""
+
+from __future__ import annotations
+
+import click
+
+from controlplane.cli import output as out
+from controlplane.cli.client import BASE, Answer
+from controlplane.cli.invocation import (
+    Invocation,
+    output_option,
+    pass_invocation,
+    watch_options,
+)
+from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.views import ClusterView
+from controlplane.cli.watching import show
+
+
+@click.group()
+def cluster() -> None:
+    """The control plane itself."""
+
+
+@cluster.command()
+@output_option
+@watch_options
+@pass_invocation
+def status(invocation: Invocation, form: str | None, watch: bool, interval: float) -> None:
+    """Show who leads, which replicas there are, and how many nodes and VMs."""
+    output = invocation.output(form)
+
+    def view() -> None:
+        answer = _fetch(invocation)
+        if not _shown_otherwise(output, answer):
+            output.description(_status_fields(answer.decode(ClusterView)))
+
+    show(invocation.terminal, view, watch=watch, interval_s=interval)
+
+
+@cluster.command()
+@output_option
+@watch_options
+@pass_invocation
+def members(invocation: Invocation, form: str | None, watch: bool, interval: float) -> None:
+    """List the members of the store."""
+    output = invocation.output(form)
+
+    def view() -> None:
+        answer = _fetch(invocation)
+        seen = answer.decode(ClusterView)
+        if output.form is Format.NAME:
+            output.names([member.endpoint for member in seen.members])
+        elif not _shown_otherwise(output, answer):
+            output.table(_member_table(seen))
+
+    show(invocation.terminal, view, watch=watch, interval_s=interval)
+
+
+def _fetch(invocation: Invocation) -> Answer:
+    return invocation.client.get(f"{BASE}/cluster")
+
+
+def _shown_otherwise(output: Output, answer: Answer) -> bool:
+    if output.form is Format.JSON:
+        output.json(answer.body)
+    elif output.form is Format.NAME:
+        output.names([answer.decode(ClusterView).id])
+    return output.form is not Format.TABLE
+
+
+def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
+    leader = "nobody leads"
+    if seen.leader is not None and seen.leader.replica:
+        leader = f"{seen.leader.replica} ({seen.leader.url}), term {seen.leader.term}"
+    replicas = [f"{r.name} ({r.url}), version {r.version}" for r in seen.replicas]
+    reachable = sum(member.reachable for member in seen.members)
+    alarms = [f"{m.endpoint}: {alarm}" for m in seen.members for alarm in m.alarms]
+    nodes = ", ".join(f"{count} {state}" for state, count in seen.nodes.items() if count)
+    return [
+        ("Cluster", seen.id),
+        ("Cell", seen.cell),
+        ("Version", f"{seen.version}, schema level {seen.schema_level}, epoch {seen.epoch}"),
+        ("Leader", leader),
+        ("Replicas", "\n".join(replicas) or out.NOTHING),
+        ("Members", f"{reachable} of {len(seen.members)} reachable"),
+        ("Alarms", "\n".join(alarms) or "none"),
+        ("Nodes", nodes or "none"),
+        ("VMs", str(seen.vms)),
+    ]
+
+
+def _member_table(seen: ClusterView) -> Table:
+    rows = tuple(
+        (
+            each.endpoint,
+            "yes" if each.reachable else "no",
+            "leader" if each.is_leader else "follower" if each.reachable else out.NOTHING,
+            each.version or out.NOTHING,
+            out.size(each.db_size_bytes) if each.reachable else out.NOTHING,
+            ", ".join(each.alarms) or out.NOTHING,
+        )
+        for each in seen.members
+    )
+    columns = ("ENDPOINT", "REACHABLE", "ROLE", "VERSION", "SIZE", "ALARMS")
+    return Table(columns, rows, states=("REACHABLE",))

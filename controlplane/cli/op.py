@@ -1,0 +1,167 @@
+"""`novacron op`: operations, and waiting for them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from controlplane.cli import output as out
+from controlplane.cli.client import Query, path_of
+from controlplane.cli.invocation import (
+    Duration,
+    Invocation,
+    output_option,
+    pass_invocation,
+    watch_options,
+)
+from controlplane.cli.listing import show_list
+from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.views import OperationView
+from controlplane.cli.wait import Waiting, run_operations
+from controlplane.cli.watching import show
+
+# History holds a month of them; a person reads the newest.
+DEFAULT_LIMIT = 50
+
+
+@click.group()
+def op() -> None:
+    """Operations: what was accepted, and how it goes."""
+
+
+@op.command("ls")
+@click.option("--state", help="Only in this state, such as running.")
+@click.option("--target", metavar="VM", help="Only on this VM.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=DEFAULT_LIMIT,
+    show_default=True,
+    help="At most this many, the newest.",
+)
+@output_option
+@watch_options
+@pass_invocation
+def list_operations(
+    invocation: Invocation,
+    state: str | None,
+    target: str | None,
+    limit: int,
+    form: str | None,
+    watch: bool,
+    interval: float,
+) -> None:
+    """List operations, newest first."""
+    output = invocation.output(form)
+    given = (("state", state), ("target", target))
+    query: Query = tuple((key, value) for key, value in given if value is not None)
+    show(
+        invocation.terminal,
+        lambda: show_list(
+            invocation,
+            output,
+            "operations",
+            query,
+            OperationView,
+            lambda operations: _operation_table(invocation, operations),
+            at_most=limit,
+        ),
+        watch=watch,
+        interval_s=interval,
+    )
+
+
+@op.command("show")
+@click.argument("operation_id", metavar="OPERATION")
+@output_option
+@watch_options
+@pass_invocation
+def show_operation(
+    invocation: Invocation, operation_id: str, form: str | None, watch: bool, interval: float
+) -> None:
+    """Show one operation."""
+    output = invocation.output(form)
+    show(
+        invocation.terminal,
+        lambda: _show_operation(invocation, output, operation_id),
+        watch=watch,
+        interval_s=interval,
+    )
+
+
+@op.command("wait")
+@click.argument("operation_ids", metavar="OPERATION...", nargs=-1, required=True)
+@click.option("--timeout", type=Duration(), help="Stop waiting after this long.")
+@output_option
+@pass_invocation
+def wait_for_operations(
+    invocation: Invocation,
+    operation_ids: tuple[str, ...],
+    timeout: float | None,
+    form: str | None,
+) -> None:
+    """Wait until operations have ended; fails when one failed."""
+    output = invocation.output(form)
+
+    def done(operation_id: str, operation: OperationView) -> None:
+        named = output.form is Format.NAME
+        output.line(operation_id if named else f"{operation_id} {operation.state}")
+
+    run_operations(
+        invocation,
+        output,
+        tuple(dict.fromkeys(operation_ids)),
+        lambda operation_id: invocation.client.get(path_of("operations", operation_id)),
+        done,
+        Waiting.begin(invocation.terminal, no_wait=False, timeout=timeout),
+    )
+
+
+def _operation_table(invocation: Invocation, operations: Sequence[OperationView]) -> Table:
+    now = invocation.terminal.now()
+    rows = tuple(
+        (
+            each.id,
+            each.kind,
+            each.target,
+            each.state,
+            each.phase or out.NOTHING,
+            out.age(each.created_at, now),
+        )
+        for each in operations
+    )
+    return Table(("ID", "KIND", "TARGET", "STATE", "PHASE", "AGE"), rows)
+
+
+def _show_operation(invocation: Invocation, output: Output, operation_id: str) -> None:
+    answer = invocation.client.get(path_of("operations", operation_id))
+    seen = answer.decode(OperationView)
+    if output.form is Format.JSON:
+        output.json(answer.body)
+    elif output.form is Format.NAME:
+        output.names([seen.id])
+    else:
+        output.description(_operation_fields(seen))
+
+
+def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
+    steps = "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in seen.steps)
+    error = seen.error
+    told = out.NOTHING
+    if error is not None:
+        faults = [f"{e.pointer or '/'}: {e.message}" for e in error.errors]
+        told = "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
+    return [
+        ("Id", seen.id),
+        ("Kind", seen.kind),
+        ("Target", seen.target),
+        ("State", seen.state),
+        ("Phase", seen.phase or out.NOTHING),
+        ("Steps", steps or out.NOTHING),
+        ("Error", told),
+        ("By", seen.by or out.NOTHING),
+        ("Created", out.stamp(seen.created_at)),
+        ("Changed", out.stamp(seen.updated_at)),
+        ("Deadline", out.stamp(seen.deadline_at)),
+    ]

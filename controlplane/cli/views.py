@@ -1,0 +1,280 @@
+"""The API's objects as the CLI reads them: only fields that it shows, each with a default.
+
+Lenient on purpose, unlike the records of ``shared.model``: a CLI must show what an older or newer
+control plane answers, so that unknown fields are ignored and missing ones are empty. ``-o json``
+never goes through these; it prints what the API sent.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+Item = TypeVar("Item")
+
+
+class FieldErrorView(Struct, frozen=True):
+    pointer: str = ""
+    code: str = ""
+    message: str = ""
+
+
+class ProblemView(Struct, frozen=True):
+    title: str = ""
+    status: int = 0
+    code: str = ""
+    detail: str = ""
+    request_id: str = ""
+    retryable: bool = False
+    errors: tuple[FieldErrorView, ...] = ()
+
+
+class Page(Struct, Generic[Item], frozen=True):
+    """One page of a list; ``Page[msgspec.Raw]`` keeps the items as they were sent."""
+
+    items: tuple[Item, ...]
+    next_cursor: str | None = None
+    revision: str = ""
+
+
+class Listing(Struct, frozen=True):
+    """A whole list as it is printed by ``-o json``."""
+
+    items: tuple[msgspec.Raw, ...]
+    revision: str
+
+
+class Reference(Struct, frozen=True):
+    """What every object has."""
+
+    id: str
+    name: str = ""
+
+
+class BootView(Struct, frozen=True):
+    kernel: str = ""
+    initrd: str | None = None
+    cmdline: str = ""
+
+
+class DiskView(Struct, frozen=True):
+    name: str = ""
+    size_gib: int = 0
+    pool: str = ""
+
+
+class NicView(Struct, frozen=True):
+    network: str = ""
+    mac: str | None = None
+
+
+class GroupRuleView(Struct, frozen=True):
+    group: str = ""
+    topology: str = "node"
+    hard: bool = True
+
+
+class PlacementView(Struct, frozen=True):
+    node_labels: dict[str, str] = {}
+    affinity: tuple[GroupRuleView, ...] = ()
+    anti_affinity: tuple[GroupRuleView, ...] = ()
+
+
+class VmSpecView(Struct, frozen=True):
+    vcpus: int = 0
+    memory_mib: int = 0
+    power: str = ""
+    boot: BootView = BootView()
+    disks: tuple[DiskView, ...] = ()
+    nics: tuple[NicView, ...] = ()
+    placement: PlacementView = PlacementView()
+
+
+class ConditionView(Struct, frozen=True):
+    type: str = ""
+    status: bool = False
+    reason: str = ""
+    message: str = ""
+    since: datetime | None = None
+
+
+class VmStatusView(Struct, frozen=True):
+    phase: str = "Unknown"
+    node: str | None = None
+    node_name: str | None = None
+    generation: int = 0
+    addresses: tuple[str, ...] = ()
+    conditions: tuple[ConditionView, ...] = ()
+    fault: ProblemView | None = None
+
+    @property
+    def where(self) -> str:
+        """The node's name, its id when it has none any more, or nothing."""
+        return self.node_name or self.node or ""
+
+
+class VmView(Struct, frozen=True):
+    id: str
+    name: str = ""
+    tenant: str = ""
+    labels: dict[str, str] = {}
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    spec: VmSpecView = VmSpecView()
+    status: VmStatusView = VmStatusView()
+
+
+class PoolView(Struct, frozen=True):
+    name: str = ""
+    capacity_gib: float = 0.0
+    free_gib: float = 0.0
+
+
+class CpuView(Struct, frozen=True):
+    model: str = ""
+
+
+class InventoryView(Struct, frozen=True):
+    cpus: int = 0
+    memory_mib: int = 0
+    cpu: CpuView = CpuView()
+    pools: tuple[PoolView, ...] = ()
+    networks: tuple[str, ...] = ()
+    artefacts: tuple[str, ...] = ()
+    virtualization: str = ""
+    versions: dict[str, Any] = {}
+
+
+class AllocatedView(Struct, frozen=True):
+    vcpus: float = 0
+    memory_mib: int = 0
+    vms: int = 0
+
+
+class NodeView(Struct, frozen=True):
+    id: str
+    name: str = ""
+    labels: dict[str, str] = {}
+    created_at: datetime | None = None
+    state: str = "unknown"
+    state_since: datetime | None = None
+    cordoned: bool = False
+    cordon_reason: str = ""
+    address: str = ""
+    boot_id: str = ""
+    inventory: InventoryView | None = None
+    allocated: AllocatedView = AllocatedView()
+
+
+class StepView(Struct, frozen=True):
+    name: str = ""
+    state: str = ""
+    at: datetime | None = None
+
+
+class ProgressView(Struct, frozen=True):
+    percent: float | None = None
+    eta_s: float | None = None
+
+
+class OperationView(Struct, frozen=True):
+    id: str
+    kind: str = ""
+    target: str = ""
+    state: str = "unknown"
+    phase: str = ""
+    steps: tuple[StepView, ...] = ()
+    progress: ProgressView | None = None
+    error: ProblemView | None = None
+    by: str = ""
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    deadline_at: datetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in {"succeeded", "failed", "cancelled"}
+
+
+class EventView(Struct, frozen=True):
+    id: str
+    kind: str = ""
+    object: str = ""
+    at: datetime | None = None
+    by: str = ""
+    data: dict[str, Any] = {}
+
+
+class ReasonView(Struct, frozen=True):
+    code: str = ""
+    message: str = ""
+
+
+class CandidateView(Struct, frozen=True):
+    node: str = ""
+    node_name: str = ""
+    fits: bool = False
+    score: float | None = None
+    reasons: tuple[ReasonView, ...] = ()
+    scores: dict[str, float] = {}
+
+
+class PlanView(Struct, frozen=True):
+    node: str | None = None
+    node_name: str | None = None
+    candidates: tuple[CandidateView, ...] = ()
+    refusals: dict[str, int] = {}
+
+
+class LeaderView(Struct, frozen=True):
+    replica: str = ""
+    url: str = ""
+    term: Any = None
+
+
+class ReplicaView(Struct, frozen=True):
+    name: str = ""
+    url: str = ""
+    version: str = ""
+
+
+class MemberView(Struct, frozen=True):
+    endpoint: str = ""
+    reachable: bool = False
+    version: str = ""
+    is_leader: bool = False
+    db_size_bytes: int = 0
+    alarms: tuple[str, ...] = ()
+
+
+class ClusterView(Struct, frozen=True):
+    id: str
+    cell: str = ""
+    epoch: int = 0
+    version: str = ""
+    schema_level: int = 0
+    leader: LeaderView | None = None
+    replicas: tuple[ReplicaView, ...] = ()
+    members: tuple[MemberView, ...] = ()
+    nodes: dict[str, int] = {}
+    vms: int = 0
+
+
+class FiguresView(Struct, frozen=True):
+    """Figures of one object: percent, bytes, bytes per second; None where nothing is known yet."""
+
+    cpu_percent: float | None = None
+    memory_bytes: float | None = None
+    disk_read_bytes_per_s: float | None = None
+    disk_write_bytes_per_s: float | None = None
+    network_receive_bytes_per_s: float | None = None
+    network_transmit_bytes_per_s: float | None = None
+
+
+class UsageView(Struct, frozen=True):
+    object: str = ""
+    name: str = ""
+    latest: FiguresView | None = None

@@ -1,0 +1,131 @@
+"""`novacron vm start|stop|…|rm`: changes of VMs that exist, one or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from controlplane.cli.client import Answer, path_of
+from controlplane.cli.invocation import (
+    Duration,
+    Invocation,
+    confirm,
+    output_option,
+    pass_invocation,
+    wait_options,
+)
+from controlplane.cli.output import Format
+from controlplane.cli.views import OperationView
+from controlplane.cli.wait import Waiting, run_operations
+
+DEFAULT_SHUTDOWN_DEADLINE_S = 60.0
+
+# action: (one line of help, what is said when it is done)
+_PLAIN_ACTIONS = {
+    "start": ("Start stopped VMs.", "started"),
+    "stop": ("Switch VMs off at once, without telling the guest.", "stopped"),
+    "reboot": ("Ask the guests to reboot.", "rebooted"),
+    "reset": ("Reset VMs at once, without telling the guest.", "reset"),
+    "pause": ("Freeze VMs where they are.", "paused"),
+    "resume": ("Let paused VMs go on.", "resumed"),
+}
+
+
+def _action_command(name: str, line: str, past: str) -> click.Command:
+    @click.command(name, help=line)
+    @click.argument("vms", metavar="VM...", nargs=-1, required=True)
+    @output_option
+    @wait_options
+    @pass_invocation
+    def command(
+        invocation: Invocation,
+        vms: tuple[str, ...],
+        form: str | None,
+        no_wait: bool,
+        timeout: float | None,
+    ) -> None:
+        def submit(vm: str) -> Answer:
+            return invocation.client.post(path_of("vms", vm, "actions", name))
+
+        _change(invocation, vms, form, submit, past, no_wait, timeout)
+
+    return command
+
+
+@click.command()
+@click.argument("vms", metavar="VM...", nargs=-1, required=True)
+@click.option(
+    "--deadline",
+    type=Duration(),
+    default=DEFAULT_SHUTDOWN_DEADLINE_S,
+    show_default="60s",
+    help="After this long without effect the VM is stopped.",
+)
+@output_option
+@wait_options
+@pass_invocation
+def shutdown(
+    invocation: Invocation,
+    vms: tuple[str, ...],
+    deadline: float,
+    form: str | None,
+    no_wait: bool,
+    timeout: float | None,
+) -> None:
+    """Ask the guests to power off; stop those that do not."""
+
+    def submit(vm: str) -> Answer:
+        path = path_of("vms", vm, "actions", "shutdown")
+        return invocation.client.post(path, {"deadline_s": deadline})
+
+    _change(invocation, vms, form, submit, "shut down", no_wait, timeout)
+
+
+@click.command("rm")
+@click.argument("vms", metavar="VM...", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_option
+@wait_options
+@pass_invocation
+def remove(
+    invocation: Invocation,
+    vms: tuple[str, ...],
+    yes: bool,
+    form: str | None,
+    no_wait: bool,
+    timeout: float | None,
+) -> None:
+    """Delete VMs and their disks."""
+    confirm(invocation, f"Delete {', '.join(vms)} with all disks?", yes=yes)
+
+    def submit(vm: str) -> Answer:
+        return invocation.client.delete(path_of("vms", vm))
+
+    _change(invocation, vms, form, submit, "deleted", no_wait, timeout)
+
+
+ACTIONS: tuple[click.Command, ...] = (
+    *(_action_command(name, line, past) for name, (line, past) in _PLAIN_ACTIONS.items()),
+    shutdown,
+)
+
+
+def _change(
+    invocation: Invocation,
+    vms: tuple[str, ...],
+    form: str | None,
+    submit: Callable[[str], Answer],
+    past: str,
+    no_wait: bool,
+    timeout: float | None,
+) -> None:
+    output = invocation.output(form)
+    waiting = Waiting.begin(invocation.terminal, no_wait=no_wait, timeout=timeout)
+
+    def done(vm: str, operation: OperationView) -> None:
+        output.line(vm if output.form is Format.NAME else f"{vm} {past}")
+
+    # A name given twice is one VM: the second request could only be refused.
+    names = tuple(dict.fromkeys(vms))
+    run_operations(invocation, output, names, submit, done, waiting)

@@ -1,0 +1,249 @@
+"""Waiting for operations: progress on stderr, and a way back when the waiting ends early.
+
+An operation belongs to the control plane, not to whoever waits for it: Ctrl-C, a timeout or a lost
+connection ends the waiting only, and says how to take it up again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from controlplane.cli.client import Answer, path_of
+from controlplane.cli.errors import (
+    ApiProblem,
+    CliError,
+    Detached,
+    Exit,
+    OperationFailed,
+    Several,
+    Unreachable,
+    WaitTimedOut,
+)
+from controlplane.cli.invocation import Invocation
+from controlplane.cli.output import Format, Output, printable
+from controlplane.cli.terminal import Terminal
+from controlplane.cli.views import OperationView, ProblemView
+
+# One long poll: short enough for a person to see phases pass, long enough to be no load.
+POLL_S = 2
+# Elections and restarts of a replica pass within this; an answer may be missing that long.
+PATIENCE_S = 60.0
+# Looks at an operation are at least this far apart, also when an answer is not held back.
+LOOK_PERIOD_S = 0.5
+# A placement that takes longer than this waits for room.
+PLACING_S = 3.0
+
+Done = Callable[[str, OperationView], None]
+
+
+class Waiting(Struct, frozen=True):
+    """How a command waits: ``until_s`` is on the terminal's monotonic clock."""
+
+    wait: bool
+    until_s: float | None
+
+    @classmethod
+    def begin(cls, terminal: Terminal, *, no_wait: bool, timeout: float | None) -> Waiting:
+        return cls(not no_wait, None if timeout is None else terminal.monotonic_s() + timeout)
+
+
+class Started(Struct, frozen=True):
+    """An operation that was accepted; ``name`` is what the user called its target."""
+
+    name: str
+    answer: Answer
+    operation: OperationView
+
+
+def run_operations(
+    invocation: Invocation,
+    output: Output,
+    names: Sequence[str],
+    submit: Callable[[str], Answer],
+    done: Done,
+    waiting: Waiting,
+) -> None:
+    """Submit one operation for each name, wait for all, and print what became of them.
+
+    ``done`` prints the sentence for one that succeeded, in the formats for people. Raises the
+    error of a single target as it is, and ``Several`` when there were more.
+    """
+    failures: list[tuple[str, CliError]] = []
+    started: list[Started] = []
+    for name in names:
+        try:
+            answer = submit(name)
+            started.append(Started(name, answer, answer.decode(OperationView)))
+        except CliError as error:
+            failures.append((name, error))
+    if waiting.wait:
+        bodies = _await_all(invocation, output, started, done, waiting, failures)
+    else:
+        bodies = [each.answer.body for each in started]
+        if output.form is not Format.JSON:
+            output.names([each.operation.id for each in started])
+    if output.form is Format.JSON:
+        _print_json(output, bodies, single=len(names) == 1)
+    if failures:
+        raise failures[0][1] if len(names) == 1 else Several(failures, len(names))
+
+
+def await_operation(invocation: Invocation, started: Started, until_s: float | None) -> Answer:
+    """Wait until one operation has ended and return its last state, whatever that is.
+
+    Raises WaitTimedOut, Detached, Unreachable, ApiProblem.
+    """
+    progress = _Progress(invocation.terminal, started)
+    try:
+        return _until_ended(invocation, started, until_s, progress)
+    except KeyboardInterrupt:
+        operation_id = started.operation.id
+        raise Detached(f"detached; {_title(started)} goes on", resume(operation_id)) from None
+    finally:
+        progress.close()
+
+
+def check_succeeded(name: str, operation: OperationView) -> None:
+    """Raise OperationFailed unless the operation succeeded."""
+    if operation.state == "succeeded":
+        return
+    problem = operation.error or ProblemView(title=f"the operation was {operation.state}")
+    raise OperationFailed(problem, f"{operation.kind} of {name}")
+
+
+def resume(*operation_ids: str) -> str:
+    return f"novacron op wait {' '.join(operation_ids)}"
+
+
+def _await_all(
+    invocation: Invocation,
+    output: Output,
+    started: Sequence[Started],
+    done: Done,
+    waiting: Waiting,
+    failures: list[tuple[str, CliError]],
+) -> list[bytes]:
+    bodies = []
+    for index, each in enumerate(started):
+        try:
+            answer = await_operation(invocation, each, waiting.until_s)
+            bodies.append(answer.body)
+            operation = answer.decode(OperationView)
+            check_succeeded(each.name, operation)
+            if output.form is not Format.JSON:
+                done(each.name, operation)
+        except Detached as error:
+            rest = [later.operation.id for later in started[index:]]
+            raise Detached(str(error), resume(*rest)) from None
+        except CliError as error:
+            failures.append((each.name, error))
+    return bodies
+
+
+def _until_ended(
+    invocation: Invocation, started: Started, until_s: float | None, progress: _Progress
+) -> Answer:
+    terminal = invocation.terminal
+    answer, heard_at_s = started.answer, terminal.monotonic_s()
+    while True:
+        operation = answer.decode(OperationView)
+        progress.show(operation)
+        if operation.ended:
+            return answer
+        now_s = terminal.monotonic_s()
+        if until_s is not None and now_s >= until_s:
+            raise WaitTimedOut(
+                f"{_title(started)} has not ended in time; it goes on", resume(operation.id)
+            )
+        if now_s > heard_at_s + PATIENCE_S:
+            raise Unreachable(
+                f"nobody has answered for {now_s - heard_at_s:.0f} s; {_title(started)} goes on",
+                resume(operation.id),
+            )
+        fresh = _look(invocation, operation.id, until_s, now_s)
+        if fresh is not None:
+            answer, heard_at_s = fresh, terminal.monotonic_s()
+
+
+def _look(
+    invocation: Invocation, operation_id: str, until_s: float | None, now_s: float
+) -> Answer | None:
+    """Ask once, and let the API hold the answer back; None while nobody can answer."""
+    left_s = math.inf if until_s is None else until_s - now_s
+    wait_s = POLL_S if left_s >= POLL_S else max(1, math.ceil(left_s))
+    path, query = path_of("operations", operation_id), (("wait", wait_s),)
+    answer: Answer | None = None
+    try:
+        answer = invocation.client.get(path, query, wait_s)
+    except (Unreachable, ApiProblem) as error:
+        if error.exit_with() is not Exit.UNREACHABLE:
+            raise
+    hurried = invocation.terminal.monotonic_s() - now_s < LOOK_PERIOD_S
+    if hurried and (answer is None or not answer.decode(OperationView).ended):
+        invocation.terminal.sleep(LOOK_PERIOD_S)
+    return answer
+
+
+def _print_json(output: Output, bodies: Sequence[bytes], *, single: bool) -> None:
+    if not single:
+        items = [msgspec.Raw(body) for body in bodies]
+        output.json(msgspec.json.encode({"items": items}))
+    elif bodies:
+        output.json(bodies[0])
+
+
+def _title(started: Started) -> str:
+    return f"{started.operation.kind} of {started.name} ({started.operation.id})"
+
+
+class _Progress:
+    """One line that is rewritten on a terminal; elsewhere a line for each new phase."""
+
+    def __init__(self, terminal: Terminal, started: Started) -> None:
+        self._terminal = terminal
+        self._head = f"{started.operation.kind} {started.name}"
+        self._name = started.name
+        self._began_s = terminal.monotonic_s()
+        self._told: set[str] = set()
+
+    def show(self, operation: OperationView) -> None:
+        elapsed_s = self._terminal.monotonic_s() - self._began_s
+        text = f"{self._head}: {_describe(operation)}"
+        if self._terminal.stderr_is_tty:
+            self._terminal.status(f"{text}  {elapsed_s:.0f}s")
+        elif not operation.ended:
+            self._tell_once(text)
+        if operation.phase in {"place", "pending"} and elapsed_s >= PLACING_S:
+            self._tell_once(
+                f"{self._name} waits for a node that can run it: novacron vm explain {self._name}"
+            )
+
+    def close(self) -> None:
+        if self._terminal.stderr_is_tty:
+            self._terminal.status("")
+
+    def _tell_once(self, text: str) -> None:
+        if text in self._told:
+            return
+        self._told.add(text)
+        if self._terminal.stderr_is_tty:
+            self._terminal.status("")
+        self._terminal.tell(text)
+
+
+def _describe(operation: OperationView) -> str:
+    words = [operation.state]
+    if operation.phase and not operation.ended:
+        done = sum(step.state == "done" for step in operation.steps)
+        steps = f" ({done}/{len(operation.steps)})" if operation.steps else ""
+        words.append(printable(operation.phase) + steps)
+    progress = operation.progress
+    if progress is not None and progress.percent is not None:
+        words.append(f"{progress.percent:.0f}%")
+    if progress is not None and progress.eta_s is not None:
+        words.append(f"about {progress.eta_s:.0f}s left")
+    return ", ".join(words)

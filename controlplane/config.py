@@ -1,0 +1,57 @@
+"""The control plane's configuration, ``/etc/novacron/controlplane.toml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+from controlplane.election import ElectionSettings
+from controlplane.scheduler.request import SchedulerSettings
+from controlplane.sessions.hub import HubSettings
+
+
+class ApiConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``advertise`` is the URL that clients and other replicas use."""
+
+    listen: str = "0.0.0.0:8443"
+    advertise: str
+
+
+class AgentsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    listen: str = "0.0.0.0:8444"
+    advertise: str
+
+
+class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+class EtcdConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Without ``tls`` etcd is spoken to in the clear: for loopback only."""
+
+    endpoints: tuple[str, ...]
+    tls: TlsConfig | None = None
+
+
+class BootstrapConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``novacron init`` made; read at every start, used while the cluster is new."""
+
+    cluster_file: Path
+    admin_key_file: Path
+
+
+class ControlPlaneConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    data_dir: Path = Path("/var/lib/novacron/controlplane")
+    log_level: str = "info"
+    api: ApiConfig
+    agents: AgentsConfig
+    tls: TlsConfig
+    etcd: EtcdConfig
+    bootstrap: BootstrapConfig
+    election: ElectionSettings = ElectionSettings()
+    sessions: HubSettings = HubSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()

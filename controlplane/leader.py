@@ -1,0 +1,149 @@
+"""One term, from takeover to its end: the applier, the sessions and the reconcilers.
+
+On takeover all state is listed at a revision not older than the term; from then on the leader's
+own commits are what advances it. When the term ends, everything here ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from msgspec import Struct
+
+from controlplane.commands.cluster import MakeCluster
+from controlplane.commands.draft import Author, Command
+from controlplane.election import Reign
+from controlplane.reconcilers import loop
+from controlplane.reconcilers.boots import EndLostAttempts
+from controlplane.reconcilers.capacity import KeptSnapshot
+from controlplane.reconcilers.deadlines import ExpireOperations
+from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.placement import PlaceVms, Planned
+from controlplane.reconcilers.silence import NoteSilence
+from controlplane.reconcilers.starts import PermitStarts
+from controlplane.scheduler.request import SchedulerSettings
+from controlplane.services.context import Result
+from controlplane.sessions.hub import Hub, HubSettings
+from controlplane.state import ClusterState
+from controlplane.store import keys
+from controlplane.store.applier import Applier
+from controlplane.store.informer import Informer
+from controlplane.store.port import Store
+from shared.clock import Clock
+from shared.errors import LeadershipLost, NoLeader
+from shared.ids import IdSource
+from shared.model import ApiKey, Cluster, Term
+from shared.protocol import Query
+
+log = logging.getLogger(__name__)
+
+
+class Founding(Struct, frozen=True):
+    """What a new cluster begins with, made by ``novacron init``."""
+
+    cluster: Cluster
+    admin_key: ApiKey
+
+
+class LeaderParts(Struct, frozen=True):
+    """What outlives a term and is handed to each."""
+
+    store: Store
+    state: ClusterState
+    informer: Informer
+    copy: CopyHistory
+    ids: IdSource
+    clock: Clock
+    founding: Founding
+    hub_settings: HubSettings
+    scheduler: SchedulerSettings
+    planned: Planned
+
+
+class Leader:
+    """The place where requests find the present term, if this replica holds one."""
+
+    def __init__(self, parts: LeaderParts) -> None:
+        self._parts = parts
+        self._applier: Applier | None = None
+        self.hub: Hub | None = None
+        self.terms_led = 0
+
+    @property
+    def term(self) -> Term | None:
+        return None if self._applier is None else self._applier.term
+
+    async def submit(self, command: Command[Result]) -> Result:
+        """Commit a command under the present term. Raises NoLeader when there is none here."""
+        if self._applier is None:
+            raise NoLeader("this replica does not lead at present; try again shortly")
+        return await self._applier.submit(command)
+
+    async def ask(self, node_id: str, query: Query) -> bytes:
+        if self.hub is None:
+            raise NoLeader("this replica does not lead at present; try again shortly")
+        return await self.hub.ask(node_id, query)
+
+    async def lead(self, reign: Reign) -> None:
+        """Take over and lead until cancelled. Raises LeadershipLost."""
+        parts = self._parts
+        parts.informer.audit_only()
+        applier: Applier | None = None
+        hub: Hub | None = None
+        capacity: KeptSnapshot | None = None
+        try:
+            applier = await self._take_over(reign)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(applier.run())
+                cluster = await self._found(applier)
+                hub = Hub(applier, parts.state, cluster.id, parts.hub_settings, parts.ids)
+                capacity = KeptSnapshot(parts.state, hub, parts.scheduler)
+                for reconciler in self._reconcilers(applier, hub, capacity):
+                    tasks.create_task(loop.run(reconciler, parts.state.changes))
+                self._applier, self.hub = applier, hub
+                self.terms_led += 1
+                log.info("the term %s has begun", applier.term)
+        except* LeadershipLost as lost:
+            raise lost.exceptions[0] from None
+        finally:
+            self._applier, self.hub = None, None
+            if applier is not None:
+                applier.close(LeadershipLost(f"the term {applier.term} is over"))
+            if hub is not None:
+                hub.close()
+            if capacity is not None:
+                capacity.close()
+            parts.informer.follow_again()
+
+    async def _take_over(self, reign: Reign) -> Applier:
+        parts = self._parts
+        await parts.informer.load(reign.leader_revision)
+        mark = await parts.store.get(keys.MARK)
+        known = parts.state.cluster()
+        epoch = (known or parts.founding.cluster).epoch
+        term = Term(epoch, reign.leader_revision)
+        return Applier(
+            parts.store, parts.state, term, mark, parts.ids, parts.clock, reign.until_writable
+        )
+
+    async def _found(self, applier: Applier) -> Cluster:
+        founding = self._parts.founding
+        by = Author("novacron init")
+        await applier.submit(
+            MakeCluster(cluster=founding.cluster, admin_key=founding.admin_key, by=by)
+        )
+        return self._parts.state.cluster() or founding.cluster
+
+    def _reconcilers(
+        self, applier: Applier, hub: Hub, capacity: KeptSnapshot
+    ) -> list[loop.Reconciler]:
+        parts = self._parts
+        return [
+            PlaceVms(applier, parts.state, capacity, parts.planned),
+            PermitStarts(applier, parts.state, hub, capacity, parts.clock),
+            EndLostAttempts(applier, parts.state),
+            NoteSilence(applier, parts.state, hub, parts.hub_settings),
+            ExpireOperations(applier, parts.state, parts.clock),
+            TrimCopiedHistory(applier, parts.state, parts.copy),
+        ]

@@ -1,0 +1,1 @@
+"""Use cases: authorize, validate, plan, commit. No HTTP and no gRPC here."""

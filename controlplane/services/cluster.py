@@ -1,0 +1,122 @@
+"""Use cases of the cluster as a whole: what it is, who leads, how the store is, what is ready."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import Struct
+
+from controlplane.services.context import Context, Leadership, Permission, Principal
+from controlplane.services.revisions import cluster_revision
+from controlplane.services.scope import authorize
+from controlplane.services.views import (
+    ClusterView,
+    LeaderView,
+    MemberView,
+    NodeCounts,
+    ReplicaView,
+)
+from controlplane.store.port import MemberStatus
+from shared.errors import NovacronError, Unavailable
+from shared.model import NodeState, Replica
+
+# A member that takes longer than this is shown as it is, unreachable: the page must not hang on it.
+MEMBERS_TIMEOUT_S = 5.0
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    name: str
+    ok: bool
+    detail: str
+
+
+class Readiness(Struct, frozen=True, kw_only=True):
+    """Whether this replica can answer, and which of its needs are met."""
+
+    ready: bool
+    checks: tuple[Check, ...]
+
+
+async def get_cluster(context: Context, principal: Principal) -> ClusterView:
+    """Return the cell's record, leader, replicas, members and counts.
+
+    Raises Forbidden, Unavailable while this replica has not read the cluster's record.
+    """
+    authorize(principal, Permission.CLUSTER_READ)
+    members = await _members(context)
+    state = context.state
+    cluster = state.cluster()
+    if cluster is None:
+        raise Unavailable("this replica has not read the cluster's record yet")
+    leadership = context.leadership()
+    states = [stored.record.state for stored in state.nodes.values()]
+    tenant = principal.scope.tenant
+    return ClusterView(
+        id=cluster.id,
+        cell=cluster.cell,
+        epoch=cluster.epoch,
+        version=context.version,
+        schema_level=cluster.schema_level,
+        leader=_leader(leadership),
+        replicas=tuple(_replica(replica) for replica in context.replicas()),
+        members=tuple(_member(member) for member in members),
+        nodes=NodeCounts(
+            ready=states.count(NodeState.READY), silent=states.count(NodeState.SILENT)
+        ),
+        vms=sum(stored.record.tenant == tenant for stored in state.vms.values()),
+        revision=cluster_revision(state),
+    )
+
+
+def readiness(context: Context) -> Readiness:
+    """Return whether this replica can serve: it knows a leader and has read the store."""
+    leadership = context.leadership()
+    state = context.state
+    checks = (
+        Check(
+            name="leader",
+            ok=bool(leadership.term),
+            detail=f"{leadership.replica} leads" if leadership.term else "no leader is known",
+        ),
+        Check(
+            name="store",
+            ok=state.revision > 0,
+            detail=f"read up to revision {state.revision}" if state.revision else "not read yet",
+        ),
+        Check(
+            name="cluster",
+            ok=state.cluster() is not None,
+            detail="made" if state.cluster() is not None else "not made yet",
+        ),
+    )
+    return Readiness(ready=all(check.ok for check in checks), checks=checks)
+
+
+async def _members(context: Context) -> tuple[MemberStatus, ...]:
+    """Return what the members say; nothing when the store cannot even be asked."""
+    try:
+        async with asyncio.timeout(MEMBERS_TIMEOUT_S):
+            return await context.store.members()
+    except (TimeoutError, NovacronError):
+        return ()
+
+
+def _leader(leadership: Leadership) -> LeaderView | None:
+    if not leadership.term:
+        return None
+    return LeaderView(replica=leadership.replica, url=leadership.url, term=leadership.term)
+
+
+def _replica(replica: Replica) -> ReplicaView:
+    return ReplicaView(name=replica.name, url=replica.url, version=replica.version)
+
+
+def _member(member: MemberStatus) -> MemberView:
+    return MemberView(
+        endpoint=member.endpoint,
+        reachable=member.reachable,
+        version=member.version,
+        is_leader=member.is_leader,
+        db_size_bytes=member.db_size_bytes,
+        alarms=member.alarms,
+    )

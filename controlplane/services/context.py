@@ -1,0 +1,94 @@
+"""What use cases are given: who asks, and the parts of the replica they work with."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from msgspec import Struct
+
+from controlplane.commands.draft import Command
+from controlplane.scheduler.request import SchedulerSettings
+from controlplane.state import ClusterState
+from controlplane.store.history import History
+from controlplane.store.port import Store
+from controlplane.telemetry.windows import Windows
+from shared.clock import Clock
+from shared.model import DEFAULT_TENANT, Replica
+from shared.offload import Offload
+from shared.protocol import Query
+
+Result = TypeVar("Result")
+
+
+class Permission(enum.StrEnum):
+    """What a route may demand; every route demands one."""
+
+    VMS_READ = "vms:read"
+    VMS_WRITE = "vms:write"
+    NODES_READ = "nodes:read"
+    NODES_WRITE = "nodes:write"
+    OPERATIONS_READ = "operations:read"
+    EVENTS_READ = "events:read"
+    CLUSTER_READ = "cluster:read"
+    METRICS_READ = "metrics:read"
+
+
+ROLES: dict[str, frozenset[Permission]] = {"admin": frozenset(Permission)}
+
+
+class Scope(Struct, frozen=True):
+    """Which tenant's objects a call may touch. There is no scope without a tenant."""
+
+    tenant: str = DEFAULT_TENANT
+
+
+class Principal(Struct, frozen=True):
+    """Who asks, as the credential says."""
+
+    name: str
+    permissions: frozenset[Permission]
+    scope: Scope
+    request_id: str = ""
+
+
+class Submit(Protocol):
+    """Commits a command through the leader's applier. Raises NoLeader besides what it raises."""
+
+    async def __call__(self, command: Command[Result]) -> Result: ...
+
+
+class Ask(Protocol):
+    """Sends a query to a node's agent and returns its answer. Raises NodeUnreachable."""
+
+    async def __call__(self, node_id: str, query: Query) -> bytes: ...
+
+
+class Leadership(Struct, frozen=True):
+    """Who leads, as this replica sees it; ``term`` is empty while nobody is known to."""
+
+    replica: str = ""
+    url: str = ""
+    term: str = ""
+
+
+class Context(Struct, frozen=True):
+    """The replica's parts, wired once in ``controlplane/app.py``.
+
+    ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
+    registrations that this replica sees; ``version`` is this replica's own.
+    """
+
+    state: ClusterState
+    submit: Submit
+    ask: Ask
+    history: History
+    windows: Windows
+    store: Store
+    clock: Clock
+    scheduler: SchedulerSettings
+    leadership: Callable[[], Leadership]
+    replicas: Callable[[], tuple[Replica, ...]]
+    offload: Offload
+    version: str

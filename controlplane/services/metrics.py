@@ -1,0 +1,159 @@
+"""Use cases of figures: what nodes and VMs use, from this replica's windows.
+
+Figures are ephemeral: each answer says of when they are (``as_of``), and an object that was not
+heard of yet has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from datetime import UTC, datetime
+
+from msgspec.structs import astuple
+
+from controlplane.services.context import Context, Permission, Principal
+from controlplane.services.nodes import NODES_STEP, allocated
+from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.requests import UsageKind, UsageQuery
+from controlplane.services.revisions import cluster_revision
+from controlplane.services.scope import authorize, find_node, find_vm
+from controlplane.services.views import Figures, SeriesView, UsageList, UsageView
+from controlplane.services.vms import SCAN_STEP
+from controlplane.state import ClusterState
+from controlplane.telemetry.exporter import NodeFigures, VmFigures
+from controlplane.telemetry.windows import Rates
+from shared.model import Node, NodeState, Vm
+from shared.units import MIB
+
+# Agents measure to no better than this, and single precision has noise behind it.
+_DIGITS = 3
+
+
+async def vm_series(context: Context, principal: Principal, reference: str) -> SeriesView:
+    """Return the last ten minutes of a VM. Raises Forbidden, NotFound."""
+    authorize(principal, Permission.METRICS_READ)
+    return _series(context, find_vm(context, principal, reference).record.id)
+
+
+async def node_series(context: Context, principal: Principal, reference: str) -> SeriesView:
+    """Return the last ten minutes of a node. Raises Forbidden, NotFound."""
+    authorize(principal, Permission.METRICS_READ)
+    return _series(context, find_node(context, reference).record.id)
+
+
+async def list_usage(context: Context, principal: Principal, query: UsageQuery) -> UsageList:
+    """Return the latest figures of a page of nodes or VMs. Raises Forbidden, ValidationFailed."""
+    authorize(principal, Permission.METRICS_READ)
+    last = read_cursor(query.cursor, "usage", query.kind)
+    names = _names(context.state, principal, query.kind)
+    ids = sorted(names)
+    start = 0 if last is None else bisect_right(ids, last)
+    page = ids[start : start + query.limit]
+    more = start + query.limit < len(ids)
+    return UsageList(
+        items=tuple(_usage(context, object_id, names[object_id]) for object_id in page),
+        next_cursor=write_cursor(page[-1], "usage", query.kind) if more else None,
+        revision=cluster_revision(context.state),
+    )
+
+
+class ScrapeView:
+    """The records as the Prometheus exporter reads them: the whole cell, whatever the tenant."""
+
+    def __init__(self, nodes: list[NodeFigures], vms: list[VmFigures]) -> None:
+        self._nodes = nodes
+        self._vms = vms
+
+    def nodes(self) -> list[NodeFigures]:
+        return self._nodes
+
+    def vms(self) -> list[VmFigures]:
+        return self._vms
+
+
+async def scrape_view(state: ClusterState) -> ScrapeView:
+    """Read the records for a scrape, in steps that leave the event loop to others in between."""
+    nodes: list[NodeFigures] = []
+    for position, node in enumerate([stored.record for stored in state.nodes.values()]):
+        if position % NODES_STEP == NODES_STEP - 1:
+            await asyncio.sleep(0)
+        nodes.append(_node_figures(state, node))
+    names = {node.id: node.name for node in nodes}
+    vms: list[VmFigures] = []
+    for position, vm in enumerate([stored.record for stored in state.vms.values()]):
+        if position % SCAN_STEP == SCAN_STEP - 1:
+            await asyncio.sleep(0)
+        vms.append(_vm_figures(vm, names))
+    return ScrapeView(nodes, vms)
+
+
+def _node_figures(state: ClusterState, node: Node) -> NodeFigures:
+    inventory = node.inventory
+    taken = allocated(state, node.id)
+    return NodeFigures(
+        id=node.id,
+        name=node.name,
+        ready=node.state is NodeState.READY,
+        cordoned=node.cordoned,
+        capacity_cpus=0 if inventory is None else inventory.cpus,
+        capacity_memory_bytes=0 if inventory is None else inventory.memory_mib * MIB,
+        allocated_vcpus=taken.vcpus,
+        allocated_memory_bytes=taken.memory_mib * MIB,
+    )
+
+
+def _vm_figures(vm: Vm, node_names: dict[str, str]) -> VmFigures:
+    return VmFigures(
+        id=vm.id,
+        name=vm.name,
+        tenant=vm.tenant,
+        domain=vm.domain_name,
+        node_name="" if vm.status.node is None else node_names.get(vm.status.node, ""),
+    )
+
+
+def _series(context: Context, object_id: str) -> SeriesView:
+    found = context.windows.series(object_id)
+    points = () if found is None else found.points
+    rows = [_figures(point) for point in points]
+    return SeriesView(
+        object=object_id,
+        as_of=_date(points[-1].at) if points else None,
+        period_s=context.windows.period_s,
+        at=tuple(_date(point.at) for point in points),
+        series={
+            name: tuple(getattr(row, name) for row in rows)
+            for name in (Figures.__struct_fields__ if rows else ())
+        },
+        latest=rows[-1] if rows else None,
+    )
+
+
+def _usage(context: Context, object_id: str, name: str) -> UsageView:
+    rates = context.windows.latest(object_id)
+    return UsageView(
+        object=object_id,
+        name=name,
+        latest=None if rates is None else _figures(rates),
+        as_of=None if rates is None else _date(rates.at),
+    )
+
+
+def _names(state: ClusterState, principal: Principal, kind: UsageKind) -> dict[str, str]:
+    if kind is UsageKind.NODE:
+        return {node_id: stored.record.name for node_id, stored in state.nodes.items()}
+    return {
+        vm_id: stored.record.name
+        for vm_id, stored in state.vms.items()
+        if stored.record.tenant == principal.scope.tenant
+    }
+
+
+def _figures(rates: Rates) -> Figures:
+    values = dict(zip(Rates.__struct_fields__, astuple(rates), strict=True))
+    return Figures(**{name: round(values[name], _DIGITS) for name in Figures.__struct_fields__})
+
+
+def _date(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)

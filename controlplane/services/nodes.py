@@ -1,0 +1,107 @@
+"""Use cases of nodes: list, read, cordon."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+
+from controlplane.commands.nodes import SetCordon
+from controlplane.scheduler.snapshot import loads_of
+from controlplane.services.context import Context, Permission, Principal
+from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.requests import CordonOrder, NodeQuery
+from controlplane.services.revisions import cluster_revision, epoch_of, object_revision
+from controlplane.services.scope import authorize, find_node
+from controlplane.services.selection import carries
+from controlplane.services.views import Allocated, NodeList, NodeView
+from controlplane.services.vms import author
+from controlplane.state import ClusterState, Stored
+from shared.model import Node
+
+# Nodes summed up before other tasks get their turn: about 4 ms where each has 100 VMs.
+NODES_STEP = 20
+
+
+async def get_node(context: Context, principal: Principal, reference: str) -> NodeView:
+    """Return one node. Raises Forbidden, NotFound."""
+    authorize(principal, Permission.NODES_READ)
+    return node_view(context.state, find_node(context, reference))
+
+
+async def list_nodes(context: Context, principal: Principal, query: NodeQuery) -> NodeList:
+    """Return a page of the cell's nodes that match, oldest first.
+
+    Raises Forbidden, ValidationFailed.
+    """
+    authorize(principal, Permission.NODES_READ)
+    state = context.state
+    revision = cluster_revision(state)
+    last = read_cursor(query.cursor, "nodes", query.label)
+    ids = sorted(
+        node_id
+        for node_id, stored in state.nodes.items()
+        if not query.label or carries(stored.record.labels, query.label)
+    )
+    start = 0 if last is None else bisect_right(ids, last)
+    page = ids[start : start + query.limit]
+    more = start + query.limit < len(ids)
+    items: list[NodeView] = []
+    for position, node_id in enumerate(page):
+        if position % NODES_STEP == NODES_STEP - 1:
+            await asyncio.sleep(0)
+        stored = state.nodes.get(node_id)
+        if stored is not None:
+            items.append(node_view(state, stored))
+    return NodeList(
+        items=tuple(items),
+        next_cursor=write_cursor(page[-1], "nodes", query.label) if more else None,
+        revision=revision,
+    )
+
+
+async def set_cordon(
+    context: Context, principal: Principal, reference: str, order: CordonOrder, *, cordoned: bool
+) -> NodeView:
+    """Cordon or uncordon a node and return it.
+
+    Raises Forbidden, NotFound, StateConflict when it is so already, and what committing raises.
+    """
+    authorize(principal, Permission.NODES_WRITE)
+    node_id = find_node(context, reference).record.id
+    await context.submit(
+        SetCordon(node_id=node_id, cordoned=cordoned, reason=order.reason, by=author(principal))
+    )
+    return node_view(context.state, find_node(context, node_id))
+
+
+def node_view(state: ClusterState, stored: Stored[Node]) -> NodeView:
+    node = stored.record
+    return NodeView(
+        id=node.id,
+        name=node.name,
+        labels=node.labels,
+        created_at=node.created_at,
+        updated_at=node.updated_at,
+        revision=object_revision(epoch_of(state), stored.revision),
+        cordoned=node.cordoned,
+        cordon_reason=node.cordon_reason,
+        state=node.state,
+        state_since=node.state_since,
+        address=node.address,
+        boot_id=node.boot_id,
+        inventory=node.inventory,
+        foreign_domains=node.foreign_domains,
+        allocated=allocated(state, node.id),
+    )
+
+
+def allocated(state: ClusterState, node_id: str) -> Allocated:
+    """Return what the VMs that are bound to a node take of it."""
+    vcpus = memory_mib = vms = 0
+    for vm_id in state.vm_ids_on(node_id):
+        vms += 1
+        load = loads_of(state.vms[vm_id].record).get(node_id)
+        if load is not None:
+            vcpus += load.vcpus
+            memory_mib += load.memory_mib
+    return Allocated(vcpus=vcpus, memory_mib=memory_mib, vms=vms)

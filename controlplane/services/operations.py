@@ -1,0 +1,118 @@
+"""Use cases of operations: list, read, wait for the end.
+
+Open operations are records; finished ones are history, first in etcd's part of it and then in this
+replica's SQLite. Each is looked for in that order, so that one that moves on meanwhile is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from controlplane.services.context import Context, Permission, Principal, Scope
+from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.requests import OperationQuery
+from controlplane.services.revisions import cluster_revision
+from controlplane.services.scope import authorize, shown
+from controlplane.services.views import OperationList, OperationView, operation_view
+from controlplane.state import ClusterState
+from shared.errors import NotFound
+from shared.model import FinishedOperation, Operation
+from shared.states import OPERATION_ENDS
+
+# Finished operations looked through for one page of a filtered list; a page may be short, even
+# empty, while there is a next one.
+HISTORY_SCAN_MAX = 1000
+
+
+async def get_operation(
+    context: Context, principal: Principal, operation_id: str, wait_s: float = 0.0
+) -> OperationView:
+    """Return an operation, at once when it has ended, or else after at most ``wait_s`` seconds.
+
+    Raises Forbidden, NotFound.
+    """
+    authorize(principal, Permission.OPERATIONS_READ)
+    if wait_s and operation_id in context.state.operations:
+        await _ended(context.state, operation_id, wait_s)
+    operation = await find_operation(context, principal.scope, operation_id)
+    if operation is None:
+        raise NotFound(f"there is no operation {shown(operation_id)}")
+    return operation_view(operation)
+
+
+async def find_operation(context: Context, scope: Scope, operation_id: str) -> Operation | None:
+    """Return an operation, open or finished, of the scope's tenant."""
+    stored = context.state.operations.get(operation_id)
+    operation = None if stored is None else stored.record
+    if operation is None:
+        operation = _finished_in_state(context.state, operation_id)
+    if operation is None:
+        operation = await context.history.operation(operation_id)
+    return operation if operation is not None and operation.tenant == scope.tenant else None
+
+
+async def list_operations(
+    context: Context, principal: Principal, query: OperationQuery
+) -> OperationList:
+    """Return a page of operations, newest first. Raises Forbidden, ValidationFailed."""
+    authorize(principal, Permission.OPERATIONS_READ)
+    target = _target_id(context, principal, query.target)
+    filters = (principal.scope.tenant, query.state, query.target)
+    before = read_cursor(query.cursor, *filters)
+    revision = cluster_revision(context.state)
+    in_memory = _operations_in_state(context.state)
+    stored = await context.history.operations(
+        principal.scope.tenant, target, HISTORY_SCAN_MAX, before=before
+    )
+    # Below the last row of a full scan SQLite may hold more, which come on a later page.
+    floor = stored[-1].id if len(stored) == HISTORY_SCAN_MAX else ""
+    merged = {operation.id: operation for operation in (*stored, *in_memory)}
+    found = [
+        operation
+        for operation_id, operation in sorted(merged.items(), reverse=True)
+        if (before is None or operation_id < before)
+        and operation_id >= floor
+        and operation.tenant == principal.scope.tenant
+        and (target is None or operation.target == target)
+        and (query.state is None or operation.state is query.state)
+    ]
+    page = found[: query.limit]
+    more = page[-1].id if len(found) > query.limit else floor or None
+    return OperationList(
+        items=tuple(operation_view(operation) for operation in page),
+        next_cursor=None if more is None else write_cursor(more, *filters),
+        revision=revision,
+    )
+
+
+async def _ended(state: ClusterState, operation_id: str, wait_s: float) -> None:
+    """Return when the operation has ended, or after ``wait_s`` seconds."""
+    try:
+        async with asyncio.timeout(wait_s):
+            while operation_id in state.operations:
+                if state.operations[operation_id].record.state in OPERATION_ENDS:
+                    return
+                await state.changes.wait()
+    except TimeoutError:
+        return
+
+
+def _finished_in_state(state: ClusterState, operation_id: str) -> Operation | None:
+    """Look through etcd's part of history from its end: what is asked for has mostly just ended."""
+    for seq in range(state.last_seq, state.last_seq - len(state.history), -1):
+        entry = state.history.get(seq)
+        if isinstance(entry, FinishedOperation) and entry.operation.id == operation_id:
+            return entry.operation
+    return None
+
+
+def _operations_in_state(state: ClusterState) -> list[Operation]:
+    finished = [e.operation for e in state.history.values() if isinstance(e, FinishedOperation)]
+    return [*finished, *(stored.record for stored in state.operations.values())]
+
+
+def _target_id(context: Context, principal: Principal, reference: str | None) -> str | None:
+    """Return the id of a target named by id or name; a VM that is gone has its id only."""
+    if reference is None:
+        return None
+    return context.state.vm_id_by_name(principal.scope.tenant, reference) or reference

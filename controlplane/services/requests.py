@@ -1,0 +1,104 @@
+"""What callers hand in: the bodies and the query parameters of the use cases.
+
+The constraints stated here are what the API checks and what its schema shows. Rules across fields
+are in ``validation.py``.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from controlplane.services.pages import LIMIT_DEFAULT, CursorText, Limit
+from shared.model import Labels, Name, OperationState, VmPhase, VmSpec
+from shared.units import KIB, MIB
+
+# A client that waits longer asks again; proxies cut idle answers after a minute.
+WAIT_MAX_S = 60
+CONSOLE_LIMIT_DEFAULT = 64 * KIB
+# One message to an agent and back holds at most 4 MiB.
+CONSOLE_LIMIT_MAX = MIB
+_SAFE_INTEGER = 2**53 - 1
+
+# Long enough for an id or a name; what is longer can be neither.
+Reference = Annotated[str, Meta(min_length=1, max_length=63)]
+LabelTerm = Annotated[str, Meta(max_length=127, pattern=r"^[^=]+=[^=]*$", description="key=value")]
+
+
+class NoBody(Struct, frozen=True):
+    """An action that takes nothing."""
+
+
+class NewVm(Struct, frozen=True, kw_only=True):
+    """A VM to make, or to plan for."""
+
+    name: Name
+    spec: VmSpec
+    labels: Labels = {}
+
+
+class ShutdownOrder(Struct, frozen=True, kw_only=True):
+    """``deadline_s``: a guest that has not followed by then is stopped."""
+
+    deadline_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
+
+
+class CordonOrder(Struct, frozen=True, kw_only=True):
+    reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+
+
+class NoQuery(Struct, frozen=True):
+    """A route that takes no query parameters."""
+
+
+class PageQuery(Struct, frozen=True, kw_only=True):
+    limit: Limit = LIMIT_DEFAULT
+    cursor: CursorText | None = None
+
+
+class VmQuery(PageQuery, frozen=True, kw_only=True):
+    label: Annotated[tuple[LabelTerm, ...], Meta(max_length=16)] = ()
+    node: Reference | None = None
+    phase: VmPhase | None = None
+    name: Reference | None = None
+
+
+class NodeQuery(PageQuery, frozen=True, kw_only=True):
+    label: Annotated[tuple[LabelTerm, ...], Meta(max_length=16)] = ()
+
+
+class OperationQuery(PageQuery, frozen=True, kw_only=True):
+    state: OperationState | None = None
+    target: Reference | None = None
+
+
+class EventQuery(PageQuery, frozen=True, kw_only=True):
+    """``since``: an event's id or a list's revision; what is returned comes after it."""
+
+    since: Annotated[str, Meta(max_length=64)] | None = None
+    object: Reference | None = None
+    kind: Reference | None = None
+
+
+class WaitQuery(Struct, frozen=True, kw_only=True):
+    """``wait``: seconds to hold the answer back while the operation has not ended."""
+
+    wait: Annotated[int, Meta(ge=0, le=WAIT_MAX_S)] = 0
+
+
+class ConsoleQuery(Struct, frozen=True, kw_only=True):
+    """``offset`` in bytes, below zero from the end; ``limit`` in bytes."""
+
+    offset: Annotated[int, Meta(ge=-_SAFE_INTEGER, le=_SAFE_INTEGER)] = -4096
+    limit: Annotated[int, Meta(ge=1, le=CONSOLE_LIMIT_MAX)] = CONSOLE_LIMIT_DEFAULT
+
+
+class UsageKind(enum.StrEnum):
+    NODE = "node"
+    VM = "vm"
+
+
+class UsageQuery(PageQuery, frozen=True, kw_only=True):
+    kind: UsageKind = UsageKind.VM

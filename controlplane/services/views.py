@@ -1,0 +1,311 @@
+"""What the API answers with: the records as a client sees them.
+
+Views are made for one answer and never stored. Revisions and ids in them are opaque strings, made
+by ``revisions.py``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from msgspec import Struct
+
+from controlplane.services.revisions import event_id, object_revision
+from controlplane.state import Stored
+from shared.model import (
+    Condition,
+    Event,
+    Inventory,
+    Labels,
+    NodeState,
+    Operation,
+    OperationState,
+    OperationStep,
+    Problem,
+    Vm,
+    VmPhase,
+    VmSpec,
+)
+from shared.states import vm_phase
+
+
+class VmStatusView(Struct, frozen=True, kw_only=True):
+    phase: VmPhase
+    node: str | None
+    node_name: str | None
+    generation: int
+    addresses: tuple[str, ...]
+    observed_revision: str
+    conditions: tuple[Condition, ...]
+    fault: Problem | None
+
+
+class VmView(Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    tenant: str
+    labels: Labels
+    revision: str
+    created_at: datetime
+    updated_at: datetime
+    spec: VmSpec
+    status: VmStatusView
+
+
+class VmList(Struct, frozen=True, kw_only=True):
+    items: tuple[VmView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class Allocated(Struct, frozen=True, kw_only=True):
+    """What a node's VMs take of it, as placement counts: with QEMU's overhead of memory.
+
+    ``vms`` counts all that are bound to the node, also those that are stopped and take nothing.
+    """
+
+    vcpus: int
+    memory_mib: int
+    vms: int
+
+
+class NodeView(Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    labels: Labels
+    created_at: datetime
+    updated_at: datetime
+    revision: str
+    cordoned: bool
+    cordon_reason: str
+    state: NodeState
+    state_since: datetime
+    address: str
+    boot_id: str
+    inventory: Inventory | None
+    foreign_domains: tuple[str, ...]
+    allocated: Allocated
+
+
+class NodeList(Struct, frozen=True, kw_only=True):
+    items: tuple[NodeView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """Where a long step is; kept in the memory of the replica that runs it only."""
+
+    percent: float
+    eta_s: float | None
+    as_of: datetime
+
+
+class OperationView(Struct, frozen=True, kw_only=True):
+    """``target`` is the id of what the operation works on; ``by`` asked for it."""
+
+    id: str
+    kind: str
+    target: str
+    tenant: str
+    state: OperationState
+    phase: str
+    steps: tuple[OperationStep, ...]
+    progress: Progress | None
+    error: Problem | None
+    by: str
+    created_at: datetime
+    updated_at: datetime
+    deadline_at: datetime
+
+
+class OperationList(Struct, frozen=True, kw_only=True):
+    items: tuple[OperationView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class EventView(Struct, frozen=True, kw_only=True):
+    """``id`` is where to go on from (``since``); ``seq`` is dense over all of history."""
+
+    id: str
+    seq: int
+    kind: str
+    object: str
+    tenant: str
+    at: datetime
+    by: str
+    data: dict[str, Any]
+
+
+class EventList(Struct, frozen=True, kw_only=True):
+    items: tuple[EventView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class ReasonView(Struct, frozen=True, kw_only=True):
+    code: str
+    message: str
+
+
+class CandidateView(Struct, frozen=True, kw_only=True):
+    node: str
+    node_name: str
+    fits: bool
+    score: float
+    reasons: tuple[ReasonView, ...]
+    scores: dict[str, float]
+
+
+class PlacementView(Struct, frozen=True, kw_only=True):
+    """The node that would be chosen now, and every node's answer, best first.
+
+    ``refusals`` counts, by reason, the nodes that gave it.
+    """
+
+    node: str | None
+    node_name: str | None
+    candidates: tuple[CandidateView, ...]
+    refusals: dict[str, int]
+    revision: str
+
+
+class LeaderView(Struct, frozen=True, kw_only=True):
+    replica: str
+    url: str
+    term: str
+
+
+class ReplicaView(Struct, frozen=True, kw_only=True):
+    name: str
+    url: str
+    version: str
+
+
+class MemberView(Struct, frozen=True, kw_only=True):
+    endpoint: str
+    reachable: bool
+    version: str
+    is_leader: bool
+    db_size_bytes: int
+    alarms: tuple[str, ...]
+
+
+class NodeCounts(Struct, frozen=True, kw_only=True):
+    ready: int
+    silent: int
+
+
+class ClusterView(Struct, frozen=True, kw_only=True):
+    """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads."""
+
+    id: str
+    cell: str
+    epoch: int
+    version: str
+    schema_level: int
+    leader: LeaderView | None
+    replicas: tuple[ReplicaView, ...]
+    members: tuple[MemberView, ...]
+    nodes: NodeCounts
+    vms: int
+    revision: str
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """Percent (of one CPU; of time, for pressure), bytes, bytes and requests per second."""
+
+    cpu_percent: float
+    memory_bytes: float
+    memory_available_bytes: float
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    disk_read_requests_per_s: float
+    disk_write_requests_per_s: float
+    network_receive_bytes_per_s: float
+    network_transmit_bytes_per_s: float
+    cpu_pressure_percent: float
+    memory_pressure_percent: float
+    io_pressure_percent: float
+
+
+class SeriesView(Struct, frozen=True, kw_only=True):
+    """The last ten minutes; ``series`` has a row per figure, one value for each date in ``at``."""
+
+    object: str
+    as_of: datetime | None
+    period_s: float
+    at: tuple[datetime, ...]
+    series: dict[str, tuple[float, ...]]
+    latest: Figures | None
+
+
+class UsageView(Struct, frozen=True, kw_only=True):
+    object: str
+    name: str
+    latest: Figures | None
+    as_of: datetime | None
+
+
+class UsageList(Struct, frozen=True, kw_only=True):
+    items: tuple[UsageView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+def vm_view(stored: Stored[Vm], epoch: int, node_name: str | None) -> VmView:
+    vm = stored.record
+    status = vm.status
+    return VmView(
+        id=vm.id,
+        name=vm.name,
+        tenant=vm.tenant,
+        labels=vm.labels,
+        revision=object_revision(epoch, stored.revision),
+        created_at=vm.created_at,
+        updated_at=vm.updated_at,
+        spec=vm.spec,
+        status=VmStatusView(
+            phase=vm_phase(vm),
+            node=status.node,
+            node_name=node_name,
+            generation=status.generation,
+            addresses=status.addresses,
+            observed_revision=object_revision(epoch, status.observed_revision),
+            conditions=status.conditions,
+            fault=status.fault,
+        ),
+    )
+
+
+def operation_view(operation: Operation) -> OperationView:
+    return OperationView(
+        id=operation.id,
+        kind=operation.kind,
+        target=operation.target,
+        tenant=operation.tenant,
+        state=operation.state,
+        phase=operation.phase,
+        steps=operation.steps,
+        progress=None,
+        error=operation.error,
+        by=operation.by,
+        created_at=operation.created_at,
+        updated_at=operation.updated_at,
+        deadline_at=operation.deadline_at,
+    )
+
+
+def event_view(event: Event, epoch: int) -> EventView:
+    return EventView(
+        id=event_id(epoch, event.seq),
+        seq=event.seq,
+        kind=event.kind,
+        object=event.object,
+        tenant=event.tenant,
+        at=event.at,
+        by=event.by,
+        data=event.data,
+    )

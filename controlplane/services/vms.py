@@ -1,0 +1,160 @@
+"""Use cases of VMs: list, read, create, the power verbs, delete, console log."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from controlplane.commands.draft import Author, Command
+from controlplane.commands.vms import ActOnVm, CreateVm, DeleteVm
+from controlplane.services.context import Context, Permission, Principal
+from controlplane.services.operations import find_operation
+from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.requests import ConsoleQuery, NewVm, VmQuery
+from controlplane.services.revisions import cluster_revision, epoch_of
+from controlplane.services.scope import authorize, find_node, find_vm
+from controlplane.services.selection import carries
+from controlplane.services.validation import check_new_vm
+from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
+from controlplane.state import Stored
+from shared.errors import NotFound, StateConflict
+from shared.model import Vm
+from shared.protocol import Query, QueryKind
+from shared.states import VmAction, vm_phase
+
+# Records looked through before other tasks get their turn: about 3 ms.
+SCAN_STEP = 2000
+
+
+async def get_vm(context: Context, principal: Principal, reference: str) -> VmView:
+    """Return one VM. Raises Forbidden, NotFound."""
+    authorize(principal, Permission.VMS_READ)
+    return _view(context, find_vm(context, principal, reference), epoch_of(context.state))
+
+
+async def list_vms(context: Context, principal: Principal, query: VmQuery) -> VmList:
+    """Return a page of the VMs that match every filter given, oldest first.
+
+    Raises Forbidden, ValidationFailed; NotFound when the filter names a node that does not exist.
+    """
+    authorize(principal, Permission.VMS_READ)
+    filters = (principal.scope.tenant, query.label, query.node, query.phase, query.name)
+    last = read_cursor(query.cursor, *filters)
+    state = context.state
+    revision = cluster_revision(state)
+    ids = _candidate_ids(context, principal, query)
+    start = 0 if last is None else bisect_right(ids, last)
+    page: list[Stored[Vm]] = []
+    for position in range(start, len(ids)):
+        if position % SCAN_STEP == SCAN_STEP - 1:
+            await asyncio.sleep(0)
+        stored = state.vms.get(ids[position])
+        if stored is None or not _matches(stored.record, principal, query):
+            continue
+        if len(page) == query.limit:
+            more: str | None = write_cursor(page[-1].record.id, *filters)
+            break
+        page.append(stored)
+    else:
+        more = None
+    epoch = epoch_of(state)
+    items = tuple(_view(context, stored, epoch) for stored in page)
+    return VmList(items=items, next_cursor=more, revision=revision)
+
+
+async def create_vm(context: Context, principal: Principal, new: NewVm) -> OperationView:
+    """Accept a VM to make; the operation succeeds when it runs.
+
+    Raises Forbidden, ValidationFailed, NameTaken, and what committing raises.
+    """
+    authorize(principal, Permission.VMS_WRITE)
+    check_new_vm(context.state, new)
+    command = CreateVm(
+        name=new.name,
+        tenant=principal.scope.tenant,
+        labels=new.labels,
+        spec=new.spec,
+        by=author(principal),
+    )
+    return await _accepted(context, principal, command)
+
+
+async def act_on_vm(
+    context: Context,
+    principal: Principal,
+    reference: str,
+    action: VmAction,
+    deadline_s: float = 60.0,
+) -> OperationView:
+    """Accept a power verb. Raises Forbidden, NotFound, StateConflict, what committing raises."""
+    authorize(principal, Permission.VMS_WRITE)
+    vm_id = find_vm(context, principal, reference).record.id
+    command = ActOnVm(vm_id=vm_id, action=action, by=author(principal), deadline_s=deadline_s)
+    return await _accepted(context, principal, command)
+
+
+async def delete_vm(context: Context, principal: Principal, reference: str) -> OperationView:
+    """Accept a VM's deletion. Raises Forbidden, NotFound, StateConflict, what committing raises."""
+    authorize(principal, Permission.VMS_WRITE)
+    vm_id = find_vm(context, principal, reference).record.id
+    return await _accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
+
+
+async def console_log(
+    context: Context, principal: Principal, reference: str, query: ConsoleQuery
+) -> bytes:
+    """Return a part of the VM's serial console log, as its node has it.
+
+    Raises Forbidden, NotFound, StateConflict (never placed), NodeUnreachable.
+    """
+    authorize(principal, Permission.VMS_READ)
+    vm = find_vm(context, principal, reference).record
+    if vm.status.node is None:
+        raise StateConflict(f"{vm.name!r} has no console log yet: it was never on a node")
+    question = Query(
+        id=principal.request_id,
+        kind=QueryKind.CONSOLE_LOG,
+        vm_id=vm.id,
+        domain_name=vm.domain_name,
+        offset=query.offset,
+        limit_bytes=query.limit,
+    )
+    return await context.ask(vm.status.node, question)
+
+
+def author(principal: Principal) -> Author:
+    return Author(principal.name, principal.request_id)
+
+
+async def _accepted(context: Context, principal: Principal, command: Command[str]) -> OperationView:
+    operation_id = await context.submit(command)
+    operation = await find_operation(context, principal.scope, operation_id)
+    if operation is None:
+        raise NotFound(f"operation {operation_id} was accepted, but this replica has not seen it")
+    return operation_view(operation)
+
+
+def _candidate_ids(context: Context, principal: Principal, query: VmQuery) -> Sequence[str]:
+    """Return sorted ids that hold every match, by the narrowest index there is."""
+    state = context.state
+    if query.name is not None:
+        vm_id = state.vm_id_by_name(principal.scope.tenant, query.name)
+        return () if vm_id is None else (vm_id,)
+    if query.node is not None:
+        return sorted(state.vm_ids_on(find_node(context, query.node).record.id))
+    return sorted(state.vms)
+
+
+def _matches(vm: Vm, principal: Principal, query: VmQuery) -> bool:
+    if vm.tenant != principal.scope.tenant:
+        return False
+    if not carries(vm.labels, query.label):
+        return False
+    return query.phase is None or vm_phase(vm) is query.phase
+
+
+def _view(context: Context, stored: Stored[Vm], epoch: int) -> VmView:
+    node_id = stored.record.status.node
+    node = None if node_id is None else context.state.nodes.get(node_id)
+    return vm_view(stored, epoch, None if node is None else node.record.name)

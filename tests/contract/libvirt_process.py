@@ -1,0 +1,177 @@
+"""A libvirtd of the tests' own, in mount, network and process namespaces that end with it.
+
+Owns one temporary directory and the processes inside its namespaces; never touches the machine's
+own libvirt, its bridges or its processes. The first process inside ends when this one lets go of
+its standard input, even by dying, and everything inside, QEMUs included, ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BRIDGE = "br-test"
+
+_START_TIMEOUT_S = 30
+_END_TIMEOUT_S = 20
+_POLL_S = 0.02
+
+# Private copies of everything that a libvirtd writes; /run needs a lock directory for consoles.
+# /dev/kvm becomes what udev makes of it: otherwise libvirt, which asks as root, and QEMU, which is
+# not, disagree about it, and libvirt probes QEMU anew on every call. Children are reaped by being
+# ignored: libvirt waits for the end of each QEMU, which is an orphan, and not every machine's
+# first process reaps at once.
+_ENTER = f"""
+set -e
+mount --make-rprivate /
+for directory in run etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+    mkdir -p "/$directory"
+    mount --bind "$1/$directory" "/$directory"
+done
+if [ -e /dev/kvm ]; then
+    mknod -m 0660 "$1/kvm" c 10 232
+    chgrp kvm "$1/kvm"
+    mount --bind "$1/kvm" /dev/kvm
+fi
+mount -t sysfs sysfs /sys
+ip link set lo up
+ip link add {BRIDGE} type bridge
+ip link set {BRIDGE} up
+echo ready
+exec env --ignore-signal=CHLD cat
+"""
+
+_LIBVIRTD_CONF = """\
+auth_unix_rw = "none"
+unix_sock_rw_perms = "0770"
+log_filters = "3:util"
+log_outputs = "2:stderr"
+"""
+
+# One namespace on one kernel: no cgroups of its own, no security driver, logs as plain files.
+_QEMU_CONF = """\
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+stdio_handler = "file"
+"""
+
+
+class LibvirtProcess:
+    """One libvirtd, which can die and come back while its QEMUs live on."""
+
+    def __init__(self, root: Path, holder: subprocess.Popen[bytes]) -> None:
+        first = _only_child(holder.pid)
+        self.root = root
+        self.socket = root / "run/libvirt/libvirt-sock"
+        self.uri = f"qemu+unix:///system?socket={self.socket}"
+        self.pool_dir = root / "images"
+        self.console_dir = root / "console"
+        self.network_dir = Path(f"/proc/{first}/root/sys/class/net")
+        self._inside = (*("nsenter", "--mount", "--net", "--pid", "--target", str(first), "--"),)
+        self._entered: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start libvirtd and wait until its socket answers."""
+        assert self._entered is None, "one libvirtd at a time"
+        with (self.root / "libvirtd.log").open("ab") as log:
+            self._entered = subprocess.Popen(
+                [*self._inside, "libvirtd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._answers():
+            if self._entered.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.root / "libvirtd.log").read_text(errors="replace"))
+            time.sleep(_POLL_S)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send libvirtd a signal."""
+        assert self._entered is not None, "it runs"
+        os.kill(_only_child(self._entered.pid), number)
+
+    def kill(self) -> None:
+        """Kill libvirtd as a crash would; its QEMUs go on."""
+        assert self._entered is not None, "it runs"
+        self.signal(signal.SIGKILL)
+        self._entered.wait()
+        self._entered = None
+
+    def signal_qemu(self, domain: str, number: signal.Signals) -> None:
+        """Send a running domain's QEMU a signal. Raises FileNotFoundError for one not running."""
+        pid = int((self.root / f"run/libvirt/qemu/{domain}.pid").read_text())
+        subprocess.run([*self._inside, "kill", f"-{number.value}", str(pid)], check=True)
+
+    def virsh(self, *arguments: str) -> str:
+        """Do something behind the driver's back."""
+        done = subprocess.run(
+            ["virsh", "-c", self.uri, *arguments],
+            capture_output=True,
+            timeout=_START_TIMEOUT_S,
+            check=True,
+        )
+        return done.stdout.decode()
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
+
+
+@contextlib.contextmanager
+def libvirt_process() -> Iterator[LibvirtProcess]:
+    """Run a private libvirtd for the length of the block; nothing of it is left afterwards."""
+    # Short and outside any test's own directory: a unix socket's path holds 107 bytes only, and
+    # QEMU's user must be able to pass through.
+    root = Path(tempfile.mkdtemp(prefix="ncv"))
+    root.chmod(0o755)
+    try:
+        holder = _hold_namespaces(root)
+        try:
+            process = LibvirtProcess(root, holder)
+            process.start()
+            yield process
+        finally:
+            _end(holder)
+    finally:
+        shutil.rmtree(root)
+
+
+def _hold_namespaces(root: Path) -> subprocess.Popen[bytes]:
+    for directory in ("run/lock", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt"):
+        (root / directory).mkdir(parents=True)
+    (root / "etc/libvirt/qemu").mkdir(parents=True)
+    (root / "etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF)
+    (root / "etc/libvirt/qemu.conf").write_text(_QEMU_CONF)
+    command = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc"]
+    holder = subprocess.Popen(
+        [*command, "sh", "-c", _ENTER, "sh", str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert holder.stdout is not None, "it is a pipe"
+    said = holder.stdout.readline()
+    if said != b"ready\n":
+        words = (said + holder.communicate()[0]).decode()
+        raise RuntimeError(f"no namespaces of our own: {words}")
+    return holder
+
+
+def _end(holder: subprocess.Popen[bytes]) -> None:
+    """End the first process inside; the kernel ends the others before that one is gone."""
+    assert holder.stdin is not None, "it is a pipe"
+    assert holder.stdout is not None, "it is a pipe"
+    holder.stdin.close()
+    holder.wait(_END_TIMEOUT_S)
+    holder.stdout.close()
+
+
+def _only_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())

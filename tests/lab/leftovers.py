@@ -1,0 +1,41 @@
+"""What a lab leaves when it is killed: how it is found, and how all of it is removed.
+
+Finds by facts of the kernel (mounts, devices, environments), not by the lab's own records alone,
+which may be missing. Never touches a process that is not shown to be the lab's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from tests.lab import network
+from tests.lab.layout import MARK, STATE_DIR
+from tests.lab.processes import ProcessKey, find_by_environment, find_by_mount, is_alive, kill_all
+from tests.lab.state import read_pids
+
+
+def find() -> list[str]:
+    """Describe, in a line each, everything that is left of a lab; empty when there is nothing."""
+    found = [f"directory {STATE_DIR}"] if STATE_DIR.exists() else []
+    found += [f"network device {name}" for name in network.leftover_links()]
+    found += [f"process {key.pid}" for key in processes()]
+    return found
+
+
+def processes() -> list[ProcessKey]:
+    """Return every living process of a lab: recorded ones, those in nodes, those of its files."""
+    keys = {p.key for p in read_pids() if is_alive(p.key)}
+    keys.update(find_by_mount(f"{STATE_DIR.name}/nodes/"))
+    keys.update(find_by_environment(MARK))
+    return sorted(key for key in keys if key.pid != os.getpid())
+
+
+def clear() -> None:
+    """End every process of a lab and remove its devices and files."""
+    kill_all(processes)
+    network.remove_links()
+    shutil.rmtree(STATE_DIR, ignore_errors=True)
+    if STATE_DIR.exists():
+        # Something was being written when the first pass went through.
+        shutil.rmtree(STATE_DIR)

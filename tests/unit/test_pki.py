@@ -1,0 +1,247 @@
+"""controlplane.pki and controlplane.cell_files: keys, certificates and how they are written."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from controlplane import pki, tokens
+from controlplane.cell_files import CellFiles, ClusterFile
+from shared.clock import SystemClock
+from shared.errors import ValidationFailed
+from shared.model import ApiKey
+from shared.tls import Identity, Role, load_material, parse_identity
+
+NOW = datetime(2026, 11, 20, tzinfo=UTC)
+REPLICA = Identity("k3f9q2", Role.REPLICA, "r1")
+
+
+class FixedClock(SystemClock):
+    def now(self) -> datetime:
+        return NOW
+
+
+def cell_files(directory: Path) -> CellFiles:
+    return CellFiles(directory, FixedClock(), random.Random(3))
+
+
+def certificate_of(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def issued(addresses: list[str]) -> x509.Certificate:
+    authority = pki.make_authority("k3f9q2", pki.new_key(), NOW)
+    pem = pki.issue(authority, REPLICA, addresses, pki.new_key(), NOW)
+    return x509.load_pem_x509_certificate(pem)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_a_leaf_names_its_holder_and_where_it_is_reached() -> None:
+    names = (
+        issued(["10.88.0.1", "r1.example.org"])
+        .extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        .value
+    )
+
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [str(REPLICA)]
+    assert names.get_values_for_type(x509.DNSName) == ["r1", "localhost", "r1.example.org"]
+    assert names.get_values_for_type(x509.IPAddress) == [
+        ipaddress.ip_address("127.0.0.1"),
+        ipaddress.ip_address("10.88.0.1"),
+    ]
+
+
+def test_a_leaf_is_back_dated_limited_and_no_authority() -> None:
+    leaf = issued([])
+
+    assert leaf.not_valid_before_utc == NOW - timedelta(minutes=5)
+    assert leaf.not_valid_after_utc == NOW + timedelta(days=825)
+    assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    uses = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert set(uses) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
+    key = leaf.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+
+
+def test_a_leaf_does_not_outlive_its_authority() -> None:
+    authority = pki.make_authority("k3f9q2", pki.new_key(), NOW)
+    late = NOW + pki.CA_LIFETIME - timedelta(days=1)
+
+    leaf = x509.load_pem_x509_certificate(pki.issue(authority, REPLICA, [], pki.new_key(), late))
+
+    assert leaf.not_valid_after_utc == authority.certificate.not_valid_after_utc
+
+
+def test_write_new_never_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    pki.write_new(path, b"first", pki.KEY_MODE)
+
+    with pytest.raises(FileExistsError):
+        pki.write_new(path, b"second", pki.KEY_MODE)
+
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["key"]  # noqa: PTH208
+
+
+def test_write_new_sets_the_mode_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        pki.write_new(tmp_path / "a", b"", 0o644)
+    finally:
+        os.umask(before)
+
+    assert mode(tmp_path / "a") == 0o644
+
+
+def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
+    files = cell_files(tmp_path / "cell")
+    cluster = files.ensure_cell()
+    files.add_replica("r1", "10.88.0.1")
+    files.add_node("n1", "10.88.0.11")
+
+    root = tmp_path / "cell"
+    assert {str(p.relative_to(root)): oct(mode(p)) for p in files.made} == {
+        "cluster.json": "0o644",
+        "ca.key": "0o400",
+        "ca.crt": "0o644",
+        "admin.token": "0o600",
+        "admin-key.json": "0o600",
+        "replicas/r1/controlplane.key": "0o400",
+        "replicas/r1/controlplane.crt": "0o644",
+        "nodes/n1/agent.key": "0o400",
+        "nodes/n1/agent.crt": "0o644",
+    }
+    assert {mode(p) for p in (root, root / "replicas" / "r1", root / "nodes" / "n1")} == {0o700}
+    assert cluster == msgspec.json.decode((root / "cluster.json").read_bytes(), type=ClusterFile)
+    assert cluster.id.startswith(f"cluster-{cluster.cell}")
+
+
+def test_certificates_are_of_the_ca_and_fit_their_keys(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    cell = files.ensure_cell().cell
+    files.add_node("n1", "10.88.0.11")
+    directory = tmp_path / "nodes" / "n1"
+
+    leaf = certificate_of(directory / "agent.crt")
+
+    leaf.verify_directly_issued_by(certificate_of(tmp_path / "ca.crt"))
+    key = serialization.load_pem_private_key((directory / "agent.key").read_bytes(), None)
+    assert key.public_key() == leaf.public_key()
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+    assert parse_identity(uri) == Identity(cell, Role.AGENT, "n1")
+    material = load_material(tmp_path / "ca.crt", directory / "agent.crt", directory / "agent.key")
+    assert "PRIVATE" not in repr(material)
+
+
+def test_the_admin_key_is_the_digest_of_the_token(tmp_path: Path) -> None:
+    cell_files(tmp_path).ensure_cell(timedelta(hours=1))
+
+    token = tokens.parse_token((tmp_path / "admin.token").read_text().strip())
+    record = msgspec.json.decode((tmp_path / "admin-key.json").read_bytes(), type=ApiKey)
+
+    assert record.id == token.id
+    assert tokens.matches(token.secret, record.sha256)
+    assert (record.principal, record.role) == ("admin", "admin")
+    assert record.expires_at == NOW + timedelta(hours=1)
+    assert token.secret not in (tmp_path / "admin-key.json").read_text()
+
+
+def test_a_second_run_adds_and_changes_nothing(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    files.ensure_cell()
+    files.add_node("n1", "10.88.0.11")
+    before = everything(tmp_path)
+
+    again = cell_files(tmp_path)
+    again.ensure_cell()
+    again.add_node("n1", "10.88.0.99")
+    again.add_node("n2", "10.88.0.12")
+
+    after = everything(tmp_path)
+    assert before.items() <= after.items()
+    assert [p.name for p in again.made] == ["agent.key", "agent.crt"]
+
+
+@pytest.mark.parametrize("lost", ["ca.crt", "admin-key.json", "nodes/n1/agent.crt"])
+def test_a_run_that_was_cut_off_is_completed(tmp_path: Path, lost: str) -> None:
+    files = cell_files(tmp_path)
+    files.ensure_cell()
+    files.add_node("n1", "10.88.0.11")
+    (tmp_path / lost).unlink()
+    kept = everything(tmp_path)
+
+    again = cell_files(tmp_path)
+    again.ensure_cell()
+    again.add_node("n1", "10.88.0.11")
+
+    assert kept.items() <= everything(tmp_path).items()
+    key = pki.load_key((tmp_path / "nodes/n1/agent.key").read_bytes(), tmp_path)
+    assert certificate_of(tmp_path / "nodes/n1/agent.crt").public_key() == key.public_key()
+    pki.load_authority(tmp_path / "ca.crt", tmp_path / "ca.key")
+
+
+def test_a_token_that_was_removed_on_purpose_stays_away(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    files.ensure_cell()
+    files.token_file.unlink()
+
+    cell_files(tmp_path).ensure_cell()
+
+    assert not files.token_file.exists()
+
+
+@pytest.mark.parametrize("key", ["ca.key", "nodes/n1/agent.key"])
+def test_a_lost_key_is_not_quietly_replaced(tmp_path: Path, key: str) -> None:
+    files = cell_files(tmp_path)
+    files.ensure_cell()
+    files.add_node("n1", "10.88.0.11")
+    (tmp_path / key).unlink()
+
+    def again() -> None:
+        files = cell_files(tmp_path)
+        files.ensure_cell()
+        files.add_node("n1", "10.88.0.11")
+
+    with pytest.raises(ValidationFailed, match="is gone"):
+        again()
+
+    assert not (tmp_path / key).exists()
+
+
+def test_files_of_two_cells_do_not_mix(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        cell_files(tmp_path / name).ensure_cell()
+    key = tmp_path / "a" / "ca.key"
+    key.unlink()
+    key.write_bytes((tmp_path / "b" / "ca.key").read_bytes())
+
+    with pytest.raises(ValidationFailed, match="not the key of"):
+        cell_files(tmp_path / "a").add_node("n1", "10.88.0.11")
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b'{"id": 5}'])
+def test_a_broken_cluster_file_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cluster.json").write_bytes(content)
+
+    with pytest.raises(ValidationFailed, match=r"cluster\.json"):
+        cell_files(tmp_path).ensure_cell()
