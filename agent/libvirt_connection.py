@@ -1,8 +1,9 @@
-"""The connections to libvirtd: opened, watched, given up and opened again.
+"""The link to libvirtd: opened, watched, given up and opened again.
 
-Owns libvirt's event loop (one thread per process), three connections and the threads that wait for
-their answers. Nothing here blocks the asyncio loop. While libvirtd is away every call raises
-HypervisorUnavailable at once; after each reconnection the listener is told that events were lost.
+Owns libvirt's event loop (one thread per process), the connection that carries events and tells of
+libvirtd's death, and three lanes of calls: acts, reads, statistics. Nothing here blocks the asyncio
+loop. While libvirtd is away every call raises HypervisorUnavailable at once, also those under way;
+after each reconnection the listener is told that events were lost.
 """
 
 from __future__ import annotations
@@ -19,18 +20,14 @@ from typing import Any, TypeVar
 import libvirt
 from msgspec import Struct
 
+from agent.libvirt_lane import Lane, Work, close_quietly, open_connection
 from shared.errors import DomainNotFound, HypervisorError, HypervisorUnavailable
 from shared.retry import Backoff
 
 T = TypeVar("T")
-Work = Callable[[libvirt.virConnect], T]
 
-# A libvirtd that is silent for 5 s x (3 + 1) is taken to be dead; its calls then end.
-KEEPALIVE_INTERVAL_S = 5
-KEEPALIVE_COUNT = 3
-# libvirtd answers five requests of a connection at once; more threads would only wait inside it.
+# More at once would only queue inside libvirtd, whose workers are 20; a hung QEMU holds one each.
 CALLS_AT_ONCE_MAX = 5
-# A statistics call that a hung QEMU holds keeps its thread; as many may hang as libvirtd bears.
 STATISTICS_AT_ONCE_MAX = 4
 # libvirt itself gives up on a busy domain after 30 s; past this only a hung QEMU is left.
 CALL_TIMEOUT_S = 60.0
@@ -44,25 +41,20 @@ _event_loop_lock = threading.Lock()
 _event_loop_runs = False
 
 
-class Connections(Struct, frozen=True):
-    """``acting`` changes domains and carries events; the others never wait behind it.
+class Watched(Struct, frozen=True):
+    """The connection that carries events; ``lost`` is set once it has died.
 
-    ``lost`` is set once any of them has died. Each set of connections has its own, so that a late
-    word about an earlier set never ends the present one.
+    Each has its own ``lost``, so that a late word about an earlier connection never ends the
+    present one.
     """
 
-    acting: libvirt.virConnect
-    reading: libvirt.virConnect
-    statistics: libvirt.virConnect
+    connection: libvirt.virConnect
     callback_id: int
     lost: asyncio.Event
 
-    def each(self) -> tuple[libvirt.virConnect, ...]:
-        return (self.acting, self.reading, self.statistics)
-
 
 class LibvirtLink:
-    """Keeps the connections to one libvirtd."""
+    """Keeps the link to one libvirtd; ``run`` must run for any call to succeed."""
 
     def __init__(
         self,
@@ -76,33 +68,33 @@ class LibvirtLink:
         self._rng = rng
         self._prepare = prepare
         self._notify = notify
-        self._connections: Connections | None = None
+        self._watched: Watched | None = None
         self._connected = asyncio.Event()
         self._closed = False
-        self._opening: Future[Connections] | None = None
+        self._opening: Future[Watched] | None = None
         self._opener = ThreadPoolExecutor(1, "libvirt-open")
-        self._actors = ThreadPoolExecutor(CALLS_AT_ONCE_MAX, "libvirt-act")
-        self._readers = ThreadPoolExecutor(CALLS_AT_ONCE_MAX, "libvirt-read")
-        self._samplers = ThreadPoolExecutor(STATISTICS_AT_ONCE_MAX, "libvirt-statistics")
+        self._acts = Lane("act", uri, CALLS_AT_ONCE_MAX)
+        self._reads = Lane("read", uri, CALLS_AT_ONCE_MAX)
+        self._statistics = Lane("statistics", uri, STATISTICS_AT_ONCE_MAX)
 
     async def run(self) -> None:
-        """Keep the connections up until cancelled or closed, and close them then."""
+        """Keep the link up until cancelled or closed, and close it then."""
         _ensure_event_loop()
         loop = asyncio.get_running_loop()
         delays = RECONNECT.delays(self._rng)
         try:
             while not self._closed:
                 try:
-                    connections = await self._open(loop)
+                    watched = await self._open(loop)
                 except HypervisorUnavailable as error:
-                    _log.warning("libvirtd is out of reach: %s", error)
+                    _log.warning("%s", error)
                     await asyncio.sleep(next(delays))
                     continue
                 delays = RECONNECT.delays(self._rng)
-                self._connections = connections
+                self._watched = watched
                 self._connected.set()
                 self._notify("")
-                await connections.lost.wait()
+                await watched.lost.wait()
                 if not self._closed:
                     _log.warning("the connection to libvirtd is lost")
                 await self._give_up(loop)
@@ -116,77 +108,80 @@ class LibvirtLink:
         self._closed = True
         if self._opening is not None:
             self._opening.add_done_callback(_close_late)
-        if self._connections is not None:
-            self._connections.lost.set()
+        for lane in (self._acts, self._reads, self._statistics):
+            lane.end()
         await self._give_up(asyncio.get_running_loop())
-        for executor in (self._opener, self._actors, self._readers, self._samplers):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._opener.shutdown(wait=False, cancel_futures=True)
 
     async def wait_connected(self) -> None:
         """Return once libvirtd can be asked."""
         await self._connected.wait()
 
     async def act(self, work: Work[T]) -> T:
-        """Run ``work`` in a thread on the acting connection.
+        """Run ``work``, which changes something, in a thread.
 
-        Raises HypervisorUnavailable also when no answer came in CALL_TIMEOUT_S: the call may have
-        been carried out.
+        Raises HypervisorUnavailable also when libvirtd died or did not answer in CALL_TIMEOUT_S
+        while the call was under way: it may have been carried out.
         """
-        live = self._live()
-        return await _call(live, live.acting, self._actors, work, CALL_TIMEOUT_S)
+        return await self._call(self._acts, work, CALL_TIMEOUT_S)
 
     async def read(self, work: Work[T]) -> T:
-        """Run ``work`` in a thread on the reading connection."""
-        live = self._live()
-        return await _call(live, live.reading, self._readers, work, CALL_TIMEOUT_S)
+        """Run ``work`` in a thread; it never waits behind an act."""
+        return await self._call(self._reads, work, CALL_TIMEOUT_S)
 
     async def statistics(self, work: Work[T], timeout_s: float) -> T:
-        """Run ``work`` in a thread on the statistics connection; it may be left hanging."""
-        live = self._live()
-        return await _call(live, live.statistics, self._samplers, work, timeout_s)
+        """Run ``work`` in a thread; it may be left hanging."""
+        return await self._call(self._statistics, work, timeout_s)
 
-    def _live(self) -> Connections:
-        if self._connections is None or self._connections.lost.is_set():
+    async def _call(self, lane: Lane, work: Work[T], timeout_s: float) -> T:
+        watched = self._watched
+        if watched is None or watched.lost.is_set():
             raise HypervisorUnavailable("libvirtd is out of reach")
-        return self._connections
+        answer = asyncio.wrap_future(lane.submit(work))
+        lost = asyncio.ensure_future(watched.lost.wait())
+        try:
+            await asyncio.wait(
+                (answer, lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if answer.done():
+                return answer.result()
+        except HypervisorUnavailable:
+            watched.lost.set()
+            raise
+        except libvirt.libvirtError as error:
+            raise _named(error) from error
+        finally:
+            lost.cancel()
+            answer.cancel()
+        if watched.lost.is_set():
+            raise HypervisorUnavailable("libvirtd went out of reach during the call")
+        raise HypervisorUnavailable(f"no answer from libvirt within {timeout_s:g} s")
 
-    async def _open(self, loop: asyncio.AbstractEventLoop) -> Connections:
-        """Open the connections; an opening that hangs is waited for again, never doubled."""
+    async def _open(self, loop: asyncio.AbstractEventLoop) -> Watched:
+        """Open the connection; an opening that hangs is waited for again, never doubled."""
         if self._opening is None:
             self._opening = self._opener.submit(self._open_blocking, loop)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                opened = await asyncio.shield(asyncio.wrap_future(self._opening))
+                watched = await asyncio.shield(asyncio.wrap_future(self._opening))
         except TimeoutError:
             raise HypervisorUnavailable(f"{self._uri} does not answer") from None
-        except libvirt.libvirtError as error:
+        except (libvirt.libvirtError, HypervisorUnavailable) as error:
             self._opening = None
             raise HypervisorUnavailable(str(error)) from error
         self._opening = None
-        return opened
+        return watched
 
-    def _open_blocking(self, loop: asyncio.AbstractEventLoop) -> Connections:
-        opened: list[libvirt.virConnect] = []
+    def _open_blocking(self, loop: asyncio.AbstractEventLoop) -> Watched:
+        connection = open_connection(self._uri)
         try:
-            for _ in range(3):
-                connection = libvirt.open(self._uri)
-                opened.append(connection)
-                connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
-            self._prepare(opened[0])
-            return self._watch(*opened, loop=loop)
+            self._prepare(connection)
+            return self._watch(connection, loop)
         except BaseException:
-            for connection in opened:
-                _close_quietly(connection)
+            close_quietly(connection)
             raise
 
-    def _watch(
-        self,
-        acting: libvirt.virConnect,
-        reading: libvirt.virConnect,
-        statistics: libvirt.virConnect,
-        *,
-        loop: asyncio.AbstractEventLoop,
-    ) -> Connections:
+    def _watch(self, connection: libvirt.virConnect, loop: asyncio.AbstractEventLoop) -> Watched:
         lost = asyncio.Event()
 
         def closed(_connection: object, _reason: int, _opaque: object) -> None:
@@ -195,77 +190,46 @@ class LibvirtLink:
         def changed(_connection: object, domain: Any, *_details: object) -> None:
             _tell(loop, self._notify, domain.name())
 
-        for connection in (acting, reading, statistics):
-            connection.registerCloseCallback(closed, None)
-        callback_id = acting.domainEventRegisterAny(
+        connection.registerCloseCallback(closed, None)
+        callback_id = connection.domainEventRegisterAny(
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, changed, None
         )
-        return Connections(acting, reading, statistics, callback_id, lost)
+        return Watched(connection, callback_id, lost)
 
     async def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
-        connections, self._connections = self._connections, None
+        watched, self._watched = self._watched, None
         self._connected.clear()
-        if connections is None:
+        if watched is None:
             return
+        watched.lost.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await loop.run_in_executor(self._opener, _close_all, connections)
+                await loop.run_in_executor(self._opener, self._close_blocking, watched)
+
+    def _close_blocking(self, watched: Watched) -> None:
+        _close_watched(watched)
+        for lane in (self._acts, self._reads, self._statistics):
+            lane.close_idle()
 
 
-def named_error(error: libvirt.libvirtError, *, alive: bool) -> HypervisorError:
-    """Return what a libvirt error means: the daemon is gone, the domain is, or neither."""
-    if not alive:
-        return HypervisorUnavailable(f"libvirtd is out of reach: {error}")
+def _named(error: libvirt.libvirtError) -> HypervisorError:
     if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
         return DomainNotFound(str(error))
     return HypervisorError(str(error))
 
 
-async def _call(
-    live: Connections,
-    connection: libvirt.virConnect,
-    executor: ThreadPoolExecutor,
-    work: Work[T],
-    timeout_s: float,
-) -> T:
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await loop.run_in_executor(executor, work, connection)
-    except TimeoutError:
-        raise HypervisorUnavailable(f"no answer from libvirt within {timeout_s:g} s") from None
-    except libvirt.libvirtError as error:
-        named = named_error(error, alive=_is_alive(connection))
-        if isinstance(named, HypervisorUnavailable):
-            live.lost.set()
-        raise named from error
-
-
-def _close_all(connections: Connections) -> None:
+def _close_watched(watched: Watched) -> None:
     # A connection that is closed with callbacks registered stays open behind our back.
     with contextlib.suppress(libvirt.libvirtError):
-        connections.acting.domainEventDeregisterAny(connections.callback_id)
-    for connection in connections.each():
-        _close_quietly(connection)
+        watched.connection.domainEventDeregisterAny(watched.callback_id)
+    with contextlib.suppress(libvirt.libvirtError):
+        watched.connection.unregisterCloseCallback()
+    close_quietly(watched.connection)
 
 
-def _close_late(opening: Future[Connections]) -> None:
+def _close_late(opening: Future[Watched]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        _close_all(opening.result())
-
-
-def _is_alive(connection: libvirt.virConnect) -> bool:
-    try:
-        return bool(connection.isAlive())
-    except libvirt.libvirtError:
-        return False
-
-
-def _close_quietly(connection: libvirt.virConnect) -> None:
-    with contextlib.suppress(libvirt.libvirtError):
-        connection.unregisterCloseCallback()
-    with contextlib.suppress(libvirt.libvirtError):
-        connection.close()
+        _close_watched(opening.result())
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

@@ -30,8 +30,8 @@ def read_samples(connection: libvirt.virConnect, at: float) -> tuple[Sample, ...
     """Return one sample per running domain of ours, sorted by VM; a hung one is left out."""
     samples = []
     for domain, figures in connection.getAllDomainStats(_GROUPS, _FLAGS):
-        # The balloon's figures come from QEMU itself: one that does not answer has none.
-        if "balloon.current" not in figures:
+        # Not libvirt's own knowledge but part of what is asked of QEMU: there once that answers.
+        if "balloon.rss" not in figures:
             continue
         metadata = metadata_of(domain)
         if metadata is not None:

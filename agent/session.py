@@ -23,7 +23,7 @@ from agent.inventory import inventory_of
 from agent.reconciler import VmReconciler
 from shared.channel import Channel
 from shared.errors import Disconnected, NovacronError, StaleTerm
-from shared.model import Inventory, Term
+from shared.model import Term
 from shared.problems import problem_of
 from shared.protocol import (
     AgentMessage,
@@ -155,7 +155,7 @@ class Session:
         channel = await self._dial(address)
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                answer, inventory = await self._greet(channel)
+                answer, told = await self._greet(channel)
             if isinstance(answer, NotLeader):
                 if answer.agent_address in (None, address):
                     raise Disconnected("the replica does not lead, and knows of no leader")
@@ -166,7 +166,7 @@ class Session:
             log.info("in session with %s, term %s", address, answer.term)
             self._joined(Joined(answer.node_id, answer.term))
             self.connected = self._served = True
-            await self._serve(channel, answer, inventory)
+            await self._serve(channel, answer, told)
         finally:
             self.connected = False
             await channel.close()
@@ -174,7 +174,7 @@ class Session:
 
     async def _greet(
         self, channel: LeaderChannel
-    ) -> tuple[Welcome | NotLeader | Rejected, Inventory]:
+    ) -> tuple[Welcome | NotLeader | Rejected, InventoryReport]:
         inventory = await inventory_of(self._hypervisor, self._node.agent_version)
         domains, foreign = await self._reconciler.found()
         await channel.send(
@@ -197,14 +197,14 @@ class Session:
             await channel.send(TermAccepted(term=answer.term))
         elif not isinstance(answer, NotLeader | Rejected):
             raise Disconnected("the replica did not answer the hello")
-        return answer, inventory
+        return answer, InventoryReport(inventory=inventory, foreign_domains=foreign)
 
-    async def _serve(self, channel: LeaderChannel, welcome: Welcome, inventory: Inventory) -> None:
+    async def _serve(self, channel: LeaderChannel, welcome: Welcome, told: InventoryReport) -> None:
         tasks: list[Awaitable[None]] = [
             self._receive(channel),
             self._beat(channel, welcome.heartbeat_period_s),
             self._send_reports(channel),
-            self._send_inventory(channel, *told),
+            self._send_inventory(channel, told),
         ]
         running = [asyncio.ensure_future(task) for task in tasks]
         try:
@@ -252,7 +252,7 @@ class Session:
                 self._outgoing.put_back(report)
                 raise
 
-    async def _send_inventory(self, channel: LeaderChannel, sent: Inventory) -> None:
+    async def _send_inventory(self, channel: LeaderChannel, sent: InventoryReport) -> None:
         while True:
             await asyncio.sleep(INVENTORY_PERIOD_S)
             try:
@@ -261,9 +261,10 @@ class Session:
             except NovacronError as error:
                 log.warning("the inventory cannot be read: %s", error)
                 continue
-            if inventory != sent:
-                await channel.send(InventoryReport(inventory=inventory, foreign_domains=foreign))
-                sent = inventory
+            report = InventoryReport(inventory=inventory, foreign_domains=foreign)
+            if report != sent:
+                await channel.send(report)
+                sent = report
 
     async def _answer(self, channel: LeaderChannel, query: Query) -> None:
         async with self._queries:

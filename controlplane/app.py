@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 
@@ -108,6 +109,10 @@ class ControlPlane:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
+            # What was listed stays for long; collecting it again and again would hold the loop for
+            # 120 ms at 50,000 VMs.
+            gc.collect()
+            gc.freeze()
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(self._election.run(self.leader.lead))
             tasks.create_task(self._stay_registered())

@@ -77,6 +77,7 @@ class FieldErrors(NovacronError):
         assert errors, "an error about fields names at least one"
         listed = "; ".join(f"{e.pointer or '/'}: {e.message}" for e in errors)
         super().__init__(f"{summary}: {listed}")
+        self.summary = summary
         self.errors = errors
 
 

@@ -6,6 +6,7 @@ since grpc.aio leaks what it cancels.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -15,6 +16,9 @@ from shared.errors import Disconnected
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
+
+# A stream that is over or broken tells so in any of these ways.
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 # gRPC's own limits are stated, never inherited.
 CHANNEL_OPTIONS = (
@@ -40,17 +44,21 @@ class GrpcChannel(Generic[Sent, Received]):
         self._stream = stream
         self._received = received
         self._end = end
+        # A second write while one is under way breaks the stream, and on a server without an end.
+        self._sending = asyncio.Lock()
 
     async def send(self, message: Sent) -> None:
+        data = pack(message)
         try:
-            await self._stream.write(pack(message))
-        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            async with self._sending:
+                await self._stream.write(data)
+        except _BROKEN as error:
             raise Disconnected(f"the stream broke while sending: {_why(error)}") from error
 
     async def receive(self) -> Received:
         try:
             data = await self._stream.read()
-        except (grpc.RpcError, grpc.aio.UsageError) as error:
+        except _BROKEN as error:
             raise Disconnected(f"the stream broke: {_why(error)}") from error
         if data is grpc.aio.EOF:
             raise Disconnected("the peer ended the stream")

@@ -18,7 +18,7 @@ CELL_LENGTH = 6
 UNIQUE_LENGTH = 20
 RANDOM_BITS = 52
 
-_ID = re.compile(rf"^[a-z]+(?:-[a-z]+)*-[0-9a-v]{{{CELL_LENGTH + UNIQUE_LENGTH}}}$")
+_ID = re.compile(rf"^[a-z]+(?:-[a-z]+)*-[0-9a-v]{{{CELL_LENGTH + UNIQUE_LENGTH}}}\Z")
 _DOMAIN_NAMESPACE = uuid.UUID("6f1e0c7e-5d0b-5b8e-9d0a-6e6f76616372")
 
 

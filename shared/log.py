@@ -41,6 +41,9 @@ def set_up_logging(level: str) -> None:
     access = logging.getLogger(ACCESS_LOGGER)
     access.handlers[:] = [_handler(logging.Formatter("%(message)s"))]
     access.propagate = False
+    # Their information is about themselves; what goes wrong is still told.
+    for chatty in ("asyncio", "uvicorn.error"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _handler(formatter: logging.Formatter) -> logging.Handler:

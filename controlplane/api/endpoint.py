@@ -20,7 +20,7 @@ from controlplane.api.routes import BASE, Call, Route
 from controlplane.api.stream import EVENT_STREAM, EventStreams
 from controlplane.services.context import Context, Principal
 from controlplane.services.context import Scope as Tenancy
-from controlplane.services.requests import EventQuery
+from controlplane.services.requests import EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
@@ -108,7 +108,10 @@ class Endpoint:
         call = Call(
             self._context, self._metrics, principal, scope.get("path_params", {}), query, body
         )
-        answer = _answer(route, await route.handler(call))
+        handling = route.handler(call)
+        if isinstance(query, WaitQuery):
+            handling = self._streams.unless_closing(handling)
+        answer = _answer(route, await handling)
         await send_answer(send, answer, with_body=method != "HEAD")
 
     def _principal(self, route: Route, sent: _Sent, exchange: Exchange) -> Principal:

@@ -59,11 +59,19 @@ class ApiServer:
         await self._server.listening.wait()
 
     async def run(self) -> None:
-        """Serve until stopped. Raises OSError when it cannot listen."""
+        """Serve until stopped, or until cancelled: then requests under way are finished first.
+
+        Raises OSError when it cannot listen.
+        """
         try:
             await self._server.serve()
         except SystemExit as error:  # how uvicorn says that it could not listen
             raise OSError("the API cannot listen; the log says why") from error
+        except asyncio.CancelledError:
+            self.stop()
+            if self._server.started:
+                await self._server.shutdown()
+            raise
 
     def stop(self) -> None:
         """Take no new connection, end the event streams, let the rest finish for a while."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.types import Receive, Send
 
@@ -19,9 +20,11 @@ from controlplane.services.requests import EventQuery
 from controlplane.services.revisions import epoch_of
 from controlplane.services.views import EventView, event_view
 from shared.codec import to_json
-from shared.errors import Overloaded
+from shared.errors import Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EVENT_STREAM = "text/event-stream"
 # Proxies cut what is silent for 30 s or more.
@@ -44,8 +47,21 @@ class EventStreams:
         self._closing = asyncio.Event()
 
     def close(self) -> None:
-        """End all streams, and refuse new ones: the replica stops."""
+        """End all streams and long polls, and refuse new ones: the replica stops."""
         self._closing.set()
+
+    async def unless_closing(self, work: Awaitable[T]) -> T:
+        """Return what ``work`` returns. Raises Unavailable when the replica stops before that."""
+        working = asyncio.ensure_future(work)
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait({working, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Unavailable("this replica stops: ask again")
+            return working.result()
+        finally:
+            working.cancel()
+            closing.cancel()
 
     async def follow(
         self,

@@ -165,9 +165,7 @@ def vm_removed(draft: Draft, vm: Vm) -> None:
             end_operation(draft, operation, OperationEvent.CANCELLED, _superseded("deleted"))
 
 
-def _new_operation(
-    draft: Draft, kind: str, vm: Vm, by: Author, request_number: int
-) -> Operation:
+def _new_operation(draft: Draft, kind: str, vm: Vm, by: Author, request_number: int) -> Operation:
     return Operation(
         id=draft.new_id("op"),
         kind=kind,

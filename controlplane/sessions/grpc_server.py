@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from controlplane.sessions.hub import Hub
+from controlplane.sessions.hub import GREETING_TIMEOUT_S, Hub
 from controlplane.sessions.telemetry import TelemetryServer
 from shared.channel import Channel
 from shared.errors import Disconnected, NovacronError, Unauthenticated
@@ -80,6 +80,9 @@ class AgentServer:
     ) -> None:
         hub = self._hub()
         if hub is None:
+            # Answered before its hello, the agent would find the stream over and learn nothing.
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                await channel.receive()
             await channel.send(NotLeader(agent_address=self._leader_address()))
         else:
             await hub.serve(channel, identity)
@@ -99,7 +102,7 @@ class AgentServer:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         try:
             await serve(identity)
-        except Disconnected:
+        except (Disconnected, TimeoutError):
             pass
         except NovacronError as error:
             log.warning("the stream of %s ended: %s", identity.name, error)

@@ -232,9 +232,7 @@ class Hub:
         """Take a report; one VM's that cannot be taken must not cost the node its session."""
         by = Author(f"agent:{session.node_name}")
         try:
-            await self._applier.submit(
-                ObserveVm(node_id=session.node_id, report=report, by=by)
-            )
+            await self._applier.submit(ObserveVm(node_id=session.node_id, report=report, by=by))
         except Conflict as refused:
             log.error("a report on %s was not taken: %s", report.vm_id, refused)
 

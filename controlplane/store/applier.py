@@ -37,6 +37,7 @@ from shared.errors import (
     NovacronError,
     OutcomeUnknown,
     Overloaded,
+    RecordUnreadable,
 )
 from shared.ids import IdSource
 from shared.model import Applied, HistoryEntry, Record, Term
@@ -226,7 +227,7 @@ class Applier:
 
     def _read_back(self, outcome: NotCommitted, group_id: str, seq: int, *, ambiguous: bool) -> int:
         mark = outcome.mark
-        if mark is not None and unpack(mark.value, Applied).group == group_id:
+        if mark is not None and _group_of(mark) == group_id:
             self._mark_revision, self._seq = mark.mod_revision, seq
             return mark.mod_revision
         raise TermOver(
@@ -266,6 +267,14 @@ def _writes(sealed: SealedDraft) -> list[Write]:
     writes += [Put(keys.history_key(entry.seq), pack(entry)) for entry in sealed.history]
     writes += [Delete(keys.history_key(seq)) for seq in sealed.trimmed]
     return writes
+
+
+def _group_of(mark: KeyValue) -> str:
+    """Return which group wrote a mark; a mark that does not decode is nobody's of ours."""
+    try:
+        return unpack(mark.value, Applied).group
+    except RecordUnreadable:
+        return ""
 
 
 def _refusal(error: Exception) -> Exception:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import statistics
 import sys
 import tempfile
@@ -43,7 +42,8 @@ from shared.model import (
     VmStatus,
 )
 from shared.tls import Identity, Role
-from tests.bench.result import BenchResult
+from tests.bench.bootstrap import lower_bound
+from tests.bench.result import BenchResult, figure
 from tests.unit.api_world import BORN, CELL, World
 
 VMS = 50_000
@@ -52,7 +52,6 @@ PAIRS = 40
 RUN_S = 0.3
 CONNECTIONS = 4
 RATIO_MIN = 0.5
-RESAMPLES = 4000
 # The first pairs pay for caches and connections that later ones find warm.
 WARM_UP_PAIRS = 3
 
@@ -111,30 +110,17 @@ async def _pairs(directory: Path) -> list[Pair]:
 
 def _results(pairs: list[Pair]) -> list[BenchResult]:
     ratios = [pair.api / pair.bare for pair in pairs]
-    low = _lower_bound(ratios)
+    low = lower_bound(ratios)
     gate = f"at least {RATIO_MIN} (95 % lower bound of the median of {len(pairs)} pairs)"
     median = statistics.median
     return [
-        _figure("api.bare_starlette", median(p.bare for p in pairs), "requests/s"),
-        _figure("api.get_vm", median(p.api for p in pairs), "requests/s"),
-        _figure("api.ratio_median", median(ratios), "ratio"),
+        figure("api.bare_starlette", median(p.bare for p in pairs), "requests/s"),
+        figure("api.get_vm", median(p.api for p in pairs), "requests/s"),
+        figure("api.ratio_median", median(ratios), "ratio"),
         BenchResult(
             name="api.ratio", value=round(low, 3), unit="ratio", gate=gate, holds=low >= RATIO_MIN
         ),
     ]
-
-
-def _figure(name: str, value: float, unit: str) -> BenchResult:
-    return BenchResult(name=name, value=round(value, 3), unit=unit, gate="", holds=True)
-
-
-def _lower_bound(values: list[float]) -> float:
-    """Return the bootstrap's 95 % lower bound of the median."""
-    rng = random.Random(1)
-    medians = sorted(
-        statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES)
-    )
-    return medians[int(RESAMPLES * 0.05)]
 
 
 def _bare_app(world: World) -> Starlette:

@@ -13,3 +13,8 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     unit: str
     gate: str
     holds: bool
+
+
+def figure(name: str, value: float, unit: str) -> BenchResult:
+    """Return a figure that is held against no gate."""
+    return BenchResult(name=name, value=round(value, 3), unit=unit, gate="", holds=True)

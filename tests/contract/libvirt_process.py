@@ -92,17 +92,27 @@ class LibvirtProcess:
                 raise RuntimeError((self.root / "libvirtd.log").read_text(errors="replace"))
             time.sleep(_POLL_S)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal_libvirtd(self, number: signal.Signals) -> None:
         """Send libvirtd a signal."""
         assert self._entered is not None, "it runs"
         os.kill(_only_child(self._entered.pid), number)
+        if number == signal.SIGCONT:
+            # nsenter stops itself along with its child.
+            self._entered.send_signal(number)
 
     def kill(self) -> None:
         """Kill libvirtd as a crash would; its QEMUs go on."""
         assert self._entered is not None, "it runs"
-        self.signal(signal.SIGKILL)
+        self.signal_libvirtd(signal.SIGKILL)
         self._entered.wait()
         self._entered = None
+
+    def end(self) -> None:
+        """Kill libvirtd for good; does nothing when it does not run."""
+        if self._entered is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal_libvirtd(signal.SIGCONT)
+            self.kill()
 
     def signal_qemu(self, domain: str, number: signal.Signals) -> None:
         """Send a running domain's QEMU a signal. Raises FileNotFoundError for one not running."""
@@ -133,11 +143,12 @@ def libvirt_process() -> Iterator[LibvirtProcess]:
     root.chmod(0o755)
     try:
         holder = _hold_namespaces(root)
+        process = LibvirtProcess(root, holder)
         try:
-            process = LibvirtProcess(root, holder)
             process.start()
             yield process
         finally:
+            process.end()
             _end(holder)
     finally:
         shutil.rmtree(root)

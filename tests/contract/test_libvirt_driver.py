@@ -98,14 +98,14 @@ async def test_a_libvirtd_that_hangs_makes_calls_end_and_is_found_again(
 ) -> None:
     driver = world.driver
     await run_guest(driver, definition())
-    world.process.signal(signal.SIGSTOP)
+    world.process.signal_libvirtd(signal.SIGSTOP)
     try:
         with pytest.raises(HypervisorUnavailable):
             await driver.domains()
         with pytest.raises(HypervisorUnavailable):
             await driver.stop(NAME, 1)
     finally:
-        world.process.signal(signal.SIGCONT)
+        world.process.signal_libvirtd(signal.SIGCONT)
     await until(lambda: connected(driver), "the connection")
     assert await power_of(driver) is ObservedPower.RUNNING
 

@@ -1,7 +1,7 @@
 """`./dev lab` and `./dev demo`: the commands over the lab.
 
 Progress goes to standard error, so that ``--json`` can be piped. Exit codes: 0 done, 1 refused or
-failed with a reason, 128 + signal when interrupted.
+failed with a reason; Interrupted passes through.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from controlplane.cli.errors import CliError
 from tests.lab import layout, leftovers, signals, state
 from tests.lab.cluster import Lab, LabPlan, take_down
 from tests.lab.demo import run_demo
@@ -22,15 +23,13 @@ from tests.lab.layout import LabError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
-    signals.raise_when_asked_to_end()
     try:
         return int(options.run(options))
     except LabError as error:
         _say(f"error: {error}")
-        return 1
-    except signals.Interrupted as interrupted:
-        _say("interrupted; nothing is left")
-        return interrupted.exit_code
+    except CliError as error:
+        _say("\n".join(error.lines()))
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +89,11 @@ def _down(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     if options.simulated:
-        raise LabError("this version has no simulated demo yet")
+        # Imported here: the lab's other commands need none of the simulation.
+        from tests.lab.simulated_cell import serve
+        from tests.lab.simulated_demo import run_simulated
+
+        return run_simulated(_say, serve, once=options.once)
     return run_demo(_say, once=options.once)
 
 
@@ -117,7 +120,3 @@ def summary(found: state.LabState) -> list[str]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -144,13 +144,16 @@ class Lab:
             self._node_ids = {n.name: n.id for n in api.nodes() if n.state == "ready"}
             return name in self._node_ids
 
-        for node in self.nodes:
-            self.link.wait_for(
-                state.agent_program(node.name),
-                partial(is_ready, node.name),
-                f"node {node.name} to be ready",
-                limit_s=NODES_READY_LIMIT_S,
-            )
+        try:
+            for node in self.nodes:
+                self.link.wait_for(
+                    state.agent_program(node.name),
+                    partial(is_ready, node.name),
+                    f"node {node.name} to be ready",
+                    limit_s=NODES_READY_LIMIT_S,
+                )
+        finally:
+            api.close()
         self._write_state()
 
     def _claim_machine(self) -> None:
@@ -205,20 +208,25 @@ class Lab:
         with _Step(self._say, f"control plane ({len(self.replicas)})"):
             self._issue_certificates()
             etcd.wait_for(self.members, self.link)
-            for replica in self.replicas:
-                configs.write_replica(replica, [m.endpoint for m in self.members])
-                self.link.start(_replica_program(replica))
             for node in self.nodes:
                 configs.write_agent(
                     node, self.replicas, cpus=self.plan.cpus, memory_mib=self.plan.memory_mib
                 )
-            for replica in self.replicas:
-                self.link.wait_for(
-                    replica.name,
-                    partial(_replica_ready, replica),
-                    f"replica {replica.name} to be ready",
-                    limit_s=REPLICA_READY_LIMIT_S,
-                )
+            first, *others = self.replicas
+            # Alone it becomes the leader, so that every lab begins alike; others only answer.
+            self._start_replica(first, "/readyz")
+            for replica in others:
+                self._start_replica(replica, "/healthz")
+
+    def _start_replica(self, replica: Replica, sign: str) -> None:
+        configs.write_replica(replica, [m.endpoint for m in self.members])
+        self.link.start(_replica_program(replica))
+        self.link.wait_for(
+            replica.name,
+            partial(_answers, replica, sign),
+            f"replica {replica.name} to answer {sign}",
+            limit_s=REPLICA_READY_LIMIT_S,
+        )
 
     def _issue_certificates(self) -> None:
         files = CellFiles(CELL_DIR, SystemClock(), random.Random(os.urandom(16)))
@@ -309,13 +317,14 @@ def _replica_program(replica: Replica) -> Program:
     )
 
 
-def _replica_ready(replica: Replica) -> bool:
+def _answers(replica: Replica, path: str) -> bool:
+    """Tell whether a replica answers a path with 200."""
     context = ssl.create_default_context(cafile=str(CELL_DIR / "ca.crt"))
     connection = http.client.HTTPSConnection(
         replica.address, layout.API_PORT, timeout=2.0, context=context
     )
     try:
-        connection.request("GET", "/readyz")
+        connection.request("GET", path)
         return connection.getresponse().status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False

@@ -10,7 +10,7 @@ from controlplane.cli.errors import CliError
 from tests.lab import signals
 from tests.lab.api import LabApi
 from tests.lab.cluster import Lab, LabPlan
-from tests.lab.layout import LabError
+from tests.lab.layout import KEPT_LOG_DIR, LabError
 from tests.lab.state import LabState, login_lines
 from tests.lab.story import Story
 
@@ -31,7 +31,7 @@ def run_demo(say: Say, *, once: bool) -> int:
             _tell_line("\nIt stays up until Ctrl-C.")
             wait_for_the_end()
     except CliError as error:
-        raise LabError(f"the API: {error}") from error
+        raise LabError(f"the API: {error}; the logs are in {KEPT_LOG_DIR}") from error
     finally:
         say("removing the cluster")
         lab.down()

@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 
 STATE_DIR = Path("/var/lib/novacron-lab")
+LOG_DIR = STATE_DIR / "logs"
 # In the environment of every process that the lab starts. Not NOVACRON_…: that would be taken for
 # a setting.
 MARK = f"LAB_OF_NOVACRON={STATE_DIR}"
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE_DIR = REPOSITORY / ".cache"
-GUEST_DIR = CACHE_DIR / "guest"
+# The logs of the last lab, for whoever wonders what happened in it.
+KEPT_LOG_DIR = CACHE_DIR / "lab" / "logs"
 
 BRIDGE = "nclab0"
 SUBNET = "10.88.0"

@@ -10,7 +10,7 @@ import os
 import shutil
 
 from tests.lab import network
-from tests.lab.layout import MARK, STATE_DIR
+from tests.lab.layout import KEPT_LOG_DIR, LOG_DIR, MARK, STATE_DIR
 from tests.lab.processes import ProcessKey, find_by_environment, find_by_mount, is_alive, kill_all
 from tests.lab.state import read_pids
 
@@ -32,9 +32,12 @@ def processes() -> list[ProcessKey]:
 
 
 def clear() -> None:
-    """End every process of a lab and remove its devices and files."""
+    """End every process of a lab and remove its devices and files; its logs go to the cache."""
     kill_all(processes)
     network.remove_links()
+    if LOG_DIR.is_dir():
+        shutil.rmtree(KEPT_LOG_DIR, ignore_errors=True)
+        shutil.copytree(LOG_DIR, KEPT_LOG_DIR, dirs_exist_ok=True)
     shutil.rmtree(STATE_DIR, ignore_errors=True)
     if STATE_DIR.exists():
         # Something was being written when the first pass went through.

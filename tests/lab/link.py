@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from tests.lab import runtime, supervisor
-from tests.lab.layout import REPOSITORY, STATE_DIR, LabError
+from tests.lab.layout import LOG_DIR, REPOSITORY, STATE_DIR, LabError
 from tests.lab.processes import KILL_WAIT_S, is_alive, send
 from tests.lab.state import SUPERVISOR, ProgramPid, read_pids
 
@@ -35,7 +35,8 @@ class SupervisorLink:
 
     def launch(self) -> None:
         """Start the supervisor, bound to this process until ``detach``."""
-        log = STATE_DIR / "supervisor.log"
+        LOG_DIR.mkdir()
+        log = LOG_DIR / "supervisor.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.lab.supervisor"],
@@ -157,6 +158,6 @@ def wait_until(
 
 
 def _log_end(name: str) -> str:
-    path = supervisor.LOG_DIR / f"{name}.log"
+    path = LOG_DIR / f"{name}.log"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return "\n".join([f"the end of {name}'s log:", *(f"  {line}" for line in lines[-LOG_LINES:])])

@@ -76,6 +76,7 @@ fi
 mount --bind {dir}/boot_id /proc/sys/kernel/random/boot_id
 mount --bind {dir}/passwd /etc/passwd
 mount --bind {dir}/group /etc/group
+mount --bind {dir}/hosts /etc/hosts
 mount --bind {dir}/etc-libvirt /etc/libvirt
 mount --bind {dir}/var-log-libvirt /var/log/libvirt
 mount --bind {dir}/var-cache-libvirt /var/cache/libvirt
@@ -122,6 +123,7 @@ class LightNode(Struct, frozen=True, kw_only=True):
         """Write the node's files once; its disks and records then survive its restarts."""
         for part in ("run", "etc-libvirt", "var-log-libvirt", "var-cache-libvirt", "var-lib"):
             (self.directory / part).mkdir(parents=True)
+        (self.directory / "var-log-libvirt" / "qemu").mkdir()
         self._write_libvirt_files()
         self._write_accounts()
         for place in (NODE_ARTEFACT_DIR, NODE_CONFIG_DIR, NODE_STATE_DIR, runtime.RUNTIME_DIR):
@@ -228,6 +230,9 @@ class LightNode(Struct, frozen=True, kw_only=True):
         for name, line in (("passwd", user), ("group", group)):
             text = Path("/etc", name).read_text().rstrip("\n") + "\n" + line
             (self.directory / name).write_text(text)
+        # libvirtd looks its own name up for every guest; without this it asks a name server.
+        hosts = f"127.0.0.1 localhost\n{self.address} {self.name}\n"
+        (self.directory / "hosts").write_text(hosts)
 
     def _init_script(self) -> str:
         inside_runtime = self.inside(runtime.RUNTIME_DIR)

@@ -37,7 +37,7 @@ def run_simulated(say: Say, serve: Serve, *, once: bool) -> int:
         say("a control plane, three agents, a model of etcd and simulated guests in one process")
         api = LabApi(context)
         try:
-            tell(api, print)
+            tell(api, lambda text: print(text, flush=True))
         finally:
             api.close()
         print(f"\n== Yours now: {', '.join(context.endpoints)}", flush=True)

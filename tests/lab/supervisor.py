@@ -23,12 +23,11 @@ from msgspec import Struct
 
 from shared.retry import Backoff
 from tests.lab import leftovers
-from tests.lab.layout import STATE_DIR
+from tests.lab.layout import LOG_DIR, STATE_DIR
 from tests.lab.processes import ProcessKey, key_of
 from tests.lab.state import PIDS_FILE, SUPERVISOR, ProgramPid, write
 
 SOCKET = STATE_DIR / "supervisor.sock"
-LOG_DIR = STATE_DIR / "logs"
 
 # Quick enough for a test to wait for, slow enough that a program that cannot start costs nothing.
 RESTART_BACKOFF = Backoff(first_s=0.2, cap_s=5.0)
@@ -120,7 +119,6 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._ended.set)
         loop.add_reader(sys.stdin.fileno(), self._lifeline_moved)
-        LOG_DIR.mkdir(exist_ok=True)
         self._record()
         server = await asyncio.start_unix_server(self._answer, SOCKET, limit=REQUEST_BYTES_MAX)
         reaper = asyncio.create_task(self._reap_orphans())

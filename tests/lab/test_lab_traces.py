@@ -113,7 +113,7 @@ def _builder(step: str) -> subprocess.Popen[str]:
 
 def _dev_lab(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.lab.cli", "lab", *arguments],
+        [sys.executable, "-m", "tests.lab", "lab", *arguments],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

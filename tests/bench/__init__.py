@@ -1,0 +1,1 @@
+"""Measurements against their gates: `./dev bench`."""

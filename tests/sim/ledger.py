@@ -1,0 +1,175 @@
+"""What the world saw, apart from the product: commits replayed, guests started and ended.
+
+Owns the facts that the invariants compare. It decodes records with the product's model and uses
+nothing else of it. Every event is first judged against all that came before, then taken in.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from controlplane.store import keys
+from shared.codec import unpack
+from shared.model import (
+    FinishedOperation,
+    HistoryEntry,
+    LeaderKey,
+    Node,
+    Operation,
+    Power,
+    Record,
+    Vm,
+)
+
+
+class Committed(Struct, frozen=True):
+    """One revision; a record of None was deleted. ``writer`` is a process's incarnation."""
+
+    revision: int
+    writer: str
+    leader: LeaderKey | str | None = ""
+    records: tuple[tuple[type[Record], str, Record | None], ...] = ()
+    history: tuple[HistoryEntry, ...] = ()
+    trimmed: tuple[int, ...] = ()
+
+    @property
+    def changes_state(self) -> bool:
+        return bool(self.records or self.history or self.trimmed)
+
+
+class Started(Struct, frozen=True):
+    """A guest of this VM and generation began to run; told by the hypervisor's model."""
+
+    node: str
+    boot_id: str
+    vm_id: str
+    generation: int
+
+
+class Ended(Struct, frozen=True):
+    """A guest runs no more; ``by_agent``: because an agent asked for its end."""
+
+    node: str
+    vm_id: str
+    generation: int
+    by_agent: bool
+
+
+class Erased(Struct, frozen=True):
+    """A domain or a volume of a VM was removed from its node."""
+
+    node: str
+    vm_id: str
+
+
+class DeleteAsked(Struct, frozen=True):
+    """A client is about to ask for a VM's deletion; from now on it may go."""
+
+    vm_id: str
+
+
+class Acknowledged(Struct, frozen=True):
+    """A client was told that its operation on a VM is accepted."""
+
+    operation_id: str
+    vm_id: str
+
+
+class Died(Struct, frozen=True):
+    """A process ended, or a callback failed, by an error of its own."""
+
+    incarnation: str
+    error: str
+
+
+SimEvent = Committed | Started | Ended | Erased | DeleteAsked | Acknowledged | Died
+Attempts = tuple[str, int]
+
+
+class Ledger:
+    """The replayed cluster. ``nodes`` and ``vms`` are as etcd has them, by id."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.leader: LeaderKey | None = None
+        self.vms: dict[str, Vm] = {}
+        self.nodes: dict[str, Node] = {}
+        self.operations: dict[str, Operation] = {}
+        self.finished: dict[str, Operation] = {}
+        self.last_seq = 0
+        self.permits: dict[Attempts, tuple[str, str]] = {}
+        self.stoppable: dict[Attempts, None] = {}
+        self.removable: dict[str, None] = {}
+        self.started: dict[Attempts, str] = {}
+        self.running: dict[tuple[str, str], int] = {}
+        self.acknowledged: dict[str, str] = {}
+        self.delete_asked: dict[str, None] = {}
+
+    def take(self, event: SimEvent) -> None:
+        if isinstance(event, Committed):
+            self._commit(event)
+        elif isinstance(event, Started):
+            self.started[event.vm_id, event.generation] = event.node
+            self.running[event.node, event.vm_id] = event.generation
+        elif isinstance(event, Ended):
+            self.running.pop((event.node, event.vm_id), None)
+        elif isinstance(event, DeleteAsked):
+            self.delete_asked[event.vm_id] = None
+        elif isinstance(event, Acknowledged):
+            self.acknowledged[event.operation_id] = event.vm_id
+
+    def _commit(self, commit: Committed) -> None:
+        self.revision = commit.revision
+        if not isinstance(commit.leader, str):
+            self.leader = commit.leader
+        for kind, record_id, record in commit.records:
+            self._record(kind, record_id, record)
+        for entry in commit.history:
+            self.last_seq = max(self.last_seq, entry.seq)
+            if isinstance(entry, FinishedOperation):
+                self.finished.setdefault(entry.operation.id, entry.operation)
+
+    def _record(self, kind: type[Record], record_id: str, record: Record | None) -> None:
+        if isinstance(record, Vm):
+            self.vms[record_id] = record
+            self._note_rights(record)
+        elif isinstance(record, Node):
+            self.nodes[record_id] = record
+        elif isinstance(record, Operation):
+            self.operations[record_id] = record
+        elif record is None:
+            if kind is Vm:
+                self.removable[record_id] = None
+            for table in (self.vms, self.nodes, self.operations):
+                table.pop(record_id, None)
+
+    def _note_rights(self, vm: Vm) -> None:
+        """Remember what this record entitles its node to do, now or later."""
+        attempt = vm.status.attempt
+        if attempt is not None:
+            self.permits.setdefault((vm.id, attempt.generation), (attempt.node, attempt.boot_id))
+        if vm.deleting:
+            self.removable[vm.id] = None
+        if vm.deleting or vm.spec.power is Power.STOPPED:
+            self.stoppable[vm.id, vm.status.generation] = None
+
+
+def committed(revision: int, writer: str, changes: list[tuple[str, bytes | None]]) -> Committed:
+    """Decode one revision of etcd; a value of None is a deletion."""
+    leader: LeaderKey | str | None = ""
+    records: list[tuple[type[Record], str, Record | None]] = []
+    history: list[HistoryEntry] = []
+    trimmed: list[int] = []
+    for key, value in changes:
+        if key == keys.LEADER:
+            leader = None if value is None else unpack(value, LeaderKey)
+        elif key.startswith(keys.HISTORY):
+            if value is None:
+                trimmed.append(keys.history_seq(key))
+            else:
+                history.append(unpack(value, HistoryEntry))  # type: ignore[arg-type]
+        elif key.startswith(keys.STATE):
+            kind, record_id = keys.record_of(key)
+            records.append((kind, record_id, None if value is None else unpack(value, kind)))
+    history.sort(key=lambda entry: entry.seq)
+    return Committed(revision, writer, leader, tuple(records), tuple(history), tuple(trimmed))

@@ -1,0 +1,223 @@
+"""A node's libvirtd with its guests: what survives agents, and what an agent reaches of it.
+
+Owns the witness of guests: after every call and every event it compares which guests run with what
+it saw before, and tells an observer. A call that libvirtd has taken is carried out even if the
+agent that made it is dead by then. When libvirtd itself is away, guests go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from agent.hypervisor import (
+    DomainDefinition,
+    DomainInfo,
+    DomainListener,
+    Hypervisor,
+    HypervisorFacts,
+)
+from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
+from shared.errors import HypervisorUnavailable
+from shared.model import Sample
+from shared.states import RUNNING_POWERS
+from tests.sim.ledger import Ended, Erased, SimEvent, Started
+from tests.sim.process import Process, never_mind, outside
+
+Result = TypeVar("Result")
+Observer = Callable[[SimEvent], None]
+
+# Reading a domain takes a millisecond; starting QEMU some hundred.
+QUICK_S = (0.0005, 0.005)
+SLOW_S = (0.05, 0.4)
+# Some calls wait for a lock, a disk, another guest.
+HELD_UP_SHARE = 0.05
+HELD_UP_S = (1.0, 8.0)
+
+
+class Libvirtd:
+    """One boot of a node: ``state`` is looked at by the witness, ``driver`` is what agents use."""
+
+    def __init__(
+        self,
+        node: str,
+        boot_id: str,
+        state: SimulatedNodeState,
+        driver: SimulatedDriver,
+        rng: random.Random,
+        observe: Observer,
+    ) -> None:
+        self.node = node
+        self.boot_id = boot_id
+        self.available = True
+        self._driver = driver
+        self._state = state
+        self._rng = rng
+        self._observe = observe
+        self._running: dict[str, int] = {}
+        self._listeners: list[tuple[Process, DomainListener]] = []
+        self._ending_by_agent: dict[str, None] = {}
+        state.observe(self._domain_changed)
+
+    def listen(self, process: Process, listener: DomainListener) -> None:
+        self._listeners = [each for each in self._listeners if each[0].alive]
+        self._listeners.append((process, listener))
+
+    def go_away(self) -> None:
+        """Die as a process does: calls under way have an unknown outcome, events are lost."""
+        self.available = False
+        self._state.libvirtd_dies()
+
+    def come_back(self) -> None:
+        if not self.available:
+            self.available = True
+            self.witness()
+            self._state.libvirtd_returns()
+
+    async def call(
+        self, work: Callable[[Hypervisor], Awaitable[Result]], bounds: tuple[float, float]
+    ) -> Result:
+        """Carry a call out, a little later; raises HypervisorUnavailable before or after it."""
+        self._refuse_when_away()
+        held_up = self._rng.random() < HELD_UP_SHARE
+        delay_s = self._rng.uniform(*(HELD_UP_S if held_up else bounds))
+        await asyncio.sleep(delay_s / 2)
+        self._refuse_when_away()
+        try:
+            result = await work(self._driver)
+        finally:
+            self.witness()
+        await asyncio.sleep(delay_s / 2)
+        self._refuse_when_away()
+        return result
+
+    async def stop(self, driver: Hypervisor, name: str, generation: int) -> None:
+        """Stop a domain for an agent, and witness whose wish that was."""
+        self._ending_by_agent[name] = None
+        try:
+            await driver.stop(name, generation)
+            self.witness()
+        finally:
+            self._ending_by_agent.pop(name, None)
+
+    def erased(self, vm_id: str) -> None:
+        self._observe(Erased(self.node, vm_id))
+
+    def witness(self) -> None:
+        """Compare which guests run with what was seen last."""
+        running = {
+            domain.vm_id: domain.generation
+            for domain in self._state.domains.values()
+            if domain.vm_id is not None and domain.power in RUNNING_POWERS
+        }
+        for vm_id, generation in self._running.items():
+            if running.get(vm_id) != generation:
+                by_agent = vm_id in self._ending_by_agent
+                self._observe(Ended(self.node, vm_id, generation, by_agent))
+        started = [item for item in running.items() if self._running.get(item[0]) != item[1]]
+        self._running = running
+        for vm_id, generation in started:
+            self._observe(Started(self.node, self.boot_id, vm_id, generation))
+
+    def _domain_changed(self, name: str) -> None:
+        """Told at once of each change; agents hear of it a little later, while they live."""
+        self.witness()
+        for process, listener in self._listeners:
+            if process.alive:
+                asyncio.get_running_loop().call_soon(listener, name)
+
+    def _refuse_when_away(self) -> None:
+        if not self.available:
+            raise HypervisorUnavailable(f"libvirtd of {self.node} does not answer")
+
+
+class ProcessHypervisor:
+    """The port ``Hypervisor`` as one agent's process has it."""
+
+    def __init__(self, process: Process, libvirtd: Libvirtd) -> None:
+        self._process = process
+        self._libvirtd = libvirtd
+
+    async def facts(self) -> HypervisorFacts:
+        return await self._quick(lambda driver: driver.facts())
+
+    async def domains(self) -> tuple[DomainInfo, ...]:
+        return await self._quick(lambda driver: driver.domains())
+
+    async def domain(self, name: str) -> DomainInfo | None:
+        return await self._quick(lambda driver: driver.domain(name))
+
+    async def define(self, definition: DomainDefinition) -> None:
+        await self._quick(lambda driver: driver.define(definition))
+
+    async def start(self, name: str, generation: int) -> None:
+        await self._slow(lambda driver: driver.start(name, generation))
+
+    async def shutdown(self, name: str, generation: int) -> None:
+        await self._quick(lambda driver: driver.shutdown(name, generation))
+
+    async def stop(self, name: str, generation: int) -> None:
+        await self._slow(lambda driver: self._libvirtd.stop(driver, name, generation))
+
+    async def pause(self, name: str, generation: int) -> None:
+        await self._quick(lambda driver: driver.pause(name, generation))
+
+    async def resume(self, name: str, generation: int) -> None:
+        await self._quick(lambda driver: driver.resume(name, generation))
+
+    async def reboot(self, name: str, generation: int) -> None:
+        await self._quick(lambda driver: driver.reboot(name, generation))
+
+    async def reset(self, name: str, generation: int) -> None:
+        await self._quick(lambda driver: driver.reset(name, generation))
+
+    async def undefine(self, name: str, generation: int) -> None:
+        async def undefine(driver: Hypervisor) -> None:
+            domain = await driver.domain(name)
+            await driver.undefine(name, generation)
+            if domain is not None and domain.vm_id is not None:
+                self._libvirtd.erased(domain.vm_id)
+
+        await self._quick(undefine)
+
+    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+        await self._slow(lambda driver: driver.ensure_volume(pool, volume, size_gib))
+
+    async def delete_volume(self, pool: str, volume: str) -> None:
+        async def delete(driver: Hypervisor) -> None:
+            there = volume in await driver.volumes(pool)
+            await driver.delete_volume(pool, volume)
+            if there:
+                self._libvirtd.erased(volume.rpartition("-")[0])
+
+        await self._quick(delete)
+
+    async def volumes(self, pool: str) -> tuple[str, ...]:
+        return await self._quick(lambda driver: driver.volumes(pool))
+
+    async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
+        return await self._quick(lambda driver: driver.console_log(name, offset, limit_bytes))
+
+    async def samples(self) -> tuple[Sample, ...]:
+        return await self._quick(lambda driver: driver.samples())
+
+    def listen(self, listener: DomainListener) -> None:
+        self._libvirtd.listen(self._process, listener)
+
+    async def _quick(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
+        return await self._call(work, QUICK_S)
+
+    async def _slow(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
+        return await self._call(work, SLOW_S)
+
+    async def _call(
+        self, work: Callable[[Hypervisor], Awaitable[Result]], bounds: tuple[float, float]
+    ) -> Result:
+        self._process.check()
+        call = outside(self._libvirtd.call(work, bounds), "libvirtd-call")
+        call.add_done_callback(never_mind)
+        await asyncio.wait({call})
+        self._process.check()
+        return call.result()

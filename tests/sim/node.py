@@ -1,0 +1,194 @@
+"""A node in the simulation: what its disk and libvirtd keep, and its agents one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+from agent.app import Agent, AgentPorts
+from agent.append_log import AppendLog, MemoryLog
+from agent.outbox import Outbox
+from agent.sampler import Sampler
+from agent.session import LeaderChannel, NodeFacts
+from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
+from agent.telemetry import Telemetry, TelemetryChannel
+from shared.model import ObservedPower, Sample
+from shared.offload import inline
+from shared.protocol import SESSION_METHOD, TELEMETRY_METHOD
+from shared.states import RUNNING_POWERS
+from tests.sim.invariants import Found
+from tests.sim.ledger import Died
+from tests.sim.libvirtd import Libvirtd, ProcessHypervisor
+from tests.sim.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.sim.cluster import SimCluster
+
+SAMPLE_PERIOD_S = 5.0
+BATCH_PERIOD_S = 10.0
+
+
+class SimNode:
+    def __init__(self, cluster: SimCluster, name: str, replicas: tuple[str, ...]) -> None:
+        self._cluster = cluster
+        self._rng = cluster.part()
+        self._replicas = replicas
+        self._boots = 0
+        self._started = 0
+        self.name = name
+        self.state = SimulatedNodeState(cluster.facts())
+        self.log = MemoryLog()
+        self.process: Process | None = None
+        self.agent: Agent | None = None
+        self._main: asyncio.Task[None] | None = None
+        self.powered = True
+        self.libvirtd = self._boot()
+
+    def start_agent(self) -> None:
+        """Start a new agent on what disk and libvirtd have kept."""
+        assert self.process is None, "a node has one agent"
+        self._started += 1
+        process = Process(self.name, f"{self.name}.{self._started}")
+        self._cluster.trace.note(f"start {process.incarnation} in {self.libvirtd.boot_id}")
+        self.process = process
+        self._main = process.spawn(self._run(process), process.incarnation)
+
+    def crash_agent(self, *, power_loss: bool = False) -> None:
+        """kill -9; guests go on."""
+        if self.process is None:
+            return
+        self._cluster.trace.note(f"kill {self.process.incarnation}")
+        process, self.process, self.agent = self.process, None, None
+        process.kill(power_loss=power_loss)
+
+    async def stop_agent(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+            await asyncio.wait({self._main})
+        self.crash_agent()
+
+    def lose_power(self) -> None:
+        """Everything on the node ends at once; what was on disk is there after the next boot."""
+        self._cluster.trace.note(f"{self.name} loses power")
+        self.powered = False
+        self.crash_agent(power_loss=True)
+        self.libvirtd.go_away()
+        self.state.reboot()
+        self.libvirtd.witness()
+
+    def boot(self) -> None:
+        """Come up again, in a new boot, with nothing running."""
+        self.powered = True
+        self.state.reboot()
+        self.libvirtd = self._boot()
+        self.start_agent()
+
+    def found(self) -> Found:
+        """Return what is really there."""
+        ours = {d.vm_id: d for d in self.state.domains.values() if d.vm_id is not None}
+        return Found(
+            node=self.name,
+            running={vm: d.generation for vm, d in ours.items() if d.power in RUNNING_POWERS},
+            paused=tuple(vm for vm, d in ours.items() if d.power is ObservedPower.PAUSED),
+            defined={vm: d.generation for vm, d in ours.items()},
+            volumes=tuple(name for pool in self.state.pools.values() for name in pool),
+        )
+
+    def _boot(self) -> Libvirtd:
+        self._boots += 1
+        return Libvirtd(
+            self.name,
+            f"boot-{self.name}-{self._boots}",
+            self.state,
+            SimulatedDriver(self.state, self._cluster.clock),
+            self._cluster.part(),
+            self._cluster.observe,
+        )
+
+    async def _run(self, process: Process) -> None:
+        cluster = self._cluster
+        rng = random.Random(self._rng.getrandbits(64))
+        facts = NodeFacts(
+            name=self.name,
+            address=self.name,
+            labels={},
+            boot_id=self.libvirtd.boot_id,
+            incarnation=process.incarnation,
+            agent_version="simulated",
+        )
+        hypervisor = ProcessHypervisor(process, self.libvirtd)
+
+        async def dial(address: str) -> LeaderChannel:
+            return await cluster.network.dial(address, SESSION_METHOD)
+
+        ports = AgentPorts(
+            hypervisor=hypervisor,
+            log=_LogOfProcess(self.log, process),
+            offload=inline,
+            dial=dial,
+            rng=rng,
+        )
+        agent = self.agent = Agent(facts, self._replicas, ports)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(agent.run())
+                if cluster.settings.telemetry:
+                    self._measure(tasks, agent, hypervisor, rng)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            cluster.observe(Died(process.incarnation, repr(error)))
+
+    def _measure(
+        self,
+        tasks: asyncio.TaskGroup,
+        agent: Agent,
+        hypervisor: ProcessHypervisor,
+        rng: random.Random,
+    ) -> None:
+        cluster = self._cluster
+        outbox = Outbox(BATCH_PERIOD_S)
+
+        async def node_sample() -> Sample | None:
+            node_id = agent.node_id
+            at = cluster.clock.now().timestamp()
+            return None if node_id is None else Sample(object=node_id, at=at)
+
+        async def dial(address: str) -> TelemetryChannel:
+            return await cluster.network.dial(address, TELEMETRY_METHOD)
+
+        sampler = Sampler(
+            node_sample,
+            hypervisor.samples,
+            outbox,
+            sample_period_s=SAMPLE_PERIOD_S,
+            batch_period_s=BATCH_PERIOD_S,
+        )
+        telemetry = Telemetry(
+            self._replicas, dial, outbox, agent.telemetry_hello, cluster.clock, rng
+        )
+        tasks.create_task(sampler.run())
+        tasks.create_task(telemetry.run())
+
+
+class _LogOfProcess:
+    """The node's fence log as one agent's process has it open."""
+
+    def __init__(self, log: AppendLog, process: Process) -> None:
+        self._log = log
+        self._process = process
+
+    def read(self) -> list[bytes]:
+        return self._log.read()
+
+    def append(self, record: bytes) -> None:
+        self._process.check()
+        self._log.append(record)
+        self._process.check()
+
+    def rewrite(self, records: Sequence[bytes]) -> None:
+        self._process.check()
+        self._log.rewrite(records)

@@ -1,0 +1,174 @@
+"""Planted bugs: each breaks the product in one place, and names the invariant meant to find it.
+
+A bug is a context manager that patches the product while it is entered. They test the simulation:
+a search over seeds that does not find one is a search that finds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent import reconciler as agent_reconciler
+from agent.fence import Fence
+from agent.steps import Step, next_step
+from controlplane.commands.attempts import PermitStart
+from controlplane.commands.draft import Draft
+from controlplane.commands.operations import put_vm
+from controlplane.reconcilers.silence import NoteSilence
+from controlplane.sessions import hub
+from controlplane.sessions.desired import desired_of
+from controlplane.store.etcd_members import Effect
+from controlplane.store.etcd_pool import EtcdStore
+from controlplane.store.etcd_rpc import Txn, TxnDone
+from controlplane.store.port import Committed, NotCommitted, Write
+from controlplane.store.port import Fence as StoreFence
+from shared.errors import OutcomeUnknown
+from shared.model import AttemptState, Node, Term, Vm
+from shared.protocol import Desired, Intent
+from tests.sim.invariants import (
+    Invariant,
+    end_was_wanted,
+    erased_was_deleted,
+    generation_used_once,
+    nothing_acknowledged_is_lost,
+    single_runner,
+    start_was_permitted,
+    within_capacity,
+    written_by_the_leader,
+)
+
+
+class PlantedBug(Struct, frozen=True):
+    """``found_by`` is the invariant that must find it, alone; the search begins at ``first``."""
+
+    plant: Callable[[], AbstractContextManager[Any]]
+    found_by: Invariant
+    first: int = 0
+
+
+def fence_forgets_generations() -> AbstractContextManager[Any]:
+    """A permit is not used up, so that it starts the VM again."""
+
+    async def forget(self: Fence, vm_id: str, generation: int) -> None:
+        return None
+
+    return patch.object(Fence, "use_generation", forget)
+
+
+def permits_for_another_boot() -> AbstractContextManager[Any]:
+    """A permit of the boot before is pushed to the node that has booted since."""
+
+    def lenient(stored: Any, node: Node, term: Term) -> Desired:
+        desired = desired_of(stored, node, term)
+        attempt = stored.record.status.attempt
+        runs = desired.intent in (Intent.RUN, Intent.PAUSE)
+        open_ = attempt is not None and attempt.state is not AttemptState.ENDED
+        return replace(desired, permitted=runs and open_)
+
+    return patch.object(hub, "desired_of", lenient)
+
+
+def failures_reported_as_success() -> AbstractContextManager[Any]:
+    """A commit of unknown outcome is neither sent again nor read back."""
+    commit = EtcdStore.commit
+
+    async def hopeful(
+        self: EtcdStore, fence: StoreFence, writes: Sequence[Write]
+    ) -> Committed | NotCommitted:
+        try:
+            return await commit(self, fence, writes)
+        except OutcomeUnknown:
+            return Committed(fence.mark_revision)
+
+    return patch.object(EtcdStore, "commit", hopeful)
+
+
+def commits_without_the_term() -> AbstractContextManager[Any]:
+    """A commit does not ask whose the leader key is."""
+    txn = EtcdStore._txn
+
+    async def unfenced(self: EtcdStore, request: Txn, effect: Effect) -> TxnDone:
+        fenced = len(request.compares) == 2
+        return await txn(
+            self, replace(request, compares=request.compares[1:]) if fenced else request, effect
+        )
+
+    return patch.object(EtcdStore, "_txn", unfenced)
+
+
+class _MoveAway(Struct, frozen=True, kw_only=True):
+    """Takes a VM from a node that is silent, as if that proved anything."""
+
+    vm_id: str
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.find(Vm, self.vm_id)
+        if vm is None or vm.status.attempt is None or vm.deleting:
+            return
+        over = replace(vm.status.attempt, state=AttemptState.ENDED)
+        put_vm(draft, replace(vm, status=replace(vm.status, node=None, attempt=over)))
+
+
+def silence_is_death() -> AbstractContextManager[Any]:
+    """VMs of a silent node are started elsewhere."""
+    reconcile = NoteSilence.reconcile
+
+    async def impatient(self: NoteSilence) -> None:
+        await reconcile(self)
+        for node_id, stored in list(self._state.nodes.items()):
+            if stored.record.state.value == "silent":
+                for vm_id in sorted(self._state.vm_ids_on(node_id)):
+                    await self._applier.submit(_MoveAway(vm_id=vm_id))
+
+    return patch.object(NoteSilence, "reconcile", impatient)
+
+
+def starts_without_room() -> AbstractContextManager[Any]:
+    """Nobody asks whether a stopped VM still has room on its node."""
+    decide = PermitStart.decide
+
+    def careless(self: PermitStart, draft: Draft) -> int:
+        return decide(replace(self, check=lambda *_: None), draft)
+
+    return patch.object(PermitStart, "decide", careless)
+
+
+def stop_removes() -> AbstractContextManager[Any]:
+    """An agent that stopped a VM leaves nothing of it."""
+
+    def thorough(desired: Desired, *facts: Any) -> Step:
+        step = next_step(desired, *facts)
+        stopped = desired.intent is Intent.STOP and step is Step.SETTLED
+        return Step.REMOVE if stopped else step
+
+    return patch.object(agent_reconciler, "next_step", thorough)
+
+
+def strays_are_stopped() -> AbstractContextManager[Any]:
+    """An agent ends every guest that it was not told of, whoever may have started it."""
+    start = agent_reconciler.VmReconciler.drop_all_but
+
+    async def tidy(self: Any, vm_ids: tuple[str, ...]) -> None:
+        await start(self, vm_ids)
+        for domain in await self._hypervisor.domains():
+            await self._hypervisor.stop(domain.name, domain.generation)
+
+    return patch.object(agent_reconciler.VmReconciler, "drop_all_but", tidy)
+
+
+PLANTED: tuple[PlantedBug, ...] = (
+    PlantedBug(fence_forgets_generations, generation_used_once),
+    PlantedBug(permits_for_another_boot, start_was_permitted, first=95),
+    PlantedBug(failures_reported_as_success, nothing_acknowledged_is_lost),
+    PlantedBug(commits_without_the_term, written_by_the_leader),
+    PlantedBug(silence_is_death, single_runner),
+    PlantedBug(starts_without_room, within_capacity),
+    PlantedBug(stop_removes, erased_was_deleted),
+    PlantedBug(strays_are_stopped, end_was_wanted),
+)

@@ -1,0 +1,166 @@
+"""A replica in the simulation: its disk, its processes one after the other, its supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from controlplane.app import ControlPlane, Ports, ReplicaSettings
+from controlplane.store.etcd_pool import EtcdStore
+from controlplane.store.history import History
+from controlplane.telemetry.windows import Windows
+from shared.errors import Disconnected, NovacronError
+from shared.offload import inline
+from shared.protocol import SESSION_METHOD, NotLeader
+from shared.tls import Identity, Role
+from tests.sim.ledger import Died
+from tests.sim.network import Stream
+from tests.sim.process import Process
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import SimCluster
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# As a supervisor restarts what died.
+RESTART_DELAY_S = 1.0
+
+
+class SimReplica:
+    def __init__(self, cluster: SimCluster, name: str) -> None:
+        self._cluster = cluster
+        self._rng = cluster.part()
+        self.name = name
+        self._disk = History(None, inline)
+        self._started = 0
+        self._store: EtcdStore | None = None
+        self._main: asyncio.Task[None] | None = None
+        self.process: Process | None = None
+        self.control_plane: ControlPlane | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.name}:8444"
+
+    def start(self) -> None:
+        """Start a new process on what the disk has kept."""
+        assert self.process is None, "a replica has one process"
+        self._started += 1
+        process = Process(self.name, f"{self.name}.{self._started}")
+        self._cluster.trace.note(f"start {process.incarnation}")
+        self.process = process
+        self._main = process.spawn(self._run(process), process.incarnation)
+
+    def crash(self, *, power_loss: bool = False) -> None:
+        """kill -9."""
+        if self.process is None:
+            return
+        self._cluster.trace.note(f"kill {self.process.incarnation}")
+        process, self.process, self.control_plane = self.process, None, None
+        process.kill(power_loss=power_loss)
+
+    async def stop(self) -> None:
+        """End as on SIGTERM."""
+        if self.process is not None and self._main is not None:
+            self._main.cancel()
+            await asyncio.wait({self._main})
+            self.crash()
+        await self._disk.close()
+
+    async def _run(self, process: Process) -> None:
+        cluster = self._cluster
+        rng = random.Random(self._rng.getrandbits(64))
+        store = EtcdStore(cluster.etcd.links(process), rng)
+        ports = Ports(
+            store=store,
+            history=_HistoryOfProcess(self._disk, process),
+            clock=cluster.clock,
+            rng=rng,
+            founding=cluster.founding,
+            offload=inline,
+            windows=Windows(),
+            planned=lambda plan, duration_s: None,
+        )
+        settings = ReplicaSettings(
+            name=self.name,
+            incarnation=process.incarnation,
+            url=f"https://{self.name}:8443",
+            agent_address=self.address,
+            version="simulated",
+        )
+        control_plane = self.control_plane = ControlPlane(settings, ports)
+
+        async def serve(method: str, stream: Stream, host: str) -> None:
+            await _serve(control_plane, cluster.founding.cluster.cell, method, stream, host)
+
+        cluster.network.listen(process, self.address, serve)
+        try:
+            await control_plane.run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._end(process, control_plane, error)
+        finally:
+            await store.close()
+
+    def _end(self, process: Process, control_plane: ControlPlane, error: BaseException) -> None:
+        """Die of an error. Only a process that has not reached the store yet may do so."""
+        foreseen = all(isinstance(each, NovacronError) for each in leaves(error))
+        if not foreseen or control_plane.state.revision > 0:
+            self._cluster.observe(Died(process.incarnation, repr(error)))
+        if self.process is process:
+            self.crash()
+            asyncio.get_running_loop().call_later(RESTART_DELAY_S, self._start_again)
+
+    def _start_again(self) -> None:
+        if self.process is None:
+            self.start()
+
+
+async def _serve(
+    control_plane: ControlPlane, cell: str, method: str, stream: Stream, host: str
+) -> None:
+    """Do what controlplane/sessions/grpc_server.py does with a stream that an agent opened."""
+    identity = Identity(cell, Role.AGENT, host)
+    try:
+        if method != SESSION_METHOD:
+            await control_plane.telemetry.serve(stream, identity)
+            return
+        hub = control_plane.hub()
+        if hub is None:
+            await stream.send(NotLeader(agent_address=control_plane.leader_address()))
+        else:
+            await hub.serve(stream, identity)
+    except Disconnected:
+        pass
+    except NovacronError as error:
+        log.warning("the stream of %s ended: %s", identity.name, error)
+
+
+def leaves(error: BaseException) -> Sequence[BaseException]:
+    """Return the errors that a group is made of, however deep."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in leaves(each)]
+    return [error]
+
+
+class _HistoryOfProcess(History):
+    """The replica's SQLite as one of its processes has it open."""
+
+    def __init__(self, disk: History, process: Process) -> None:
+        self._database: sqlite3.Connection = disk._database
+        self._process = process
+        self._offload = self._work
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        self._process.check()
+        return work()
+
+    async def close(self) -> None:
+        """The disk stays."""

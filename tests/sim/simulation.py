@@ -1,0 +1,186 @@
+"""One seed: a cluster, users, faults, then healing; judged at every step and at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+from msgspec import Struct
+
+from tests.sim.cluster import ClusterSettings, SimCluster
+from tests.sim.faults import Faults, Pair, heal
+from tests.sim.invariants import (
+    INVARIANTS,
+    Invariant,
+    Judge,
+    Violation,
+    everything_settles,
+    replicas_agree,
+)
+from tests.sim.ledger import Died, SimEvent
+from tests.sim.process import adopt_by_context
+from tests.sim.trace import Trace
+from tests.sim.virtual_loop import run_virtual
+from tests.sim.workload import Workload
+
+# After healing: the longest back-off of a VM that crashed a few times, agents' reconnects, a
+# greeting. Operations' own deadline is later, so that one that hangs is seen.
+SETTLE_LIMIT_S = 600.0
+SETTLE_LOOK_S = 5.0
+
+
+class SimulationSettings(Struct, frozen=True, kw_only=True):
+    """How much happens in one seed."""
+
+    operations: int = 30
+    faults: int = 8
+    duration_s: float = 150.0
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """What became of a seed; ``violated`` is the invariant's name, empty when all held."""
+
+    seed: int
+    violated: str
+    complaint: str
+    digest: str
+    virtual_s: float
+    trace_lines: int
+    outcomes: Counter[str]
+    coverage: Counter[Pair]
+    tail: list[str]
+
+
+def simulate(
+    seed: int,
+    settings: SimulationSettings | None = None,
+    *,
+    keep_trace: bool = False,
+    only: Invariant | None = None,
+) -> Outcome:
+    """Run one seed to its end or to its first violation; ``only`` judges by one invariant."""
+    run = _Run(seed, settings or SimulationSettings(), keep_trace, only)
+    return run_virtual(run.main(), adopt_by_context)
+
+
+class _Run:
+    def __init__(
+        self, seed: int, settings: SimulationSettings, keep_trace: bool, only: Invariant | None
+    ) -> None:
+        self._seed = seed
+        self._settings = settings
+        self._judge = Judge(INVARIANTS if only is None else (only,))
+        self._must_settle = only is None
+        self._trace = Trace(keep_all=keep_trace)
+        self._violation: Violation | None = None
+        self._stopped = asyncio.Event()
+
+    async def main(self) -> Outcome:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._callback_failed)
+        rng = random.Random(self._seed)
+        cluster = SimCluster(_shape(rng), rng, trace=self._trace, observe=self._observe)
+        ledger = self._judge.ledger
+        workload = Workload(
+            cluster,
+            ledger,
+            cluster.part(),
+            operations=self._settings.operations,
+            duration_s=self._settings.duration_s,
+        )
+        faults = Faults(cluster, ledger, cluster.part())
+        await self._unless_stopped(self._story(cluster, workload, faults))
+        virtual_s = loop.time()
+        digest, lines, tail = self._trace.digest(), self._trace.lines, self._trace.tail()
+        for node in cluster.nodes.values():
+            node.crash_agent()
+        for replica in cluster.replicas.values():
+            replica.crash()
+        await cluster.stop()
+        return Outcome(
+            seed=self._seed,
+            violated="" if self._violation is None else self._violation.name,
+            complaint="" if self._violation is None else str(self._violation),
+            digest=digest,
+            virtual_s=virtual_s,
+            trace_lines=lines,
+            outcomes=workload.client.outcomes,
+            coverage=faults.coverage,
+            tail=tail,
+        )
+
+    async def _story(self, cluster: SimCluster, workload: Workload, faults: Faults) -> None:
+        await cluster.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(workload.run())
+            tasks.create_task(faults.run(self._settings.faults, self._settings.duration_s))
+        heal(cluster)
+        if self._must_settle:
+            await self._settle(cluster, workload)
+
+    async def _settle(self, cluster: SimCluster, workload: Workload) -> None:
+        end_s = asyncio.get_running_loop().time() + SETTLE_LIMIT_S
+        while complaints := await self._complaints(cluster):
+            if asyncio.get_running_loop().time() >= end_s:
+                self._stop(Violation("everything_settles", "; ".join(complaints)))
+                return
+            await workload.delete_what_does_not_fit()
+            await asyncio.sleep(SETTLE_LOOK_S)
+
+    async def _complaints(self, cluster: SimCluster) -> list[str]:
+        """Look twice, so that what only passes through rest does not count as settled."""
+        for _ in range(2):
+            found = [node.found() for node in cluster.nodes.values()]
+            states = {
+                name: replica.control_plane.state
+                for name, replica in cluster.replicas.items()
+                if replica.control_plane is not None
+            }
+            complaints = [
+                *everything_settles(self._judge.ledger, found),
+                *replicas_agree(self._judge.ledger, states),
+            ]
+            if complaints:
+                return complaints
+            await asyncio.sleep(SETTLE_LOOK_S)
+        return []
+
+    async def _unless_stopped(self, work: Any) -> None:
+        story = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait({story, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (story, stopped):
+            task.cancel()
+        ended = (await asyncio.gather(story, stopped, return_exceptions=True))[0]
+        if isinstance(ended, Exception) and self._violation is None:
+            raise ended
+
+    def _observe(self, event: SimEvent) -> None:
+        """Judge an event; whoever caused it must not be the one that a complaint is raised to."""
+        if self._violation is None:
+            try:
+                self._judge.take(event)
+            except Violation as violation:
+                self._stop(violation)
+
+    def _stop(self, violation: Violation) -> None:
+        self._trace.note(f"violation: {violation}")
+        self._violation = violation
+        self._stopped.set()
+
+    def _callback_failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if "future" not in context and "task" not in context:
+            self._observe(Died("a callback", f"{context['message']}: {error!r}"))
+
+
+def _shape(rng: random.Random) -> ClusterSettings:
+    return ClusterSettings(
+        replicas=rng.choice((1, 3)),
+        members=rng.choice((1, 3)),
+        nodes=rng.choice((3, 4)),
+        node_cpus=2,
+        node_memory_mib=4096,
+    )

@@ -1,0 +1,272 @@
+"""Every invariant can fail: each is fed a history that breaks it, after one that does not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from msgspec.structs import replace
+
+from controlplane.state import ClusterState
+from shared.model import (
+    Attempt,
+    AttemptState,
+    BootSpec,
+    CpuFacts,
+    DiskSpec,
+    Event,
+    FinishedOperation,
+    Inventory,
+    LeaderKey,
+    Node,
+    NodeState,
+    ObservedPower,
+    Operation,
+    OperationState,
+    Power,
+    Record,
+    VersionFacts,
+    Vm,
+    VmSpec,
+    VmStatus,
+)
+from tests.sim.invariants import (
+    INVARIANTS,
+    Found,
+    Judge,
+    Violation,
+    everything_settles,
+    replicas_agree,
+)
+from tests.sim.ledger import (
+    Acknowledged,
+    Committed,
+    DeleteAsked,
+    Died,
+    Ended,
+    Erased,
+    Ledger,
+    SimEvent,
+    Started,
+)
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+ATTEMPT = Attempt(
+    generation=1, node="node-a", boot_id="boot-1", state=AttemptState.PERMITTED, permitted_at=NOW
+)
+SPEC = VmSpec(
+    vcpus=1, memory_mib=1024, boot=BootSpec(kernel="k"), disks=(DiskSpec(name="root", size_gib=1),)
+)
+VM = Vm(
+    id="vm-a",
+    name="a",
+    created_at=NOW,
+    updated_at=NOW,
+    spec=SPEC,
+    domain_name="vm-a",
+    domain_uuid="",
+    status=VmStatus(node="node-a", generation=1, attempt=ATTEMPT),
+)
+NODE = Node(
+    id="node-a",
+    name="a",
+    created_at=NOW,
+    updated_at=NOW,
+    state_since=NOW,
+    state=NodeState.READY,
+    boot_id="boot-1",
+    inventory=Inventory(
+        cpus=2,
+        memory_mib=4096,
+        cpu=CpuFacts(model="m"),
+        versions=VersionFacts(agent="", libvirt="", qemu="", kernel=""),
+    ),
+)
+OPERATION = Operation(
+    id="op-a",
+    kind="vm.create",
+    target="vm-a",
+    by="u",
+    created_at=NOW,
+    updated_at=NOW,
+    deadline_at=NOW,
+)
+RUNS = Started("a", "boot-1", "vm-a", 1)
+LEADS = Committed(1, "one", LeaderKey(replica="r", incarnation="one"))
+
+
+def commit(revision: int, *records: Record, seqs: tuple[int, ...] = ()) -> Committed:
+    return Committed(
+        revision,
+        "one",
+        records=tuple((type(record), record.id, record) for record in records),
+        history=tuple(_event(seq) for seq in seqs),
+    )
+
+
+def gone(revision: int, record: Record) -> Committed:
+    return Committed(revision, "one", records=((type(record), record.id, None),))
+
+
+def _event(seq: int) -> Event:
+    return Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=NOW, by="u")
+
+
+def finished(revision: int, seq: int) -> Committed:
+    ended = FinishedOperation(seq=seq, operation=replace(OPERATION, state=OperationState.SUCCEEDED))
+    return Committed(revision, "one", records=((Operation, OPERATION.id, None),), history=(ended,))
+
+
+GOOD: tuple[SimEvent, ...] = (
+    LEADS,
+    commit(2, NODE, seqs=(1,)),
+    commit(2, VM, OPERATION, seqs=(2,)),
+)
+STOPPED = replace(VM, spec=replace(SPEC, power=Power.STOPPED))
+LARGE = replace(
+    VM,
+    id="vm-b",
+    spec=replace(SPEC, memory_mib=3000),
+    status=replace(VM.status, attempt=replace(ATTEMPT, state=AttemptState.RUNNING)),
+)
+
+# For each invariant: what may still happen after GOOD, and what may not happen then.
+CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
+    "single_runner": ((RUNS,), replace(RUNS, node="b")),
+    "generation_used_once": ((RUNS, Ended("a", "vm-a", 1, by_agent=False)), RUNS),
+    "start_was_permitted": ((), replace(RUNS, boot_id="boot-2")),
+    "end_was_wanted": ((RUNS,), Ended("a", "vm-a", 1, by_agent=True)),
+    "erased_was_deleted": ((), Erased("a", "vm-a")),
+    "within_capacity": ((), commit(3, LARGE)),
+    "written_by_the_leader": ((), replace(commit(3, VM), writer="two")),
+    "history_is_dense": ((), commit(3, VM, seqs=(4,))),
+    "operation_ends_once": ((finished(3, 3),), finished(4, 4)),
+    "nothing_acknowledged_is_lost": ((Acknowledged("op-a", "vm-a"),), gone(3, VM)),
+    "no_process_dies_by_itself": ((), Died("one", "KeyError()")),
+}
+
+
+@pytest.mark.parametrize("name", [invariant.__name__ for invariant in INVARIANTS])
+def test_an_invariant_can_fail(name: str) -> None:
+    before, bad = CASES[name]
+    judge = Judge()
+    for event in (*GOOD, *before):
+        judge.take(event)
+    only = Judge([each for each in INVARIANTS if each.__name__ == name])
+    only.ledger = judge.ledger
+    with pytest.raises(Violation) as caught:
+        only.take(bad)
+    assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(replace(RUNS, generation=2), id="never given out"),
+        pytest.param(replace(RUNS, node="b"), id="another node's"),
+    ],
+)
+def test_a_start_needs_its_own_permit(event: Started) -> None:
+    judge = Judge()
+    for good in GOOD:
+        judge.take(good)
+    with pytest.raises(Violation, match="start_was_permitted"):
+        judge.take(event)
+
+
+def test_an_operation_neither_vanishes_nor_opens_again() -> None:
+    judge = Judge()
+    for good in GOOD:
+        judge.take(good)
+    with pytest.raises(Violation, match="vanished"):
+        judge.take(gone(3, OPERATION))
+    judge.take(finished(3, 3))
+    with pytest.raises(Violation, match="opened again"):
+        judge.take(commit(4, OPERATION))
+
+
+def test_an_acknowledged_operation_is_known() -> None:
+    with pytest.raises(Violation, match="nowhere"):
+        Judge().take(Acknowledged("op-a", "vm-a"))
+
+
+def test_what_was_wanted_may_happen() -> None:
+    judge = Judge()
+    wanted = (
+        *GOOD,
+        RUNS,
+        commit(3, STOPPED),
+        Ended("a", "vm-a", 1, by_agent=True),
+        DeleteAsked("vm-a"),
+        commit(4, replace(STOPPED, deleting=True)),
+        Erased("a", "vm-a"),
+        gone(5, VM),
+        finished(6, 3),
+    )
+    for event in wanted:
+        judge.take(event)
+    assert not judge.ledger.vms
+
+
+def settled() -> tuple[Ledger, Found]:
+    ledger = Ledger()
+    running = replace(
+        VM,
+        status=replace(
+            VM.status,
+            power_seen=ObservedPower.RUNNING,
+            attempt=replace(ATTEMPT, state=AttemptState.RUNNING),
+        ),
+    )
+    ledger.take(commit(1, NODE, running))
+    found = Found(
+        node="a", running={"vm-a": 1}, paused=(), defined={"vm-a": 1}, volumes=("vm-a-root.qcow2",)
+    )
+    return ledger, found
+
+
+def test_a_cluster_at_rest_has_settled() -> None:
+    ledger, found = settled()
+    assert not list(everything_settles(ledger, [found]))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        pytest.param({"running": {}}, "does not run", id="not running"),
+        pytest.param({"running": {"vm-a": 2}}, "recorded is 1", id="another generation"),
+        pytest.param({"paused": ("vm-a",)}, "is not", id="paused"),
+        pytest.param({"defined": {"vm-a": 1, "vm-b": 1}}, "stray domain", id="domain"),
+        pytest.param({"volumes": ("vm-a-root.qcow2", "x")}, "stray volume", id="volume"),
+    ],
+)
+def test_what_is_there_must_be_as_recorded(change: dict[str, object], complaint: str) -> None:
+    ledger, found = settled()
+    complaints = list(everything_settles(ledger, [replace(found, **change)]))
+    assert len(complaints) == 1
+    assert complaint in complaints[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        pytest.param(OPERATION, "still open", id="operation"),
+        pytest.param(replace(NODE, state=NodeState.SILENT), "silent", id="node"),
+        pytest.param(replace(VM, deleting=True), "still being deleted", id="deleting"),
+        pytest.param(STOPPED, "wanted stopped and runs", id="stopped"),
+    ],
+)
+def test_records_must_be_at_rest(record: Record, complaint: str) -> None:
+    ledger, found = settled()
+    ledger.take(commit(2, record))
+    assert any(complaint in each for each in everything_settles(ledger, [found]))
+
+
+def test_a_replica_that_dropped_something_is_seen() -> None:
+    ledger, _ = settled()
+    state = ClusterState()
+    for record in (*ledger.nodes.values(), *ledger.vms.values()):
+        state.put(record, 1)
+    assert not list(replicas_agree(ledger, {"r": state}))
+    state.remove(Vm, "vm-a")
+    assert list(replicas_agree(ledger, {"r": state})) == ["r remembers other VMs than etcd has"]

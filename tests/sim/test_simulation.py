@@ -1,0 +1,82 @@
+"""Whole clusters through crashes of every part; and bugs planted in them, which must be found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.sim.cli import coverage_table, main
+from tests.sim.faults import FAULTS, Pair
+from tests.sim.planted import PLANTED, PlantedBug
+from tests.sim.simulation import SimulationSettings, simulate
+
+ROOT = Path(__file__).parents[2]
+# Some 0.2 s each; in parts, so that a failure comes early and a shard takes some of them.
+PARTS = 4
+SEEDS_PER_PART = 20
+# A planted bug is searched for in so many seeds.
+SEARCH_MAX = 200
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_seeds_hold(part: int) -> None:
+    assert main(["--start", str(part * SEEDS_PER_PART), "--seeds", str(SEEDS_PER_PART)]) == 0
+
+
+def test_the_same_seed_is_the_same_history() -> None:
+    first, second = simulate(11), simulate(11)
+    assert first.digest == second.digest
+    assert first.trace_lines > 100
+    assert simulate(12).digest != first.digest
+
+
+def test_the_history_does_not_depend_on_the_process() -> None:
+    """Neither the hash of strings nor the addresses of objects may decide anything."""
+    script = (
+        "from tests.sim.simulation import SimulationSettings, simulate; print(simulate(3).digest)"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2", "3")
+    }
+    assert len(digests) == 1
+
+
+def test_every_kind_of_fault_meets_operations() -> None:
+    coverage: Counter[Pair] = Counter()
+    busy = SimulationSettings(faults=40, duration_s=100.0)
+    for seed in range(100, 106):
+        coverage.update(simulate(seed, busy).coverage)
+    met = {fault for fault, phase in coverage if phase != "at rest"}
+    assert met == {fault.__name__ for fault in FAULTS}
+    assert "vm.create:run" in coverage_table(coverage)
+
+
+def test_a_failure_prints_the_command_that_replays_it(capsys: pytest.CaptureFixture[str]) -> None:
+    bug = next(each for each in PLANTED if each.plant.__name__ == "stop_removes")
+    with bug.plant():
+        assert main(["--start", "0", "--seeds", "1"]) == 1
+    assert "./dev sim --start 0 --seeds 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.plant.__name__)
+def test_a_planted_bug_is_found(bug: PlantedBug) -> None:
+    with bug.plant():
+        for seed in range(bug.first, bug.first + SEARCH_MAX):
+            outcome = simulate(seed, only=bug.found_by)
+            if outcome.violated:
+                assert outcome.violated == bug.found_by.__name__
+                return
+    pytest.fail(f"{SEARCH_MAX} seeds did not find it")

@@ -1,0 +1,295 @@
+"""Who may import whom, and who may touch clocks, randomness, threads and the network.
+
+Each exception stands in a table with its reason. A new one belongs in a decision record first.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.source_tree import PACKAGES, dotted, files, imports, imports_any, tree
+
+CODE = files(*PACKAGES)
+
+# A folder or module, and everything of ours that it may import besides itself.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "shared": (),
+    "agent": ("shared",),
+    # Pure: what is placed where follows from records alone.
+    "controlplane/scheduler": ("shared.model",),
+    "controlplane/telemetry": ("shared",),
+    "controlplane/state.py": ("shared.model",),
+    "controlplane/commands": ("controlplane.state", "shared"),
+    "controlplane/store": ("controlplane.commands", "controlplane.state", "shared"),
+    "controlplane/sessions": (
+        "controlplane.commands",
+        "controlplane.state",
+        "controlplane.store.applier",
+        "controlplane.telemetry.windows",
+        "shared",
+    ),
+    "controlplane/election.py": (
+        "controlplane.store.keys",
+        "controlplane.store.port",
+        "shared",
+    ),
+    "controlplane/services": (
+        "controlplane.commands",
+        "controlplane.scheduler",
+        "controlplane.state",
+        # The port and its projection; who writes is handed in as ``submit``.
+        "controlplane.store.port",
+        "controlplane.store.history",
+        "controlplane.telemetry",
+        "shared",
+    ),
+    "controlplane/sagas": (
+        "controlplane.commands",
+        "controlplane.scheduler",
+        "controlplane.state",
+        "controlplane.store.applier",
+        "shared",
+    ),
+    "controlplane/reconcilers": (
+        "controlplane.commands",
+        "controlplane.sagas",
+        "controlplane.scheduler",
+        "controlplane.services",
+        "controlplane.sessions.hub",
+        "controlplane.state",
+        "controlplane.store.applier",
+        "controlplane.store.history",
+        "shared",
+    ),
+    "controlplane/api": (
+        "controlplane.services",
+        # Only to wait for a revision or a change; what is in it is read by the services.
+        "controlplane.state",
+        "controlplane.telemetry.exporter",
+        "controlplane.tokens",
+        "shared",
+    ),
+    # The command line is a client: it knows the API and, for ``init``, the files of a new cell.
+    "controlplane/cli": ("controlplane.cell_files", "shared"),
+}
+
+# A package, and the files that may import it, each with the reason.
+RESERVED: dict[str, dict[str, str]] = {
+    "grpc": {
+        "controlplane/store/etcd": "etcd speaks it",
+        "controlplane/sessions/": "agents speak it",
+        "agent/session": "the agent's side of the session",
+        "agent/telemetry": "the agent's side of telemetry",
+        "agent/relay": "migrations are relayed over it",
+        "shared/grpc_channel.py": "a stream as a Channel, for both sides",
+    },
+    "libvirt": {"agent/libvirt_": "the one driver of libvirt"},
+    "time": {
+        "shared/clock.py": "the port's adapter",
+        "controlplane/cli/terminal.py": "the command line's own clock, a port of its client",
+        "agent/libvirt_probe.py": "runs in a thread of the driver, beside any loop",
+    },
+    "uuid": {
+        "shared/ids.py": "UUIDv5 is a hash: nothing is drawn",
+        "agent/libvirt_probe.py": "names a throw-away domain that no record knows",
+        "agent/__main__.py": "the incarnation of a process",
+        "controlplane/__main__.py": "the incarnation of a process",
+    },
+    "threading": {
+        "agent/libvirt_connection.py": "libvirt's event loop wants a thread",
+        "agent/libvirt_lane.py": "libvirt's calls block, and their connections are shared out",
+    },
+    "concurrent": {
+        "shared/offload.py": "the port's adapter",
+        "agent/libvirt_": "libvirt's calls block",
+    },
+    "secrets": {
+        "controlplane/tokens.py": "what must not be guessed comes from the system, never a seed",
+        "controlplane/pki.py": "names a draft file that nobody may foresee",
+        "controlplane/cli/client.py": "a request's idempotency key must meet no other's",
+        "controlplane/api/app.py": "the prefix of a process's request ids; no decision reads them",
+    },
+    "socket": {"controlplane/api/server.py": "uvicorn hands its sockets over"},
+    "subprocess": {},
+    "sqlite3": {"controlplane/store/history.py": "the projection's file"},
+}
+
+# Where randomness comes from; everybody else is handed a ``random.Random``.
+DRAWS: dict[str, str] = {
+    "agent/__main__.py": "the agent's wiring",
+    "controlplane/__main__.py": "a replica's wiring",
+    "controlplane/cli/main.py": "the command line's wiring",
+    "controlplane/store/etcd_pool.py": "``connect`` wires the store; only for jitter",
+}
+# Where the date comes from.
+DATES = {"shared/clock.py", "controlplane/cli/terminal.py"}
+# Giving way between bounded pieces of work is fine; waiting by turning round and round is not.
+TURNS_IN_A_LOOP: dict[str, str] = {
+    "controlplane/api/stream.py": "lets the waiter of changes begin before history is read",
+}
+PURE_IMPORTS = {
+    "__future__",
+    "collections",
+    "enum",
+    "math",
+    "msgspec",
+    "typing",
+    "heapq",
+    "itertools",
+}
+
+
+def allowed(file: str, layer: str, named: tuple[str, ...], name: str) -> bool:
+    own = layer.removesuffix(".py").replace("/", ".")
+    return any(name == each or name.startswith(each + ".") for each in (own, *named))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
+    inside = [file for file in CODE if file == layer or file.startswith(layer + "/")]
+    ours = [
+        (file, name)
+        for file in inside
+        for name in sorted(imports(file))
+        if name.split(".")[0] in (*PACKAGES, "tests")
+    ]
+
+    assert [each for each in ours if not allowed(each[0], layer, LAYERS[layer], each[1])] == []
+
+
+def test_every_folder_has_its_rule() -> None:
+    """What is not in a layer is wiring, at the top of the control plane."""
+    free = {file for file in CODE if not any(file.startswith(layer) for layer in LAYERS)}
+
+    assert {file for file in free if file.count("/") > 1} == set()
+
+
+def test_no_code_imports_tests() -> None:
+    assert [file for file in CODE if imports_any(file, "tests")] == []
+
+
+def test_agent_and_control_plane_never_meet() -> None:
+    for here, there in (("agent", "controlplane"), ("controlplane", "agent")):
+        assert [file for file in files(here) if imports_any(file, there)] == []
+
+
+@pytest.mark.parametrize("package", RESERVED)
+def test_some_packages_are_for_adapters_only(package: str) -> None:
+    holders = RESERVED[package]
+    strangers = [
+        file
+        for file in CODE
+        if imports_any(file, package) and not any(file.startswith(each) for each in holders)
+    ]
+
+    assert strangers == []
+
+
+@pytest.mark.parametrize("package", RESERVED)
+def test_no_exception_outlives_its_reason(package: str) -> None:
+    unused = [
+        holder
+        for holder in RESERVED[package]
+        if any(file.startswith(holder) for file in CODE)
+        and not any(file.startswith(holder) and imports_any(file, package) for file in CODE)
+    ]
+
+    # The agent's telemetry may speak gRPC; at present the session's dialler does so for it.
+    assert [holder for holder in unused if holder != "agent/telemetry"] == []
+
+
+def calls(file: str) -> Iterator[tuple[str, ast.Call]]:
+    for found in ast.walk(tree(file)):
+        if isinstance(found, ast.Call):
+            yield dotted(found.func), found
+
+
+def test_randomness_is_handed_in() -> None:
+    """``random.Random`` is a type everywhere, and made in a few places; nothing else is used."""
+    drawn = {
+        file
+        for file in CODE
+        for name, _ in calls(file)
+        if name.startswith("random.") or name in ("Random", "SystemRandom", "urandom", "os.urandom")
+    }
+    named = {
+        (file, dotted(found))
+        for file in CODE
+        for found in ast.walk(tree(file))
+        if isinstance(found, ast.Attribute) and dotted(found).startswith("random.")
+    }
+
+    assert drawn == set(DRAWS)
+    assert {name for _, name in named} <= {"random.Random", "random.SystemRandom"}
+
+
+def test_the_date_is_handed_in() -> None:
+    dated = {
+        file
+        for file in CODE
+        for name, _ in calls(file)
+        if name.endswith(("datetime.now", "datetime.utcnow", "date.today", "datetime.today"))
+    }
+
+    assert dated == DATES
+
+
+def test_nothing_waits_by_turning_round() -> None:
+    turning = {
+        file
+        for file in CODE
+        for found in ast.walk(tree(file))
+        if isinstance(found, ast.While)
+        for name, call in _calls_in(found)
+        if name == "asyncio.sleep" and _is_zero(call)
+    }
+
+    assert turning == set(TURNS_IN_A_LOOP)
+
+
+def _calls_in(within: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for found in ast.walk(within):
+        if isinstance(found, ast.Call):
+            yield dotted(found.func), found
+
+
+def _is_zero(call: ast.Call) -> bool:
+    return bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == 0
+
+
+@pytest.mark.parametrize("file", files("controlplane/scheduler"))
+def test_the_scheduler_is_pure(file: str) -> None:
+    others = {name.split(".")[0] for name in imports(file) if name.split(".")[0] not in PACKAGES}
+    found = list(ast.walk(tree(file)))
+
+    assert others <= PURE_IMPORTS
+    assert not any(
+        isinstance(each, ast.AsyncFunctionDef | ast.Await | ast.Global) for each in found
+    )
+    assert not {name for name, _ in calls(file)} & {"open", "print", "input"}
+
+
+def test_only_wiring_reads_the_environment() -> None:
+    readers = {
+        file
+        for file in CODE
+        for found in ast.walk(tree(file))
+        if isinstance(found, ast.Attribute) and dotted(found) in ("os.environ", "os.getenv")
+    }
+
+    # The command line's terminal follows the convention NO_COLOR.
+    assert readers - {"controlplane/cli/terminal.py"} <= {
+        "agent/__main__.py",
+        "controlplane/__main__.py",
+        "controlplane/cli/main.py",
+    }
+
+
+def test_reserved_packages_are_spelled_right() -> None:
+    """A slip in the table would make a rule that nothing can break."""
+    known = set(sys.stdlib_module_names) | {"grpc", "libvirt"}
+    assert set(RESERVED) <= known

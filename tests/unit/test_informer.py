@@ -1,0 +1,276 @@
+"""The watch cache over a model etcd: compaction, poison, audits, terms that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from controlplane.state import ClusterState
+from controlplane.store import keys
+from controlplane.store.informer import Informer
+from controlplane.store.port import Delete, Fence, Listing, Put, Store, Write
+from shared.codec import pack
+from shared.errors import StoreUnavailable
+from shared.model import ApiKey, Event, Replica
+from tests.contract.store_worlds import ModelCluster, World, model_world
+from tests.sim.virtual_loop import run_virtual
+from tests.unit.core_world import BORN
+
+# Longer than any heartbeat or back-off of the watch, in virtual seconds.
+A_WHILE_S = 10.0
+
+
+def api_key(name: str, role: str = "admin") -> ApiKey:
+    return ApiKey(id=name, sha256="", principal="p", role=role, created_at=BORN)
+
+
+def put(name: str, role: str = "admin") -> Put:
+    record = api_key(name, role)
+    return Put(keys.record_key(record), pack(record))
+
+
+def event(seq: int) -> Put:
+    entry = Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=BORN, by="b")
+    return Put(keys.history_key(seq), pack(entry))
+
+
+class GatedStore:
+    """The store, whose listings a test can hold up after etcd has answered, or make fail."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.answers_pass = asyncio.Event()
+        self.answers_pass.set()
+        self.failures = 0
+        self.listings = 0
+
+    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+        self.listings += 1
+        if self.failures:
+            self.failures -= 1
+            raise StoreUnavailable("no member answers")
+        listing = await self._store.list(prefix, revision_min=revision_min)
+        await self.answers_pass.wait()
+        return listing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+class Following:
+    def __init__(self, world: World, cluster: ModelCluster, fence: Fence) -> None:
+        self.world, self.cluster, self.fence = world, cluster, fence
+        self.store = GatedStore(cast(Store, world.store))
+        self.state = ClusterState()
+        self.informer = Informer(cast(Store, self.store), self.state)
+        self.running: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        ready = asyncio.Event()
+        self.running = asyncio.ensure_future(self.informer.run(ready.set))
+        await ready.wait()
+
+    async def commit(self, *writes: Write) -> None:
+        self.fence = await self.world.commit(self.fence, *writes)
+
+    async def seen(self) -> Sequence[str]:
+        await asyncio.sleep(A_WHILE_S)
+        return sorted(self.state.api_keys)
+
+
+@asynccontextmanager
+async def following() -> AsyncIterator[Following]:
+    async with model_world() as (world, cluster):
+        made = Following(world, cluster, await world.lead())
+        await made.commit(put("key-a"), event(1))
+        await made.start()
+        try:
+            yield made
+        finally:
+            assert made.running is not None
+            assert not made.running.done(), "nothing stops following"
+            made.running.cancel()
+            await asyncio.gather(made.running, return_exceptions=True)
+
+
+def virtual(main: Coroutine[Any, Any, None]) -> None:
+    run_virtual(main)
+
+
+def test_it_lists_once_and_follows() -> None:
+    async def main() -> None:
+        async with following() as it:
+            assert list(it.state.api_keys) == ["key-a"]
+            await it.commit(put("key-b"), event(2))
+            await it.commit(Delete(put("key-a").key), Delete(event(1).key))
+            assert await it.seen() == ["key-b"]
+            assert list(it.state.history) == [2]
+            assert it.state.revision == it.fence.mark_revision
+            assert it.store.listings == 1
+
+    virtual(main())
+
+
+def test_after_a_compaction_it_lists_again_and_finds_what_was_deleted() -> None:
+    async def main() -> None:
+        async with following() as it:
+            for index in range(3):
+                it.cluster.kill(index)
+            await asyncio.sleep(A_WHILE_S)
+            for index in range(3):
+                it.cluster.restart(index)
+            # What was missed is gone from etcd's history before the watch comes back.
+            await it.commit(Delete(put("key-a").key), put("key-b"), Delete(event(1).key))
+            await it.commit(put("key-c"))
+            await it.world.store.compact(it.fence.mark_revision)
+            it.store.failures = 2
+            assert await it.seen() == ["key-b", "key-c"]
+            assert it.state.history == {}
+            assert it.store.listings == 4
+
+    virtual(main())
+
+
+def test_a_poisoned_record_is_set_aside_and_stops_nothing() -> None:
+    async def main() -> None:
+        async with following() as it:
+            poisoned = put("key-b").key
+            await it.commit(Put(poisoned, b"\xc1"), put("key-c"))
+            assert await it.seen() == ["key-a", "key-c"]
+            assert it.informer.unreadable == {poisoned}
+            await it.commit(put("key-b"))
+            assert await it.seen() == ["key-a", "key-b", "key-c"]
+            assert it.informer.unreadable == set()
+
+    virtual(main())
+
+
+def test_keys_of_a_newer_release_come_and_go() -> None:
+    async def main() -> None:
+        async with following() as it:
+            for audited in (False, True):
+                if audited:
+                    it.informer.audit_only()
+                foreign = [f"{keys.STATE}quotas/q-1", f"{keys.HISTORY}summary"]
+                await it.commit(*(Put(key, b"?") for key in foreign))
+                await it.commit(*(Delete(key) for key in foreign))
+                await it.commit(put("key-b"))
+                await asyncio.sleep(A_WHILE_S)
+            assert sorted(it.state.api_keys) == ["key-a", "key-b"]
+            assert it.informer.unreadable == set()
+
+    virtual(main())
+
+
+def test_a_listing_takes_poisoned_and_foreign_keys() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(Put(f"{keys.HISTORY}summary", b"?"), Put(put("key-b").key, b"?"))
+            state = ClusterState()
+            informer = Informer(cast(Store, it.world.store), state)
+            await informer.load(0)
+            assert list(state.api_keys) == ["key-a"]
+            assert len(informer.unreadable) == 2
+
+    virtual(main())
+
+
+def test_replicas_are_known_while_they_are_registered() -> None:
+    async def main() -> None:
+        async with following() as it:
+            replica = Replica(
+                name="r1",
+                incarnation="i",
+                url="https://r1",
+                agent_address="r1:8444",
+                version="1",
+                started_at=BORN,
+            )
+            lease = await it.world.store.grant_lease(60)
+            await it.world.store.register_replica("r1", pack(replica), lease)
+            await asyncio.sleep(A_WHILE_S)
+            assert it.informer.replicas == {"r1": replica}
+            await it.world.store.revoke_lease(lease)
+            await asyncio.sleep(A_WHILE_S)
+            assert it.informer.replicas == {}
+
+    virtual(main())
+
+
+def test_while_it_leads_the_watch_only_audits() -> None:
+    async def main() -> None:
+        async with following() as it:
+            it.informer.audit_only()
+            await it.commit(put("key-a", "other"))
+            foreign_revision = it.fence.mark_revision
+            it.state.advanced(foreign_revision + 1)
+            await asyncio.sleep(A_WHILE_S)
+
+            assert it.informer.mismatches == 1
+            assert it.state.api_keys["key-a"].record.role == "admin"
+
+    virtual(main())
+
+
+def test_what_the_leader_committed_itself_is_no_mismatch() -> None:
+    async def main() -> None:
+        async with following() as it:
+            it.informer.audit_only()
+            await it.commit(put("key-b"))
+            it.state.put(api_key("key-b"), it.fence.mark_revision)
+            it.state.advanced(it.fence.mark_revision)
+            await asyncio.sleep(A_WHILE_S)
+
+            assert it.informer.mismatches == 0
+
+    virtual(main())
+
+
+def test_after_a_term_it_follows_again_even_if_the_first_listing_fails() -> None:
+    """What was committed with an unknown outcome is in etcd, but not in the leader's memory."""
+
+    async def main() -> None:
+        async with following() as it:
+            it.informer.audit_only()
+            await it.commit(put("key-unknown"))
+            await asyncio.sleep(A_WHILE_S)
+            assert sorted(it.state.api_keys) == ["key-a"]
+            it.store.failures = 3
+            it.informer.follow_again()
+            assert await it.seen() == ["key-a", "key-unknown"]
+
+    virtual(main())
+
+
+def test_a_listing_that_comes_late_never_takes_the_leaders_memory_back() -> None:
+    async def main() -> None:
+        async with following() as it:
+            it.store.answers_pass.clear()
+            it.informer.follow_again()
+            await asyncio.sleep(A_WHILE_S)  # the listing has been read, and is on its way
+            it.informer.audit_only()
+            await it.commit(put("key-a", "newer"))
+            it.state.put(api_key("key-a", "newer"), it.fence.mark_revision)
+            it.state.advanced(it.fence.mark_revision)
+            it.store.answers_pass.set()
+            await asyncio.sleep(A_WHILE_S)
+
+            assert it.state.api_keys["key-a"].record.role == "newer"
+            assert it.state.api_keys["key-a"].revision == it.fence.mark_revision
+
+    virtual(main())
+
+
+def test_a_listing_that_was_due_when_a_term_began_is_not_made_in_it() -> None:
+    async def main() -> None:
+        async with following() as it:
+            it.informer.follow_again()
+            it.informer.audit_only()
+            listings = it.store.listings
+            await asyncio.sleep(A_WHILE_S)
+
+            assert it.store.listings == listings
+
+    virtual(main())

@@ -1,0 +1,42 @@
+"""Where records lie: keys and back, and keys that are not ours."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.store import keys
+from shared.errors import RecordUnreadable
+from shared.model import ApiKey, Cluster, Node, Operation, Record, Vm
+
+
+@pytest.mark.parametrize("kind", [Vm, Node, Operation, ApiKey])
+def test_a_key_names_its_record(kind: type[Record]) -> None:
+    key = keys.key_of(kind, "some-id")
+
+    assert key.startswith(keys.STATE)
+    assert keys.record_of(key) == (kind, "some-id")
+
+
+def test_the_cluster_has_one_key() -> None:
+    assert keys.key_of(Cluster, "cluster-1") == keys.key_of(Cluster, "cluster-2") == keys.CLUSTER
+    assert keys.record_kind(keys.CLUSTER) is Cluster
+
+
+def test_history_sorts_as_its_numbers_do() -> None:
+    seqs = [1, 9, 10, 99, 10**12]
+    made = [keys.history_key(seq) for seq in seqs]
+
+    assert made == sorted(made)
+    assert [keys.history_seq(key) for key in made] == seqs
+
+
+@pytest.mark.parametrize("key", [f"{keys.STATE}quotas/q", f"{keys.STATE}x", keys.LEADER])
+def test_foreign_records_are_named(key: str) -> None:
+    with pytest.raises(RecordUnreadable):
+        keys.record_of(key)
+
+
+@pytest.mark.parametrize("name", ["", "summary", "-1", "1/2", "٣"])
+def test_foreign_history_is_named(name: str) -> None:
+    with pytest.raises(RecordUnreadable):
+        keys.history_seq(keys.HISTORY + name)

@@ -1,0 +1,413 @@
+"""The leader's loops, one pass at a time, over commands applied in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import pytest
+from msgspec.structs import replace
+
+from controlplane.commands.attempts import PLACED, BindVm, EndAttempt, NotePlacement
+from controlplane.commands.cluster import TRIM_MAX, TrimHistory
+from controlplane.commands.draft import Command
+from controlplane.reconcilers import loop
+from controlplane.reconcilers.boots import EndLostAttempts
+from controlplane.reconcilers.capacity import KeptSnapshot
+from controlplane.reconcilers.deadlines import ExpireOperations
+from controlplane.reconcilers.history import KEPT_IN_ETCD, CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.placement import PLACEMENTS_PER_PASS_MAX, PlaceVms
+from controlplane.reconcilers.silence import NoteSilence
+from controlplane.reconcilers.starts import PermitStarts
+from controlplane.scheduler.request import SchedulerSettings
+from controlplane.sessions.hub import HubSettings
+from controlplane.state import Changes
+from controlplane.store.history import History
+from shared.errors import LeadershipLost, OutcomeUnknown, StateConflict
+from shared.model import (
+    AttemptState,
+    Event,
+    NodeState,
+    ObservedPower,
+    OperationState,
+    VmPhase,
+    condition,
+)
+from shared.offload import inline
+from shared.states import VmAction, vm_phase
+from tests.sim.virtual_loop import run_virtual
+from tests.unit.core_world import BORN, CoreWorld
+
+R = TypeVar("R")
+SETTINGS = SchedulerSettings()
+
+
+class Sessions:
+    """What the reconcilers ask of the hub."""
+
+    def __init__(self) -> None:
+        self.silent: dict[str, float] = {}
+        self._observers: list[Callable[[str], None]] = []
+
+    def trusts(self, node_id: str) -> bool:
+        return node_id in self.silent
+
+    def silent_for_s(self, node_id: str) -> float | None:
+        return self.silent.get(node_id)
+
+    def on_trust_change(self, observer: Callable[[str], None]) -> None:
+        self._observers.append(observer)
+
+    def connect(self, node_id: str) -> None:
+        self.silent[node_id] = 0.0
+        self._tell(node_id)
+
+    def disconnect(self, node_id: str) -> None:
+        del self.silent[node_id]
+        self._tell(node_id)
+
+    def _tell(self, node_id: str) -> None:
+        for observer in self._observers:
+            observer(node_id)
+
+
+class Term:
+    """A world with what a term has: an applier, sessions, a snapshot."""
+
+    def __init__(self) -> None:
+        self.world = CoreWorld()
+        self.state = self.world.state
+        self.sessions = Sessions()
+        self.sessions.connect(self.world.node_id)
+        self.applied: list[Command[Any]] = []
+        self.before: Callable[[Command[Any]], None] = lambda command: None
+        hub, applier = cast(Any, self.sessions), cast(Any, self)
+        self.capacity = KeptSnapshot(self.state, hub, SETTINGS)
+        self.place = PlaceVms(applier, self.state, self.capacity, lambda plan, seconds: None)
+        self.starts = PermitStarts(applier, self.state, hub, self.capacity, self.world.clock)
+        self.boots = EndLostAttempts(applier, self.state)
+        self.deadlines = ExpireOperations(applier, self.state, self.world.clock)
+        self.silence = NoteSilence(applier, self.state, hub, HubSettings(silence_limit_s=10))
+
+    async def submit(self, command: Command[R]) -> R:
+        self.before(command)
+        self.applied.append(command)
+        return self.world.apply(command)
+
+    def count(self, kind: type[Any]) -> int:
+        return sum(isinstance(command, kind) for command in self.applied)
+
+    def phase(self, vm_id: str) -> VmPhase:
+        return vm_phase(self.world.vm(vm_id))
+
+
+async def test_a_vm_is_placed_then_permitted() -> None:
+    term = Term()
+    vm_id, _ = term.world.create()
+    await term.starts.reconcile()
+    assert term.applied == []
+    await term.place.reconcile()
+    assert term.world.vm(vm_id).status.node == term.world.node_id
+    await term.starts.reconcile()
+    await term.starts.reconcile()
+
+    assert term.world.vm(vm_id).status.generation == 1
+    assert term.phase(vm_id) is VmPhase.STARTING
+
+
+async def test_nothing_is_placed_on_or_permitted_to_a_node_that_is_not_trusted() -> None:
+    term = Term()
+    bound, _ = term.world.create("bound")
+    await term.place.reconcile()
+    unbound, _ = term.world.create("unbound")
+    term.sessions.disconnect(term.world.node_id)
+    await term.place.reconcile()
+    await term.starts.reconcile()
+    assert term.world.vm(unbound).status.node is None
+    assert term.world.vm(bound).status.generation == 0
+
+    term.sessions.connect(term.world.node_id)
+    await term.place.reconcile()
+    await term.starts.reconcile()
+    assert term.world.vm(unbound).status.generation == 1
+    assert term.world.vm(bound).status.generation == 1
+
+
+async def test_why_a_vm_fits_nowhere_is_written_once() -> None:
+    term = Term()
+    vm_id, _ = term.world.create(memory_mib=10**6)
+    await term.place.reconcile()
+    revision = term.state.vms[vm_id].revision
+    await term.place.reconcile()
+
+    placed = condition(term.world.vm(vm_id), PLACED)
+    assert placed is not None
+    assert (placed.status, placed.reason) == (False, "unschedulable")
+    assert term.state.vms[vm_id].revision == revision
+
+
+async def test_a_node_is_filled_and_not_overfilled() -> None:
+    term = Term()
+    vms = [term.world.create(f"vm-{n}", memory_mib=4096)[0] for n in range(6)]
+    await term.place.reconcile()
+
+    placed = [vm_id for vm_id in vms if term.world.vm(vm_id).status.node is not None]
+    assert placed == vms[:3]
+
+
+async def test_those_that_fit_nowhere_do_not_starve_the_ones_behind() -> None:
+    term = Term()
+    for number in range(PLACEMENTS_PER_PASS_MAX + 10):
+        term.world.create(f"huge-{number}", memory_mib=10**6)
+    small, _ = term.world.create("small")
+    for _ in range(3):
+        await term.place.reconcile()
+
+    assert term.world.vm(small).status.node is not None
+
+
+async def test_a_vm_that_changed_while_it_was_placed_does_not_hold_up_the_others() -> None:
+    term = Term()
+    first, second = term.world.create("first")[0], term.world.create("second")[0]
+
+    def stopped_meanwhile(command: Command[Any]) -> None:
+        if isinstance(command, BindVm) and command.vm_id == first:
+            term.world.act(first, VmAction.STOP)
+
+    term.before = stopped_meanwhile
+    await term.place.reconcile()
+
+    assert term.world.vm(first).status.node is None
+    assert term.world.vm(second).status.node is not None
+
+
+async def test_a_stopped_vm_holds_no_room_and_waits_for_it_again() -> None:
+    term = Term()
+    first = term.world.running("first", memory_mib=9000)
+    term.world.act(first, VmAction.STOP)
+    term.world.report(first, ObservedPower.STOPPED)
+    second, _ = term.world.create("second", memory_mib=9000)
+    await term.place.reconcile()
+    await term.starts.reconcile()
+    assert term.world.vm(second).status.generation == 1
+
+    term.world.act(first, VmAction.START)
+    await term.starts.reconcile()
+    placed = condition(term.world.vm(first), PLACED)
+    assert placed is not None
+    assert not placed.status
+    assert term.world.vm(first).status.generation == 1
+
+
+async def test_a_crashed_vm_waits_for_its_back_off() -> None:
+    term = Term()
+    vm_id = term.world.running()
+    term.world.report(vm_id, ObservedPower.CRASHED)
+    await term.starts.reconcile()
+    assert term.world.vm(vm_id).status.generation == 1
+    term.world.age(seconds=2)
+    await term.starts.reconcile()
+    assert term.world.vm(vm_id).status.generation == 2
+
+
+async def test_only_a_new_boot_ends_attempts() -> None:
+    term = Term()
+    vm_id = term.world.running()
+    term.sessions.disconnect(term.world.node_id)
+    await term.boots.reconcile()
+    assert term.count(EndAttempt) == 0
+    term.world.join("n1", boot_id="boot-2")
+    await term.boots.reconcile()
+    await term.boots.reconcile()
+
+    attempt = term.world.vm(vm_id).status.attempt
+    assert attempt is not None
+    assert attempt.state is AttemptState.ENDED
+    assert term.count(EndAttempt) == 1
+
+
+async def test_operations_expire() -> None:
+    term = Term()
+    vm_id = term.world.running()
+    stop = term.world.act(vm_id, VmAction.STOP)
+    await term.deadlines.reconcile()
+    assert stop in term.state.operations
+    term.world.age(minutes=16)
+    await term.deadlines.reconcile()
+
+    assert term.world.ended(stop).state is OperationState.FAILED
+
+
+def test_silence_is_noted_after_its_limit_and_taken_back() -> None:
+    async def main() -> None:
+        term = Term()
+        node_id = term.world.node_id
+
+        async def state_after(silent_s: float) -> NodeState:
+            term.sessions.silent[node_id] = silent_s
+            await term.silence.reconcile()
+            return term.world.node().state
+
+        assert await state_after(9.9) is NodeState.READY
+        assert await state_after(10.0) is NodeState.SILENT
+        assert await state_after(0.1) is NodeState.READY
+        term.sessions.disconnect(node_id)
+        await term.silence.reconcile()
+        await asyncio.sleep(9)
+        await term.silence.reconcile()
+        assert term.world.node().state is NodeState.READY, "a new leader has heard nobody yet"
+        await asyncio.sleep(1)
+        await term.silence.reconcile()
+        assert term.world.node().state is NodeState.SILENT
+
+    run_virtual(main())
+
+
+def test_silence_starts_nothing_elsewhere() -> None:
+    async def main() -> None:
+        term = Term()
+        vm_id = term.world.running()
+        other = term.world.join("n2")
+        term.sessions.connect(other)
+        term.sessions.disconnect(term.world.node_id)
+        for _ in range(20):
+            await asyncio.sleep(60)
+            for reconciler in (term.silence, term.boots, term.place, term.starts, term.deadlines):
+                await reconciler.reconcile()
+
+        status = term.world.vm(vm_id).status
+        assert (status.node, status.generation) == (term.world.node_id, 1)
+        assert term.world.node().state is NodeState.SILENT
+
+    run_virtual(main())
+
+
+async def test_the_kept_snapshot_is_what_a_fresh_one_would_be() -> None:
+    term = Term()
+    vm_id = term.world.running("a", memory_mib=9000)
+    term.world.create("b")
+    await term.place.reconcile()
+    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    assert term.capacity.current() == fresh.current()
+
+    term.world.act(vm_id, VmAction.STOP)
+    term.world.report(vm_id, ObservedPower.STOPPED)
+    term.sessions.disconnect(term.world.node_id)
+    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    assert term.capacity.current() == fresh.current()
+    term.capacity.close()
+    fresh.close()
+
+
+async def test_history_is_copied_and_trimmed_behind_the_copy() -> None:
+    term = Term()
+    history = History(None, inline)
+    copy = CopyHistory(term.state, history)
+    trim = TrimCopiedHistory(cast(Any, term), term.state, copy)
+    last = KEPT_IN_ETCD + 3 * TRIM_MAX
+    for seq in range(1, last + 1):
+        term.state.put_history(
+            Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=BORN, by="b")
+        )
+    await trim.reconcile()
+    assert term.count(TrimHistory) == 0, "nothing has been copied"
+    await copy.reconcile()
+    assert copy.copied_seq == await history.copied_seq() == last
+    await trim.reconcile()
+    await trim.reconcile()
+
+    assert sorted(term.state.history) == list(range(3 * TRIM_MAX + 1, last + 1))
+    assert term.count(TrimHistory) == 3
+    await history.close()
+
+
+async def test_a_copy_goes_on_where_the_file_ends() -> None:
+    term = Term()
+    history = History(None, inline)
+    await history.append(list(term.state.history.values()))
+    copy = CopyHistory(term.state, history)
+    await copy.reconcile()
+    assert copy.copied_seq == term.state.last_seq
+    await history.close()
+
+
+class Passes:
+    """A reconciler that counts its passes and does what a test wants in them."""
+
+    name = "passes"
+    period_s = 10.0
+
+    def __init__(self, *ends: Exception | None) -> None:
+        self.at: list[float] = []
+        self._ends = list(ends)
+
+    async def reconcile(self) -> None:
+        self.at.append(asyncio.get_running_loop().time())
+        if self._ends:
+            end = self._ends.pop(0)
+            if end is not None:
+                raise end
+
+
+def ran(passes: Passes, changes: Callable[[Changes], Any] | None, for_s: float) -> list[float]:
+    async def main() -> None:
+        known = Changes()
+        running = asyncio.ensure_future(loop.run(passes, known))
+        if changes is not None:
+            await changes(known)
+        await asyncio.wait([running], timeout=for_s)
+        if running.done():
+            running.result()
+        running.cancel()
+
+    run_virtual(main())
+    return passes.at
+
+
+def test_a_loop_runs_on_its_timer_and_on_every_change() -> None:
+    async def change(changes: Changes) -> None:
+        await asyncio.sleep(3)
+        changes.notify()
+
+    assert ran(Passes(), None, 25) == [0, 10, 20]
+    assert ran(Passes(), change, 15) == [0, 3, 13]
+
+
+def test_a_change_during_a_pass_leads_to_another_one() -> None:
+    class Slow(Passes):
+        async def reconcile(self) -> None:
+            await super().reconcile()
+            await asyncio.sleep(2)
+
+    async def change(changes: Changes) -> None:
+        await asyncio.sleep(1)
+        changes.notify()
+
+    assert ran(Slow(), change, 5) == [0, 2]
+
+
+def test_a_failed_pass_is_followed_by_another_after_a_pause() -> None:
+    assert ran(Passes(OutcomeUnknown("?")), None, 15) == [0, 11]
+    assert ran(Passes(StateConflict("moved on")), None, 15) == [0, 10]
+
+
+@pytest.mark.parametrize("error", [LeadershipLost("over"), ZeroDivisionError("bug")])
+def test_the_end_of_the_term_and_a_bug_end_the_loop(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        ran(Passes(error), None, 15)
+
+
+def test_a_time_out_inside_a_pass_is_not_taken_for_the_timer() -> None:
+    with pytest.raises(TimeoutError):
+        ran(Passes(TimeoutError("of something within")), None, 15)
+
+
+async def test_a_note_on_a_vm_that_is_gone_is_nothing() -> None:
+    term = Term()
+    await term.submit(NotePlacement(vm_id="vm-gone", message="no"))
+    vm_id, _ = term.world.create()
+    stopped = replace(term.world.vm(vm_id), deleting=True)
+    term.state.put(stopped, 99)
+    await term.submit(NotePlacement(vm_id=vm_id, message="no"))
+    assert term.world.vm(vm_id) == stopped

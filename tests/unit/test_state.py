@@ -1,0 +1,112 @@
+"""The records in memory: indexes follow every change, and whoever waits is woken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from controlplane.commands.vms import DeleteVm
+from controlplane.state import Changes, ClusterState
+from shared.model import ObservedPower, Record, Vm
+from shared.states import VmAction
+from tests.unit.core_world import USER, CoreWorld
+
+
+def rebuilt(state: ClusterState) -> ClusterState:
+    """Return a state made of the same records, each put once."""
+    fresh = ClusterState()
+    for kind, record_id in state.record_ids():
+        stored = state.get(kind, record_id)
+        assert stored is not None
+        fresh.put(stored.record, stored.revision)
+    return fresh
+
+
+def indexes(state: ClusterState, world: CoreWorld) -> list[object]:
+    return [
+        state.vm_ids_to_place(),
+        state.vm_ids_to_start(),
+        sorted(state.open_attempts()),
+        sorted(state.vm_ids_on(world.node_id)),
+        state.node_id_by_name("n1"),
+        {name: state.vm_id_by_name("default", name) for name in ("a", "b", "c")},
+        {vm_id: sorted(state.operation_ids_on(vm_id)) for vm_id in state.vms},
+    ]
+
+
+def test_indexes_say_what_the_records_say_after_every_change() -> None:
+    world = CoreWorld()
+    a, _ = world.create("a")
+    steps: list[Callable[[], object]] = [
+        lambda: world.create("b"),
+        lambda: world.bind(a),
+        lambda: world.permit(a),
+        lambda: world.report(a, ObservedPower.RUNNING),
+        lambda: world.report(a, ObservedPower.CRASHED),
+        lambda: world.permit(a),
+        lambda: world.act(a, VmAction.STOP),
+        lambda: world.report(a, ObservedPower.STOPPED),
+        lambda: world.apply(DeleteVm(vm_id=a, by=USER)),
+        lambda: world.report(a, ObservedPower.ABSENT, permit_used=True, removed=True),
+        lambda: world.create("a"),
+    ]
+    for step in steps:
+        step()
+        assert indexes(world.state, world) == indexes(rebuilt(world.state), world)
+    assert len(world.state.vms) == 2
+
+
+def test_observers_are_told_before_and_after() -> None:
+    world = CoreWorld()
+    vm_id, _ = world.create("a")
+    told: list[tuple[Record | None, Record | None]] = []
+    before = world.vm(vm_id)
+    after = replace(before, labels={"tier": "gold"})
+
+    def observer(old: Record | None, new: Record | None) -> None:
+        told.append((old, new))
+
+    world.state.observe(observer)
+    world.state.put(after, 99)
+    world.state.remove(Vm, vm_id)
+    world.state.remove(Vm, vm_id)
+    world.state.unobserve(observer)
+    world.state.put(before, 100)
+
+    assert told == [(before, after), (after, None)]
+
+
+async def test_a_change_right_after_asking_is_not_missed() -> None:
+    """The waiter is there at once, not when the loop comes to it."""
+    changes = Changes()
+    changed = changes.next()
+    changes.notify()
+
+    assert changed.done()
+
+
+async def test_waiters_that_gave_up_are_forgotten() -> None:
+    """In a quiet cluster every loop gives up waiting once a period, for ever."""
+    changes = Changes()
+    for _ in range(50):
+        changes.next().cancel()
+        waiting = asyncio.ensure_future(changes.wait())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    await asyncio.sleep(0)
+    kept = changes.next()
+
+    assert len(changes._waiters) == 1
+    kept.cancel()
+
+
+async def test_everyone_who_waits_is_woken() -> None:
+    changes = Changes()
+    waiting = [asyncio.ensure_future(changes.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    changes.notify()
+
+    await asyncio.gather(*waiting)
