@@ -7,11 +7,17 @@ file is rewritten in one rename when it has grown well beyond what it says.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgpack
+
+from shared.errors import RecordUnreadable
+
+# What one interrupted append can leave: records are a tenth of it. More is damage, not an end.
+TORN_BYTES_MAX = 4096
 
 
 class AppendLog(Protocol):
@@ -29,7 +35,11 @@ class AppendLog(Protocol):
 
 
 class FileLog:
-    """One file; each record is a MessagePack ``bin``, so that a reader can stream them."""
+    """One file; each record is a MessagePack pair of its CRC-32 and its bytes.
+
+    Raises RecordUnreadable when a record in the middle is damaged: half of what was known must not
+    be acted on.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +51,7 @@ class FileLog:
         return _records(self._path)[0]
 
     def append(self, record: bytes) -> None:
-        self._file.write(msgpack.packb(record))
+        self._file.write(_framed(record))
         self._file.flush()
         os.fdatasync(self._file.fileno())
 
@@ -49,7 +59,7 @@ class FileLog:
         fresh = self._path.with_suffix(".new")
         with fresh.open("wb") as file:
             for record in records:
-                file.write(msgpack.packb(record))
+                file.write(_framed(record))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
@@ -89,16 +99,47 @@ class MemoryLog:
         self._records = list(records)
 
 
+def _framed(record: bytes) -> bytes:
+    framed: bytes = msgpack.packb((zlib.crc32(record), record))
+    return framed
+
+
 def _records(path: Path) -> tuple[list[bytes], int]:
-    """Return the whole records of a file and how many bytes they take."""
+    """Return the whole records of a file and how many bytes they take.
+
+    What a crash leaves behind them is cut short, or zeros that were never written. Raises
+    RecordUnreadable for anything else.
+    """
     records: list[bytes] = []
     whole_bytes = 0
-    with path.open("rb") as file:
-        unpacker = msgpack.Unpacker(file)
-        for record in unpacker:
+    data = path.read_bytes()
+    unpacker = msgpack.Unpacker(use_list=False)
+    unpacker.feed(data)
+    try:
+        for framed in unpacker:
+            record = _unframed(framed)
+            if record is None:
+                break
             records.append(record)
             whole_bytes = unpacker.tell()
+        else:
+            if len(data) - whole_bytes <= TORN_BYTES_MAX:
+                return records, whole_bytes
+    except (ValueError, msgpack.UnpackException):
+        pass
+    if data[whole_bytes:].strip(b"\0"):
+        raise RecordUnreadable(f"{path} is damaged after {whole_bytes} of {len(data)} bytes")
     return records, whole_bytes
+
+
+def _unframed(framed: object) -> bytes | None:
+    """Return a record whose checksum fits, else None."""
+    if not isinstance(framed, tuple) or len(framed) != 2:
+        return None
+    checksum, record = framed
+    if not isinstance(record, bytes) or checksum != zlib.crc32(record):
+        return None
+    return record
 
 
 def _sync_directory(path: Path) -> None:

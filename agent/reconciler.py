@@ -317,6 +317,7 @@ class VmReconciler:
             generation=generation,
             power=power,
             permit_used=facts.used_generation >= generation,
+            highest_used=facts.used_generation,
             revision=revision,
             answered_request=facts.answered_request,
             fault=fault,

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from msgspec import Struct
@@ -23,6 +23,7 @@ from agent.inventory import inventory_of
 from agent.reconciler import VmReconciler
 from shared.channel import Channel
 from shared.errors import Disconnected, NovacronError, StaleTerm
+from shared.lifetime import until_one_ends
 from shared.model import Term
 from shared.problems import problem_of
 from shared.protocol import (
@@ -200,22 +201,12 @@ class Session:
         return answer, InventoryReport(inventory=inventory, foreign_domains=foreign)
 
     async def _serve(self, channel: LeaderChannel, welcome: Welcome, told: InventoryReport) -> None:
-        tasks: list[Awaitable[None]] = [
+        await until_one_ends(
             self._receive(channel),
             self._beat(channel, welcome.heartbeat_period_s),
             self._send_reports(channel),
             self._send_inventory(channel, told),
-        ]
-        running = [asyncio.ensure_future(task) for task in tasks]
-        try:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in running:
-                task.cancel()
-            ends = await asyncio.gather(*running, return_exceptions=True)
-        for end in ends:
-            if isinstance(end, Exception):
-                raise end
+        )
 
     async def _receive(self, channel: LeaderChannel) -> None:
         answers: dict[asyncio.Task[None], None] = {}

@@ -59,7 +59,7 @@ def next_step(
     if domain is not None and domain.power is ObservedPower.UNKNOWN:
         return Step.SETTLED
     if running and domain is not None and domain.generation != desired.generation:
-        return Step.CONFLICT
+        return _beside_another(desired, domain, facts)
     request = _pending(desired, facts)
     if desired.intent in (Intent.RUN, Intent.PAUSE):
         if running and domain is not None:
@@ -70,6 +70,19 @@ def next_step(
             return _towards_stop(desired, request, shutdown)
         return _after_stop(desired, facts, request)
     return Step.SETTLED
+
+
+def _beside_another(desired: Desired, domain: DomainInfo, facts: VmFacts) -> Step:
+    """Leave a running domain of another generation alone; never add a second start to it.
+
+    One of an earlier generation is a start that libvirt carried out late. Once the later permit is
+    revoked, durably, the leader may take that attempt up again.
+    """
+    earlier = domain.generation < desired.generation
+    understood = desired.intent is not Intent.UNKNOWN
+    if understood and earlier and facts.used_generation < desired.generation:
+        return Step.REVOKE
+    return Step.CONFLICT
 
 
 def _pending(desired: Desired, facts: VmFacts) -> GuestRequest | None:

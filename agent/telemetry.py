@@ -15,6 +15,7 @@ from agent.outbox import Outbox
 from shared.channel import Channel
 from shared.clock import Clock
 from shared.errors import Disconnected, NovacronError
+from shared.lifetime import until_one_ends
 from shared.protocol import (
     BatchSeen,
     TelemetryAnswer,
@@ -84,20 +85,10 @@ class Telemetry:
 
     async def _serve(self, channel: TelemetryChannel, hello: TelemetryHello) -> None:
         self._outbox.rewind()
-        running = [
-            asyncio.ensure_future(self._send(channel, hello)),
-            asyncio.ensure_future(self._receive(channel)),
-        ]
         try:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(self._send(channel, hello), self._receive(channel))
         finally:
-            for task in running:
-                task.cancel()
-            ends = await asyncio.gather(*running, return_exceptions=True)
             await channel.close()
-        for end in ends:
-            if isinstance(end, Exception):
-                raise end
 
     async def _send(self, channel: TelemetryChannel, hello: TelemetryHello) -> None:
         await channel.send(hello)

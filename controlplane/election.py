@@ -167,7 +167,7 @@ class Election:
             async with asyncio.timeout(self._settings.renew_period_s):
                 remaining_s = await self._store.renew_lease(self._lease)
         except (NovacronError, TimeoutError) as error:
-            log.warning("the lease was not renewed: %s", error or "timed out")
+            log.warning("the lease was not renewed: %s", str(error) or "timed out")
             return False
         if remaining_s <= 0:
             raise LeadershipLost("the lease is gone")

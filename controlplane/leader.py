@@ -17,6 +17,7 @@ from controlplane.election import Reign
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
+from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
 from controlplane.reconcilers.placement import PlaceVms, Planned
@@ -37,6 +38,10 @@ from shared.model import ApiKey, Cluster, Term
 from shared.protocol import Query
 
 log = logging.getLogger(__name__)
+
+# While etcd is away a request is refused after this: an election of etcd takes 1 to 2 s, and the
+# client asks again. Reconcilers and sessions wait as long as the term lasts.
+SUBMIT_LIMIT_S = 6.0
 
 
 class Founding(Struct, frozen=True):
@@ -78,7 +83,7 @@ class Leader:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:
             raise NoLeader("this replica does not lead at present; try again shortly")
-        return await self._applier.submit(command)
+        return await self._applier.submit(command, SUBMIT_LIMIT_S)
 
     async def ask(self, node_id: str, query: Query) -> bytes:
         if self.hub is None:
@@ -146,4 +151,5 @@ class Leader:
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
             TrimCopiedHistory(applier, parts.state, parts.copy),
+            CompactStore(parts.store, parts.state),
         ]

@@ -28,7 +28,7 @@ to do with an error logs it, once.
     ├── StoreError                500
     │   ├── Compacted                  the revision asked for is gone: list again
     │   ├── WatchLost                  the stream ended: resume
-    │   └── StoreFull             507  etcd's quota alarm: reads and deletes still work
+    │   └── StoreFull             507  etcd's quota alarm: reads still work, nothing is written
     ├── Refused                   409  an agent's fence said no
     │   ├── StaleTerm
     │   ├── StaleRevision

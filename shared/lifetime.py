@@ -1,4 +1,4 @@
-"""How a process ends: SIGTERM and SIGINT ask it to, a background task that dies makes it."""
+"""How tasks and processes end: together, in order, and never silently."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
+Work = Coroutine[Any, Any, Any]
 
-async def run_until_asked_to_stop(*tasks: Coroutine[Any, Any, None]) -> None:
-    """Run all tasks until a signal comes, then cancel them; re-raises what killed one of them."""
+
+async def until_one_ends(*work: Work) -> None:
+    """Run all of it until the first one ends, then cancel the others and wait for them.
+
+    Re-raises what the first failed one raised; a cancellation from outside ends all.
+    """
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
+            raise end
+
+
+async def run_until_asked_to_stop(*work: Work) -> None:
+    """Run all of it until SIGTERM or SIGINT, then cancel it; what dies by itself kills the rest.
+
+    Raises what one of them raised; RuntimeError when one that should run for ever came to an end.
+    """
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    running = [asyncio.ensure_future(task) for task in tasks]
-    stop = asyncio.ensure_future(asked.wait())
-    try:
-        await asyncio.wait([stop, *running], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (stop, *running):
-            task.cancel()
-        ends = await asyncio.gather(*running, return_exceptions=True)
-    for end in ends:
-        if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
-            raise end
+    await until_one_ends(asked.wait(), *work)
     if not asked.is_set():
         raise RuntimeError("a task that should run for ever came to an end")

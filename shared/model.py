@@ -256,8 +256,9 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class VmStatus(Struct, frozen=True, kw_only=True):
-    """What is. ``power_seen`` is the last report about ``attempt`` or about the bound node.
+    """What is. ``generation`` is the highest that was given out.
 
+    ``power_seen`` is the last report about ``attempt`` or about the bound node.
     ``observed_revision`` is the record revision that the agent's last report answers.
     ``crashes`` counts failed attempts in a row and ``not_before`` holds the next one back.
     """
@@ -488,6 +489,11 @@ class Sample(Struct, frozen=True, kw_only=True, array_like=True):
     cpu_pressure_percent: float = 0.0
     memory_pressure_percent: float = 0.0
     io_pressure_percent: float = 0.0
+
+
+def attempt_generation(vm: Vm) -> int:
+    """Return the generation that messages about a VM name: its attempt's, 0 before the first."""
+    return 0 if vm.status.attempt is None else vm.status.attempt.generation
 
 
 def condition(vm: Vm, kind: str) -> Condition | None:

@@ -48,15 +48,17 @@ class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
     """What an agent sees of one VM, read under the VM's lock: never in the middle of an action.
 
     ``generation`` is the attempt this is about; ``permit_used`` says that the agent will never
-    start that generation (again), so that "not running" is the end of the attempt. ``revision`` is
-    the desired state's that this answers, 0 when the agent has not been told any since it started.
-    ``removed`` says that nothing of the VM is left on the node.
+    start that generation (again), so that "not running" is the end of the attempt; nor will it
+    start any up to ``highest_used``. ``revision`` is the desired state's that this answers, 0 when
+    the agent has not been told any since it started. ``removed`` says that nothing of the VM is
+    left on the node.
     """
 
     vm_id: str
     generation: int
     power: ObservedPower
     permit_used: bool
+    highest_used: int = 0
     revision: int = 0
     answered_request: int = 0
     removed: bool = False

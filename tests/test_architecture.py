@@ -63,6 +63,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.state",
         "controlplane.store.applier",
         "controlplane.store.history",
+        "controlplane.store.port",
         "shared",
     ),
     "controlplane/api": (

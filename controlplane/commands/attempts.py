@@ -25,6 +25,7 @@ from shared.model import (
     Problem,
     Vm,
     VmStatus,
+    attempt_generation,
     condition,
 )
 from shared.protocol import VmReport
@@ -176,7 +177,7 @@ def with_condition(status: VmStatus, condition: Condition) -> VmStatus:
 
 def _answers(report: VmReport, vm: Vm) -> bool:
     """A removal counts only for the present attempt: never for a permit still in flight."""
-    return report.generation == vm.status.generation
+    return report.generation == attempt_generation(vm)
 
 
 def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
@@ -186,7 +187,8 @@ def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
         answered_request=max(vm.status.answered_request, report.answered_request),
         fault=report.fault,
     )
-    attempt = vm.status.attempt
+    status = _take_up_again(status, report)
+    attempt = status.attempt
     if attempt is None or report.generation != attempt.generation:
         return replace(vm, status=status)
     if report.power in RUNNING_POWERS:
@@ -195,6 +197,24 @@ def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
     if report.permit_used and report.power is not ObservedPower.UNKNOWN:
         return _seen_over(draft, replace(vm, status=status), report, by)
     return replace(vm, status=status)
+
+
+def _take_up_again(status: VmStatus, report: VmReport) -> VmStatus:
+    """Return to an earlier attempt that runs after all, when the present one can never start.
+
+    libvirt may carry a start out after it was reported to be over. Both attempts are of the same
+    node and boot, and the agent has revoked the present one before it reported.
+    """
+    attempt = status.attempt
+    if (
+        attempt is None
+        or attempt.state is AttemptState.RUNNING
+        or report.power not in RUNNING_POWERS
+        or not report.generation < attempt.generation <= report.highest_used
+    ):
+        return status
+    earlier = replace(attempt, generation=report.generation, state=AttemptState.ENDED)
+    return replace(status, attempt=earlier, fault=None)
 
 
 def _seen_running(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:

@@ -21,7 +21,7 @@ from controlplane.commands.operations import (
 )
 from shared.errors import NameTaken, StateConflict
 from shared.ids import domain_uuid
-from shared.model import GuestRequest, Power, RequestKind, Vm, VmSpec
+from shared.model import GuestRequest, Power, RequestKind, Vm, VmSpec, attempt_generation
 from shared.states import VmAction, check_action
 
 _REQUESTS: dict[VmAction, RequestKind] = {
@@ -115,12 +115,12 @@ class ActOnVm(Struct, frozen=True, kw_only=True, tag="act_on_vm"):
         if kind is None:
             return None
         pending = vm.request is not None and vm.status.answered_request < vm.request.number
-        if pending and vm.request is not None and vm.request.generation == vm.status.generation:
+        if pending and vm.request is not None and vm.request.generation == attempt_generation(vm):
             raise StateConflict(f"a {vm.request.kind.value} of {vm.name!r} is under way")
         return GuestRequest(
             number=vm.request_number + 1,
             kind=kind,
-            generation=vm.status.generation,
+            generation=attempt_generation(vm),
             deadline_s=self.deadline_s,
         )
 

@@ -26,6 +26,7 @@ from shared.model import (
     Vm,
     VmPhase,
     VmSpec,
+    attempt_generation,
 )
 from shared.states import vm_phase
 
@@ -271,7 +272,7 @@ def vm_view(stored: Stored[Vm], epoch: int, node_name: str | None) -> VmView:
             phase=vm_phase(vm),
             node=status.node,
             node_name=node_name,
-            generation=status.generation,
+            generation=attempt_generation(vm),
             addresses=status.addresses,
             observed_revision=object_revision(epoch, status.observed_revision),
             conditions=status.conditions,

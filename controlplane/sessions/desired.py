@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controlplane.state import Stored
-from shared.model import AttemptState, Node, Power, Term, Vm
+from shared.model import AttemptState, Node, Power, Term, Vm, attempt_generation
 from shared.protocol import Desired, Intent
 
 _INTENTS: dict[Power, Intent] = {
@@ -30,7 +30,7 @@ def desired_of(stored: Stored[Vm], node: Node, term: Term) -> Desired:
         term=term,
         vm_id=vm.id,
         revision=stored.revision,
-        generation=vm.status.generation,
+        generation=attempt_generation(vm),
         permitted=permitted,
         boot_id=node.boot_id,
         intent=intent,

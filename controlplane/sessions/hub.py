@@ -18,9 +18,9 @@ from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.sessions.desired import desired_of
+from controlplane.sessions.session import AgentChannel, AgentSession
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
-from shared.channel import Channel
 from shared.errors import (
     Conflict,
     Disconnected,
@@ -31,19 +31,17 @@ from shared.errors import (
     Unavailable,
 )
 from shared.ids import IdSource
+from shared.lifetime import until_one_ends
 from shared.model import NodeState, Record, Vm
 from shared.problems import problem_of
 from shared.protocol import (
     PROTOCOL_LEVEL,
-    AgentMessage,
     Answer,
-    Desired,
     Heartbeat,
     HeartbeatSeen,
     Hello,
     InSync,
     InventoryReport,
-    LeaderMessage,
     Query,
     Rejected,
     TermAccepted,
@@ -62,34 +60,12 @@ GREETINGS_MAX = 50
 QUERY_TIMEOUT_S = 10.0
 QUERIES_PER_NODE_MAX = 16
 
-AgentChannel = Channel[LeaderMessage, AgentMessage]
-
 
 class HubSettings(Struct, frozen=True, kw_only=True):
     """A node is silent after five heartbeats were missed."""
 
     heartbeat_period_s: float = 2.0
     silence_limit_s: float = 10.0
-
-
-class _Session:
-    """One connected agent: what has been sent to it, and what it was asked."""
-
-    def __init__(self, node_id: str, node_name: str, channel: AgentChannel, now_s: float) -> None:
-        self.node_id = node_id
-        self.node_name = node_name
-        self.channel = channel
-        self.heard_s = now_s
-        self.trusted = False
-        self.sent: dict[str, Desired] = {}
-        self.dirty: dict[str, None] = {}
-        self.wake = asyncio.Event()
-        self.queries: dict[str, asyncio.Future[bytes]] = {}
-        self.displaced = asyncio.Event()
-
-    def mark(self, vm_id: str) -> None:
-        self.dirty[vm_id] = None
-        self.wake.set()
 
 
 class Hub:
@@ -106,7 +82,7 @@ class Hub:
         self._cluster_id = cluster_id
         self._settings = settings
         self._ids = ids
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, AgentSession] = {}
         self._greetings = asyncio.Semaphore(GREETINGS_MAX)
         self._trust_observers: list[Callable[[str], None]] = []
         state.observe(self._record_changed)
@@ -176,7 +152,7 @@ class Hub:
         finally:
             self._forget(session)
 
-    async def _greet(self, channel: AgentChannel, identity: Identity) -> _Session:
+    async def _greet(self, channel: AgentChannel, identity: Identity) -> AgentSession:
         hello = await channel.receive()
         if not isinstance(hello, Hello):
             raise Forbidden("a session begins with a hello")
@@ -186,6 +162,7 @@ class Hub:
             )
         if hello.protocol != PROTOCOL_LEVEL:
             raise Forbidden(f"protocol {hello.protocol} is not {PROTOCOL_LEVEL}")
+        self._refuse_twin(hello)
         by = Author(f"agent:{hello.node_name}")
         node_id = await self._applier.submit(
             JoinNode(
@@ -210,7 +187,7 @@ class Hub:
         accepted = await channel.receive()
         if not isinstance(accepted, TermAccepted) or accepted.term != self._applier.term:
             raise Forbidden("the agent did not accept the term")
-        session = self._admit(node_id, hello.node_name, channel)
+        session = self._admit(node_id, hello, channel)
         try:
             await self._take_hello(session, hello)
         except BaseException:
@@ -218,7 +195,7 @@ class Hub:
             raise
         return session
 
-    async def _take_hello(self, session: _Session, hello: Hello) -> None:
+    async def _take_hello(self, session: AgentSession, hello: Hello) -> None:
         """Take what the agent found; only then is the node trusted with anything new."""
         for report in hello.domains:
             await self._observe(session, report)
@@ -228,7 +205,7 @@ class Hub:
             SetNodeState(node_id=session.node_id, state=NodeState.READY, by=Author("leader"))
         )
 
-    async def _observe(self, session: _Session, report: VmReport) -> None:
+    async def _observe(self, session: AgentSession, report: VmReport) -> None:
         """Take a report; one VM's that cannot be taken must not cost the node its session."""
         by = Author(f"agent:{session.node_name}")
         try:
@@ -236,64 +213,82 @@ class Hub:
         except Conflict as refused:
             log.error("a report on %s was not taken: %s", report.vm_id, refused)
 
-    def _admit(self, node_id: str, name: str, channel: AgentChannel) -> _Session:
+    def _refuse_twin(self, hello: Hello) -> None:
+        """Refuse a second machine with a node's certificate: a new boot would end its attempts.
+
+        A node that really booted anew is let in once its earlier session has ended or gone silent.
+        """
+        node_id = self._state.node_id_by_name(hello.node_name)
+        living = None if node_id is None else self._sessions.get(node_id)
+        if living is None or living.boot_id == hello.boot_id:
+            return
+        silent_s = asyncio.get_running_loop().time() - living.heard_s
+        if silent_s < self._settings.silence_limit_s:
+            raise Conflict(
+                f"{hello.node_name!r} is heard from in another boot ({living.boot_id}): "
+                "do two machines share its certificate?"
+            )
+
+    def _admit(self, node_id: str, hello: Hello, channel: AgentChannel) -> AgentSession:
         older = self._sessions.get(node_id)
         if older is not None:
-            log.warning("a newer session of %s displaces the older one", name)
+            log.warning("a newer session of %s displaces the older one", hello.node_name)
             older.displaced.set()
-        session = _Session(node_id, name, channel, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        session = AgentSession(node_id, hello.node_name, hello.boot_id, channel, now_s)
         self._sessions[node_id] = session
         self._tell_trust(node_id)
         return session
 
-    def _forget(self, session: _Session) -> None:
-        for query in session.queries.values():
-            if not query.done():
-                query.set_exception(NodeUnreachable(f"{session.node_name} disconnected"))
+    def _forget(self, session: AgentSession) -> None:
+        session.fail_queries()
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
             self._tell_trust(session.node_id)
 
-    async def _run(self, session: _Session) -> None:
-        tasks = [
-            asyncio.ensure_future(self._receive(session)),
-            asyncio.ensure_future(self._push(session)),
-            asyncio.ensure_future(session.displaced.wait()),
-        ]
+    async def _run(self, session: AgentSession) -> None:
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(
+                self._receive(session),
+                self._take_what_is_said(session),
+                self._push(session),
+                session.displaced.wait(),
+            )
+        except Disconnected:
+            log.info("%s disconnected", session.node_name)
+        except NovacronError as error:
+            log.warning("the session of %s ended: %s", session.node_name, error)
         finally:
-            for task in tasks:
-                task.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
             await session.channel.close()
-        for end in ended:
-            if isinstance(end, NovacronError) and not isinstance(end, Disconnected):
-                log.warning("the session of %s ended: %s", session.node_name, end)
-            elif isinstance(end, Exception) and not isinstance(end, NovacronError):
-                raise end
 
-    async def _receive(self, session: _Session) -> None:
+    async def _receive(self, session: AgentSession) -> None:
+        """Hear the agent; nothing here waits for a commit: a slow store is not silence."""
         while True:
             message = await session.channel.receive()
             session.heard_s = asyncio.get_running_loop().time()
             if isinstance(message, Heartbeat):
                 term = self._applier.term
                 await session.channel.send(HeartbeatSeen(term=term, number=message.number))
-            elif isinstance(message, VmReport):
-                await self._observe(session, message)
-            elif isinstance(message, InventoryReport):
-                await self._applier.submit(
-                    ReportInventory(
-                        node_id=session.node_id,
-                        inventory=message.inventory,
-                        foreign_domains=message.foreign_domains,
-                    )
-                )
+            elif isinstance(message, VmReport | InventoryReport):
+                session.say(message)
             elif isinstance(message, Answer):
-                _settle_query(session, message)
+                session.settle_query(message)
 
-    async def _push(self, session: _Session) -> None:
+    async def _take_what_is_said(self, session: AgentSession) -> None:
+        while True:
+            said = await session.next_said()
+            if isinstance(said, VmReport):
+                await self._observe(session, said)
+                continue
+            await self._applier.submit(
+                ReportInventory(
+                    node_id=session.node_id,
+                    inventory=said.inventory,
+                    foreign_domains=said.foreign_domains,
+                )
+            )
+
+    async def _push(self, session: AgentSession) -> None:
         """Send what changed of the node's VMs; first all of them, then the sync mark."""
         vm_ids = tuple(sorted(self._state.vm_ids_on(session.node_id)))
         for vm_id in vm_ids:
@@ -307,7 +302,7 @@ class Hub:
                 del session.dirty[vm_id]
                 await self._push_vm(session, vm_id)
 
-    async def _push_vm(self, session: _Session, vm_id: str) -> None:
+    async def _push_vm(self, session: AgentSession, vm_id: str) -> None:
         stored = self._state.vms.get(vm_id)
         node = self._state.nodes.get(session.node_id)
         if stored is None or node is None or stored.record.status.node != session.node_id:
@@ -331,16 +326,6 @@ class Hub:
     def _tell_trust(self, node_id: str) -> None:
         for observer in self._trust_observers:
             observer(node_id)
-
-
-def _settle_query(session: _Session, answer: Answer) -> None:
-    waiting = session.queries.get(answer.query_id)
-    if waiting is None or waiting.done():
-        return
-    if answer.problem is None:
-        waiting.set_result(answer.data)
-    else:
-        waiting.set_exception(NodeUnreachable(f"{session.node_name}: {answer.problem.detail}"))
 
 
 async def _reject(channel: AgentChannel, error: NovacronError) -> None:

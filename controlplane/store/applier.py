@@ -38,6 +38,7 @@ from shared.errors import (
     OutcomeUnknown,
     Overloaded,
     RecordUnreadable,
+    StoreUnavailable,
 )
 from shared.ids import IdSource
 from shared.model import Applied, HistoryEntry, Record, Term
@@ -101,20 +102,25 @@ class Applier:
     def term(self) -> Term:
         return self._term
 
-    async def submit(self, command: Command[Result]) -> Result:
+    async def submit(self, command: Command[Result], limit_s: float | None = None) -> Result:
         """Return what the command decided, once it is committed.
 
         Raises the command's refusal, Overloaded, LeadershipLost, StoreUnavailable (nothing
-        happened), OutcomeUnknown (it may have happened).
+        happened), OutcomeUnknown (it may have happened); one of the last two after ``limit_s``.
         """
         if self._lost is not None:
             raise self._lost
         if len(self._waiting) >= WAITING_COMMANDS_MAX:
             raise Overloaded(f"{WAITING_COMMANDS_MAX} changes are waiting to be written")
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(command, result))
+        waiting = _Waiting(command, result)
+        self._waiting.append(waiting)
         self._wake.set()
-        return await result
+        try:
+            async with asyncio.timeout(limit_s):
+                return await result
+        except TimeoutError:
+            raise self._given_up(waiting) from None
 
     def close(self, reason: LeadershipLost) -> None:
         """Refuse what waits and whatever comes; the term is over."""
@@ -134,6 +140,13 @@ class Applier:
         except LeadershipLost as lost:
             self.close(lost)
             raise
+
+    def _given_up(self, waiting: _Waiting) -> NovacronError:
+        """Take back what still waits; say what may have become of a change that took too long."""
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+            return StoreUnavailable("etcd does not answer; nothing was changed")
+        return OutcomeUnknown("etcd does not answer; the change is being written or never will be")
 
     async def _commit_group(self) -> None:
         draft = Draft(self._state, self._ids, self._clock.now())

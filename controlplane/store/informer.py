@@ -51,7 +51,7 @@ class Informer:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Follow the watch for ever."""
-        await self.load(0)
+        await self._load_at_last()
         on_ready()
         next_revision = self._state.revision + 1
         while True:
@@ -65,6 +65,16 @@ class Informer:
                 next_revision = compacted.compact_revision
             except NovacronError as error:
                 log.warning("the store cannot be followed: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _load_at_last(self) -> None:
+        """List for the first time, however long the store is away."""
+        while True:
+            try:
+                await self.load(0)
+                return
+            except NovacronError as error:
+                log.warning("the store cannot be listed: %s", error)
                 await asyncio.sleep(RETRY_S)
 
     async def _list_again(self) -> bool:

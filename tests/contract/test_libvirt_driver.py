@@ -6,16 +6,19 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
 
+import libvirt
 import pytest
 
 from agent.hypervisor import Hypervisor
-from agent.libvirt_probe import PROBE_NAME
+from agent.libvirt_probe import EMULATION, PROBE_NAME, guest_boots
+from agent.libvirt_storage import ensure_pools
 from shared.errors import HypervisorUnavailable
 from shared.model import ObservedPower
 from tests.contract.hypervisor_worlds import LibvirtWorld, libvirt_driver, libvirt_settings
 from tests.contract.libvirt_process import LibvirtProcess, libvirt_process
 from tests.contract.test_hypervisor import (
     NAME,
+    WAIT_LIMIT_S,
     definition,
     power_of,
     remove_all,
@@ -119,6 +122,17 @@ async def test_the_probe_finds_out_how_guests_really_boot(libvirtd: LibvirtProce
         # The proof: a guest of the kind that was found does boot.
         await until_counts(driver)
         await remove_all(driver)
+
+
+def test_the_probe_sees_a_guest_that_boots(libvirtd: LibvirtProcess) -> None:
+    settings = libvirt_settings(libvirtd)
+    connection = libvirt.open(libvirtd.uri)
+    try:
+        ensure_pools(connection, settings.pool_targets())
+        assert guest_boots(connection, settings, EMULATION, WAIT_LIMIT_S)
+        assert PROBE_NAME not in libvirtd.virsh("list", "--all", "--name")
+    finally:
+        connection.close()
 
 
 async def test_a_known_virtualization_is_not_probed_again(libvirtd: LibvirtProcess) -> None:

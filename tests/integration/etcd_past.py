@@ -37,5 +37,3 @@ async def check_history(store: EtcdStore) -> Counter[str]:
     numbers = list(range(1, len(written) + 1))
     assert [seq for seq, _ in written] == [entry.seq for _, entry in written] == numbers
     return Counter(e.operation.id for _, e in written if isinstance(e, FinishedOperation))
-
-

@@ -56,10 +56,20 @@ class Api:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def send(self, method: str, path: str, body: Any = None, **query: Any) -> httpx2.Response:
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        headers: dict[bytes, bytes] | None = None,
+        **query: Any,
+    ) -> httpx2.Response:
         """Return any answer. Raises Lost."""
         try:
-            return await self._client.request(method, path, json=body, params=query)
+            return await self._client.request(
+                method, path, json=body, params=query, headers=headers
+            )
         except httpx2.TransportError as error:
             raise Lost(f"{method} {path}: {error!r}") from error
 

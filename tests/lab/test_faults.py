@@ -60,8 +60,9 @@ def undisturbed(trial: Trial) -> Iterator[None]:
     yield
     trial.wait_counting(residents)
     until = trial.witness.now()
+    seen = trial.witness.account()
     for vm in residents:
-        assert trial.witness.same_process(vm.id, since, until), f"{vm.name} did not run through"
+        assert seen.same_process(vm.id, since, until), f"{vm.name} did not run through"
         assert len(trial.counts(vm)) == boots[vm.name], f"{vm.name} booted"
         assert counts_up(trial.counts(vm)[-1]), f"{vm.name} counted back"
     _assert_never_twice(trial)
@@ -104,9 +105,11 @@ def test_a_kill_amid_creates_and_deletes(trial: Trial, victim: str, moment_s: fl
     vms = {n: vm for n, vm in trial.vms().items() if n in names}
     _assert_ended_once(trial, created, "vm.create")
     assert {a.name for a in created if a.operation is not None} <= vms.keys()
+    seen = trial.witness.account()
     for vm in vms.values():
         assert vm.status.phase == "Running", f"{vm.name}: {vm.status}"
-        assert len(trial.witness.running(vm.id)) == 1
+        assert len(seen.running(vm.id)) == 1
+        assert len(seen.guests(vm.id)) <= vm.status.generation
         _assert_ran_through(trial, vm)
     trial.wait_counting(vms.values())
 
@@ -117,8 +120,9 @@ def test_a_kill_amid_creates_and_deletes(trial: Trial, victim: str, moment_s: fl
     for name in left:  # nobody took the request: it is made again
         _delete(trial, name)
     trial.settle()
+    seen = trial.witness.account()
     for vm in vms.values():
-        assert trial.witness.running(vm.id) == []
+        assert seen.running(vm.id) == []
         assert [e.kind for e in trial.events(vm.id)].count("vm.deleted") == 1
 
 
@@ -158,7 +162,7 @@ def test_a_node_without_its_agent_is_silent_and_nothing_starts_elsewhere(trial: 
         for vm in residents:
             assert silent[vm.name].status.node == vm.status.node
             assert silent[vm.name].status.generation == vm.status.generation
-        assert trial.witness.guests(silent["patient"].id) == []
+        assert trial.witness.account().guests(silent["patient"].id) == []
         trial.wait_counting(residents)
     finally:
         link.set_restart(program, True)
@@ -174,21 +178,15 @@ def test_a_node_without_its_agent_is_silent_and_nothing_starts_elsewhere(trial: 
 def test_a_guest_whose_qemu_is_killed_is_started_again(trial: Trial) -> None:
     vm = _create(trial, new_vm("crashing", zone="c"))
     trial.wait_counting([vm])
-    (first,) = trial.witness.running(vm.id)
+    (first,) = trial.witness.account().running(vm.id)
     os.kill(first.pid, signal.SIGKILL)
-    again = trial.eventually(
-        lambda: trial.api.vm(vm.name),
-        lambda seen: (
-            seen.status.generation > vm.status.generation and seen.status.phase == "Running"
-        ),
-        "a second generation",
-    )
+    again = _await_next_generation(trial, vm)
     assert again.status.generation == vm.status.generation + 1
     assert again.status.node == vm.status.node
     kinds = [e.kind for e in trial.events(vm.id)]
     assert kinds[-3:] == ["vm.crashed", "vm.starting", "vm.running"]
     wait_until(lambda: len(trial.counts(again)) == 2, "a second boot", limit_s=60.0)
-    assert len(trial.witness.guests(vm.id)) == 2
+    assert len(trial.witness.account().guests(vm.id)) == 2
     _delete(trial, vm.name)
     trial.settle()
 
@@ -204,7 +202,8 @@ def test_a_guest_that_powers_itself_off_stays_off(trial: Trial) -> None:
     assert off.status.generation == vm.status.generation
     assert [e.kind for e in trial.events(vm.id)].count("vm.shut_off") == 1
     time.sleep(5.0)  # back-off begins at one second
-    assert trial.witness.never_ran(vm.id, since, trial.witness.now())
+    until = trial.witness.now()
+    assert trial.witness.account().never_ran(vm.id, since, until)
     _delete(trial, vm.name)
     trial.settle()
 
@@ -240,29 +239,24 @@ def test_without_etcd_reads_answer_and_writes_end_once_or_are_refused(trial: Tri
 def test_guests_of_a_node_that_lost_power_start_again_once_it_has_booted(trial: Trial) -> None:
     lost = [vm for vm in _residents(trial) if vm.status.node_name == "n3"]
     spared = [vm for vm in _residents(trial) if vm.status.node_name != "n3"]
-    before = {vm.name: trial.witness.running(vm.id)[0] for vm in lost}
+    before = {vm.name: trial.witness.account().running(vm.id)[0] for vm in lost}
     since = trial.witness.now()
     booted = trial.lab.restart_node("n3")
     for vm in lost:
-        again = trial.eventually(
-            lambda vm=vm: trial.api.vm(vm.name),  # type: ignore[misc]
-            lambda seen, vm=vm: (
-                seen.status.generation > vm.status.generation  # type: ignore[misc]
-                and seen.status.phase == "Running"
-            ),
-            f"{vm.name} to run again",
-        )
+        again = _await_next_generation(trial, vm)
         assert again.status.node == vm.status.node
         assert again.status.generation == vm.status.generation + 1
         assert "vm.lost_with_node" in [e.kind for e in trial.events(vm.id)]
-        (now,) = trial.witness.running(vm.id)
+        (now,) = trial.witness.account().running(vm.id)
         # In the node's new namespaces: the old boot started nothing any more.
         assert now.place != before[vm.name].place
     trial.settle()
     assert trial.node_view("n3").boot_id == booted
     trial.wait_counting(_residents(trial))
+    until = trial.witness.now()
+    seen = trial.witness.account()
     for vm in spared:
-        assert trial.witness.same_process(vm.id, since, trial.witness.now())
+        assert seen.same_process(vm.id, since, until)
     _assert_never_twice(trial)
 
 
@@ -310,12 +304,20 @@ def _assert_ran_through(trial: Trial, vm: VmView) -> None:
     assert kinds.count("vm.created") == 1
     after = kinds[kinds.index("vm.running") :]
     assert after == ["vm.running"], kinds
-    assert len(trial.witness.guests(vm.id)) <= vm.status.generation
 
 
 def _assert_never_twice(trial: Trial) -> None:
-    assert trial.witness.doubles() == []
-    assert trial.witness.longest_gap_s() < WITNESS_GAP_MAX_S
+    seen = trial.witness.account()
+    assert seen.doubles(trial.ever_created()) == []
+    assert seen.longest_gap_s() < WITNESS_GAP_MAX_S
+
+
+def _await_next_generation(trial: Trial, vm: VmView) -> VmView:
+    return trial.eventually(
+        lambda: trial.api.vm(vm.name),
+        lambda now: now.status.generation > vm.status.generation and now.status.phase == "Running",
+        f"{vm.name} to run again",
+    )
 
 
 def _create(trial: Trial, body: NewVm) -> VmView:

@@ -97,8 +97,12 @@ class Trial:
         return [msgspec.json.decode(item, type=OperationView) for item in items]
 
     def events(self, target: str) -> list[EventView]:
-        items = self.api.client.collect(path_of("events"), (("object", target),)).items
-        return [msgspec.json.decode(item, type=EventView) for item in items]
+        """Return all that ever happened to an object, oldest first."""
+        return self._events("object", target)
+
+    def ever_created(self) -> set[str]:
+        """Return the id of every VM that there ever was; its domain has the same name."""
+        return {event.object for event in self._events("kind", "vm.created")}
 
     def vms(self) -> dict[str, VmView]:
         return {vm.name: vm for vm in self.api.vms()}
@@ -111,18 +115,18 @@ class Trial:
         node = self.lab.node(vm.status.where)
         return witness.boots(node.inside(Path(CONSOLE_DIR) / f"{vm.id}.log"))
 
-    def last_count(self, vm: VmView) -> int:
-        """Return the last counter of the present boot; 0 before the first."""
+    def progress(self, vm: VmView) -> tuple[int, int]:
+        """Return how often a guest has booted, and its last counter since; 0 before the first."""
         counted = self.counts(vm)
-        return counted[-1].counts[-1] if counted and counted[-1].counts else 0
+        return len(counted), counted[-1].counts[-1] if counted and counted[-1].counts else 0
 
     def wait_counting(self, vms: Collection[VmView]) -> None:
         """Return once every guest has counted on from where it is now."""
-        before = {vm.id: self.last_count(vm) for vm in vms}
+        before = {vm.id: self.progress(vm) for vm in vms}
         for vm in vms:
             wait_until(
                 partial(self._has_counted, vm, before[vm.id]),
-                f"guest {vm.name} to count on from {before[vm.id]}",
+                f"guest {vm.name} to count on from {before[vm.id][1]}",
                 limit_s=SETTLE_LIMIT_S,
             )
 
@@ -159,8 +163,13 @@ class Trial:
         finally:
             timer.join()
 
-    def _has_counted(self, vm: VmView, before: int) -> bool:
-        return self.last_count(vm) > before
+    def _events(self, field: str, value: str) -> list[EventView]:
+        items = self.api.client.collect(path_of("events"), ((field, value),)).items
+        return [msgspec.json.decode(item, type=EventView) for item in items]
+
+    def _has_counted(self, vm: VmView, before: tuple[int, int]) -> bool:
+        now = self.progress(vm)
+        return now > before and now[1] > 0
 
     def _ask(self, ask: Callable[[str], OperationView], name: str) -> Asked:
         try:

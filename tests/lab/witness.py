@@ -16,16 +16,16 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 PERIOD_S = 0.05
 # Also written when nothing changes, so that a witness that fell asleep is noticed.
-SIGN_OF_LIFE_S = 1.0
-# Its end is asked for by closing its standard input; it looks up once a period.
-END_LIMIT_S = 10.0
+SIGN_OF_LIFE_S = 0.5
+# A witness that has not looked once in this time hangs, or never will.
+LOOK_LIMIT_S = 10.0
 KERNEL_THREADS_PARENT = 2
 
 
@@ -53,6 +53,61 @@ class Boot(NamedTuple):
     counts: tuple[int, ...]
 
 
+class Account:
+    """All that was seen up to one moment, and the verdicts on it."""
+
+    def __init__(self, looks: list[Look]) -> None:
+        self.looks = looks
+
+    def guests(self, name: str) -> list[Guest]:
+        """Return every process that ever ran a guest, in order of their appearance."""
+        seen: dict[Guest, None] = {}
+        for look in self.looks:
+            seen.update(dict.fromkeys(g for g in look.guests if g.name == name))
+        return list(seen)
+
+    def running(self, name: str) -> list[Guest]:
+        """Return the processes that run a guest now; more than one is a catastrophe."""
+        return [g for g in self.looks[-1].guests if g.name == name]
+
+    def doubles(self, names: Collection[str]) -> list[tuple[float, tuple[Guest, ...]]]:
+        """Return each moment at which one of these guests ran twice, by its name or its UUID.
+
+        Others are not judged: the machine may run more than what is watched here.
+        """
+        uuids = {g.uuid for look in self.looks for g in look.guests if g.name in names}
+        found = []
+        for look in self.looks:
+            ours = [g for g in look.guests if g.name in names or g.uuid in uuids]
+            twice = tuple(
+                g
+                for g in ours
+                if any(o is not g and (o.name == g.name or o.uuid == g.uuid) for o in ours)
+            )
+            if twice:
+                found.append((look.at, twice))
+        return found
+
+    def same_process(self, name: str, since: float, until: float) -> bool:
+        """Say whether one and the same process ran a guest all the time between two dates."""
+        seen = set(self._between(name, since, until))
+        return len(seen) == 1 and len(seen.pop()) == 1
+
+    def never_ran(self, name: str, since: float, until: float) -> bool:
+        """Say whether no process ran a guest at any look between two dates."""
+        return set(self._between(name, since, until)) == {()}
+
+    def longest_gap_s(self) -> float:
+        return max(look.longest_gap_s for look in self.looks)
+
+    def _between(self, name: str, since: float, until: float) -> Iterator[tuple[Guest, ...]]:
+        """Yield what ran a guest at each look that held for a part of the time."""
+        ends = [look.at for look in self.looks[1:]] + [float("inf")]
+        for look, end in zip(self.looks, ends, strict=True):
+            if look.at <= until and end >= since:
+                yield tuple(g for g in look.guests if g.name == name)
+
+
 class Witness:
     """Watches while it is open; ``now()`` gives the dates that the verdicts take."""
 
@@ -64,74 +119,23 @@ class Witness:
     def now() -> float:
         return time.monotonic()
 
-    def looks(self) -> list[Look]:
-        """Return every change seen so far; raises AssertionError when the witness has died."""
+    def account(self) -> Account:
+        """Return what was seen up to now; raises AssertionError when the witness has died."""
         assert self._process is not None, "the witness has not been called"
-        assert self._process.poll() is None, "the witness died: nothing can be said"
-        self._wait_for_a_look()
-        return list(_read(self._record))
-
-    def guests(self, name: str) -> list[Guest]:
-        """Return every process that ever ran a guest, in order of their appearance."""
-        seen: dict[Guest, None] = {}
-        for look in self.looks():
-            seen.update(dict.fromkeys(g for g in look.guests if g.name == name))
-        return list(seen)
-
-    def running(self, name: str) -> list[Guest]:
-        """Return the processes that run a guest now; more than one is a catastrophe."""
-        return [g for g in self.looks()[-1].guests if g.name == name]
-
-    def doubles(self) -> list[tuple[float, tuple[Guest, ...]]]:
-        """Return each moment at which one guest, by name or UUID, ran twice."""
-        found = []
-        for look in self.looks():
-            twice = tuple(
-                g
-                for g in look.guests
-                if any(o is not g and (o.name == g.name or o.uuid == g.uuid) for o in look.guests)
-            )
-            if twice:
-                found.append((look.at, twice))
-        return found
-
-    def same_process(self, name: str, since: float, until: float) -> bool:
-        """Say whether one and the same process ran a guest all the time between two dates."""
-        return len({tuple(g) for g in self._at_each_look(name, since, until)}) == 1
-
-    def never_ran(self, name: str, since: float, until: float) -> bool:
-        """Say whether no process ran a guest at any look between two dates."""
-        return not any(self._at_each_look(name, since, until, missing=False))
-
-    def longest_gap_s(self) -> float:
-        return max(look.longest_gap_s for look in self.looks())
-
-    def _at_each_look(
-        self, name: str, since: float, until: float, *, missing: bool = True
-    ) -> Iterator[tuple[Guest, ...]]:
-        looks = self.looks()
-        ends = [look.at for look in looks[1:]] + [float("inf")]
-        for look, end in zip(looks, ends, strict=True):
-            if look.at <= until and end >= since:
-                here = tuple(g for g in look.guests if g.name == name)
-                if here or missing:
-                    yield here
-
-    def _wait_for_a_look(self) -> None:
-        """Return once the record holds a look that began after this call."""
-        called = time.monotonic()
-        while time.monotonic() < called + END_LIMIT_S:
-            last = next(iter(list(_read(self._record))[-1:]), None)
-            if last is not None and last.at >= called:
-                return
+        called = self.now()
+        while self.now() < called + LOOK_LIMIT_S:
+            assert self._process.poll() is None, "the witness died: nothing can be said"
+            looks = list(_read(self._record))
+            if looks and looks[-1].at >= called:
+                return Account(looks)
             time.sleep(PERIOD_S)
-        raise AssertionError(f"the witness has not looked for {END_LIMIT_S:.0f} s")
+        raise AssertionError(f"the witness has not looked for {LOOK_LIMIT_S:.0f} s")
 
     def __enter__(self) -> Witness:
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(self._record)], stdin=subprocess.PIPE
         )
-        self._wait_for_a_look()
+        self.account()
         return self
 
     def __exit__(
@@ -145,7 +149,7 @@ class Witness:
         assert process.stdin is not None, "it was started with a pipe"
         process.stdin.close()
         try:
-            process.wait(END_LIMIT_S)
+            process.wait(LOOK_LIMIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -22,6 +22,7 @@ from shared.model import (
     Operation,
     Power,
     Vm,
+    attempt_generation,
 )
 from tests.sim.ledger import (
     Acknowledged,
@@ -269,8 +270,8 @@ def _settled_vm(vm: Vm, ledger: Ledger, found: dict[str, Found]) -> Iterator[str
             yield f"{vm.name} is wanted stopped, its attempt is open"
     elif running is None:
         yield f"{vm.name} is wanted {vm.spec.power.value} and does not run"
-    elif running != vm.status.generation:
-        yield f"{vm.name} runs as generation {running}, recorded is {vm.status.generation}"
+    elif running != attempt_generation(vm):
+        yield f"{vm.name} runs as generation {running}, recorded is {attempt_generation(vm)}"
     elif node is not None and (vm.spec.power is Power.PAUSED) != (vm.id in node.paused):
         yield f"{vm.name} is wanted {vm.spec.power.value} and is not"
     elif vm.status.power_seen.value != vm.spec.power.value:

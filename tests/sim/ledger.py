@@ -19,6 +19,7 @@ from shared.model import (
     Power,
     Record,
     Vm,
+    attempt_generation,
 )
 
 
@@ -151,7 +152,7 @@ class Ledger:
         if vm.deleting:
             self.removable[vm.id] = None
         if vm.deleting or vm.spec.power is Power.STOPPED:
-            self.stoppable[vm.id, vm.status.generation] = None
+            self.stoppable[vm.id, attempt_generation(vm)] = None
 
 
 def committed(revision: int, writer: str, changes: list[tuple[str, bytes | None]]) -> Committed:

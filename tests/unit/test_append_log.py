@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import msgpack
 import pytest
 
 from agent.append_log import AppendLog, FileLog, MemoryLog
+from shared.errors import RecordUnreadable
+
+
+def framed(record: bytes) -> bytes:
+    """Return a record as the file holds it."""
+    packed: bytes = msgpack.packb((zlib.crc32(record), record))
+    return packed
+
 
 RECORDS = [b"one", b"", b"three" * 1000]
 
@@ -58,8 +67,7 @@ def test_a_record_cut_short_is_dropped_and_the_next_follows_a_whole_one(
     tmp_path: Path, cut: int
 ) -> None:
     path = tmp_path / "fence"
-    whole = msgpack.packb(b"whole")
-    torn = msgpack.packb(b"torn by a crash")
+    whole, torn = framed(b"whole"), framed(b"torn by a crash")
     path.write_bytes(whole + torn[:cut])
 
     log = FileLog(path)
@@ -67,7 +75,37 @@ def test_a_record_cut_short_is_dropped_and_the_next_follows_a_whole_one(
     log.append(b"next")
     log.close()
 
-    assert path.read_bytes() == whole + msgpack.packb(b"next")
+    assert path.read_bytes() == whole + framed(b"next")
+
+
+def test_zeros_that_a_power_loss_left_at_the_end_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "fence"
+    path.write_bytes(framed(b"whole") + bytes(5000))
+
+    log = FileLog(path)
+    assert log.read() == [b"whole"]
+    log.append(b"next")
+    assert log.read() == [b"whole", b"next"]
+    log.close()
+
+
+@pytest.mark.parametrize("damaged", [b"\x00", b"\xff", b"garbage"])
+def test_a_damaged_record_before_whole_ones_is_refused(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "fence"
+    path.write_bytes(framed(b"first") + damaged + framed(b"second"))
+
+    with pytest.raises(RecordUnreadable):
+        FileLog(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "fence"
+    first = bytearray(framed(b"first"))
+    first[-1] ^= 1
+    path.write_bytes(bytes(first) + framed(b"second"))
+
+    with pytest.raises(RecordUnreadable):
+        FileLog(path)
 
 
 def test_a_rewrite_that_a_crash_cut_short_has_not_happened(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from controlplane.commands.attempts import (
 )
 from controlplane.commands.draft import Draft
 from controlplane.commands.vms import DeleteVm
+from controlplane.sessions.desired import desired_of
 from shared.errors import StateConflict
 from shared.model import (
     AttemptState,
@@ -24,6 +25,7 @@ from shared.model import (
     OperationState,
     Power,
     Problem,
+    Term,
     Vm,
     VmPhase,
     condition,
@@ -138,6 +140,47 @@ def test_a_report_on_another_generation_moves_nothing(
     assert after.status.power_seen is before.status.power_seen
     assert after.spec == before.spec
     assert after.status.crashes == 0
+
+
+def late_start(world: CoreWorld) -> str:
+    """Return a VM whose generation 1 was reported over, and that is permitted as generation 2."""
+    vm_id, _ = world.create("web-1")
+    world.bind(vm_id)
+    world.permit(vm_id)
+    world.report(vm_id, ObservedPower.STOPPED)
+    world.permit(vm_id)
+    return vm_id
+
+
+def test_a_start_that_was_carried_out_late_is_taken_up_again() -> None:
+    world = CoreWorld()
+    vm_id = late_start(world)
+
+    world.report(vm_id, ObservedPower.RUNNING, generation=1, permit_used=True, highest_used=2)
+
+    status = world.vm(vm_id).status
+    assert status.attempt is not None
+    assert (status.attempt.generation, status.attempt.state) == (1, AttemptState.RUNNING)
+    assert status.generation == 2, "what was given out is never given out again"
+    assert desired_of(world.state.vms[vm_id], world.node(), Term(1, 1)).generation == 1
+    world.report(vm_id, ObservedPower.CRASHED, generation=1, permit_used=True, highest_used=2)
+    assert world.permit(vm_id) == 3
+
+
+@pytest.mark.parametrize(
+    ("power", "highest_used"), [(ObservedPower.RUNNING, 1), (ObservedPower.STOPPED, 2)]
+)
+def test_a_later_permit_that_may_still_be_used_is_not_given_up(
+    power: ObservedPower, highest_used: int
+) -> None:
+    world = CoreWorld()
+    vm_id = late_start(world)
+
+    world.report(vm_id, power, generation=1, permit_used=True, highest_used=highest_used)
+
+    attempt = world.vm(vm_id).status.attempt
+    assert attempt is not None
+    assert (attempt.generation, attempt.state) == (2, AttemptState.PERMITTED)
 
 
 def test_the_same_report_twice_writes_once() -> None:

@@ -37,6 +37,7 @@ ALLOWED = frozenset(
         "disk",
         "domain",
         "driver",
+        "feature",
         "features",
         "initrd",
         "interface",
@@ -113,6 +114,7 @@ def test_everything_that_matters_is_pinned() -> None:
     (cpu,) = root.findall("cpu")
     assert (cpu.get("mode"), cpu.get("match")) == ("custom", "exact")
     assert cpu.findtext("model") == "qemu64"
+    assert cpu.xpath("./feature[@policy='disable']/@name") == ["svm", "vmx"]
     ends = [root.findtext(tag) for tag in ("on_poweroff", "on_reboot", "on_crash")]
     assert ends == ["destroy", "restart", "destroy"]
     assert root.find("./devices/graphics") is None
