@@ -84,9 +84,7 @@ class Storm:
         except Lost:
             self._told[name] = Told.NOTHING
         except Refused as refused:
-            assert (refused.status, refused.problem.retryable) == (503, True), refused
-            unknown = refused.problem.code == OutcomeUnknown.code
-            self._told[name] = Told.NOTHING if unknown else Told.REFUSED
+            self._told[name] = _told_by(refused)
         else:
             self._told[name] = Told.ACCEPTED
             if len(self._accepted) == ACCEPTED_BEFORE_FAULT:
@@ -108,3 +106,9 @@ class Storm:
             await store.close()
         assert set(ends.values()) == {1}
         assert {operation.id for operation in self._accepted} <= set(ends)
+
+
+def _told_by(refused: Refused) -> Told:
+    """Return what a problem says; in a storm it must be one that asks to try again."""
+    assert (refused.status, refused.problem.retryable) == (503, True), refused
+    return Told.NOTHING if refused.problem.code == OutcomeUnknown.code else Told.REFUSED

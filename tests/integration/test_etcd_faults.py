@@ -1,4 +1,4 @@
-"""etcd that dies or is suspended: reads go on, writes are refused, and nothing is lost or doubled."""
+"""etcd that dies or is suspended: reads go on, writes are refused, nothing is lost or doubled."""
 
 from __future__ import annotations
 

@@ -39,7 +39,13 @@ async def serve(stop: asyncio.Event, ready: Ready) -> None:
         files.ensure_cell()
         files.add_replica(REPLICA, "127.0.0.1")
         cluster = SimCluster(
-            ClusterSettings(nodes=NODES, node_cpus=4, node_memory_mib=2048, telemetry=True),
+            ClusterSettings(
+                nodes=NODES,
+                node_cpus=4,
+                node_memory_mib=2048,
+                telemetry=True,
+                held_up_share=0.0,
+            ),
             rng,
             clock=SystemClock(),
             founding=_founding(directory),

@@ -8,6 +8,7 @@ the same client and the same HTTP. What builds the cell is handed in, see ``Serv
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,8 @@ READY_LIMIT_S = 30.0
 
 def run_simulated(say: Say, serve: Serve, *, once: bool) -> int:
     """Run the cell, tell the story in it and, unless ``once``, keep it until Ctrl-C."""
+    # Agents that look for a leader before there is one are no news here.
+    logging.disable(logging.WARNING)
     cell = _CellThread(serve)
     cell.start()
     try:

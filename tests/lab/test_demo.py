@@ -50,6 +50,7 @@ def test_the_demo_tells_its_story_and_leaves_nothing() -> None:
     assert "nothing is left" in done.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_demo_that_stays_up(tmp_path: Path) -> None:
     out = tmp_path / "told"
     with (

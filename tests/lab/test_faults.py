@@ -17,6 +17,7 @@ import pytest
 from controlplane.cli.views import OperationView, VmView
 from tests.lab.cluster import Lab, LabPlan
 from tests.lab.link import wait_until
+from tests.lab.state import anchor_program
 from tests.lab.story import NewVm
 from tests.lab.trial import CMDLINE, Asked, Trial, new_vm
 from tests.lab.witness import Witness, counts_up
@@ -248,8 +249,11 @@ def test_guests_of_a_node_that_lost_power_start_again_once_it_has_booted(trial: 
         assert again.status.generation == vm.status.generation + 1
         assert "vm.lost_with_node" in [e.kind for e in trial.events(vm.id)]
         (now,) = trial.witness.account().running(vm.id)
-        # In the node's new namespaces: the old boot started nothing any more.
-        assert now.place != before[vm.name].place
+        assert now.pid != before[vm.name].pid
+        # By the new boot of the node: the old one started nothing any more.
+        anchor = trial.lab.link.program(anchor_program("n3"))
+        assert anchor is not None
+        assert now.started > anchor.key.started
     trial.settle()
     assert trial.node_view("n3").boot_id == booted
     trial.wait_counting(_residents(trial))

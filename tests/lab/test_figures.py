@@ -44,7 +44,7 @@ TOLERANCE = 0.05
 FLOORS = {"cpu_s": 0.1, "bytes": 4096.0, "memory": 4.0 * 2**20}
 REFERENCE_PERIOD_S = 0.5
 # Samples are taken every 5 s and arrive every 10 s: a stretch of at least four of them.
-STRETCH_S = 25.0
+STRETCH_S = 20.0
 STRETCH_LIMIT_S = 90.0
 SAMPLE_PERIOD_S = 5.0
 RESETS = 3

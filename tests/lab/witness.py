@@ -30,13 +30,12 @@ KERNEL_THREADS_PARENT = 2
 
 
 class Guest(NamedTuple):
-    """One QEMU process; ``started`` is in clock ticks since boot, ``place`` its mount namespace."""
+    """One QEMU process; ``started`` is in clock ticks since the machine's boot."""
 
     pid: int
     started: int
     name: str
     uuid: str
-    place: str
 
 
 class Look(NamedTuple):
@@ -231,7 +230,6 @@ def _guest(pid: int, words: list[str]) -> Guest | None:
         started=int(_stat(pid)[19]),
         name=found.group(1),
         uuid=words[words.index("-uuid") + 1],
-        place=str(Path(f"/proc/{pid}/ns/mnt").readlink()),
     )
 
 

@@ -65,7 +65,10 @@ class LoopClock:
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):
-    """How large it is. ``telemetry``: agents also measure and send samples."""
+    """How large it is. ``telemetry``: agents also measure and send samples.
+
+    ``held_up_share`` of the calls to libvirt take seconds.
+    """
 
     replicas: int = 1
     members: int = 1
@@ -73,6 +76,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     node_cpus: int = 8
     node_memory_mib: int = 8192
     telemetry: bool = False
+    held_up_share: float = 0.05
     network: NetworkSettings = NetworkSettings()
 
 

@@ -32,8 +32,7 @@ Observer = Callable[[SimEvent], None]
 # Reading a domain takes a millisecond; starting QEMU some hundred.
 QUICK_S = (0.0005, 0.005)
 SLOW_S = (0.05, 0.4)
-# Some calls wait for a lock, a disk, another guest.
-HELD_UP_SHARE = 0.05
+# Some calls wait for a lock, a disk, another guest; which share, the cluster's settings say.
 HELD_UP_S = (1.0, 8.0)
 
 
@@ -48,7 +47,9 @@ class Libvirtd:
         driver: SimulatedDriver,
         rng: random.Random,
         observe: Observer,
+        held_up_share: float,
     ) -> None:
+        self._held_up_share = held_up_share
         self.node = node
         self.boot_id = boot_id
         self.available = True
@@ -81,7 +82,7 @@ class Libvirtd:
     ) -> Result:
         """Carry a call out, a little later; raises HypervisorUnavailable before or after it."""
         self._refuse_when_away()
-        held_up = self._rng.random() < HELD_UP_SHARE
+        held_up = self._rng.random() < self._held_up_share
         delay_s = self._rng.uniform(*(HELD_UP_S if held_up else bounds))
         await asyncio.sleep(delay_s / 2)
         self._refuse_when_away()

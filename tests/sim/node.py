@@ -106,6 +106,7 @@ class SimNode:
             SimulatedDriver(self.state, self._cluster.clock),
             self._cluster.part(),
             self._cluster.observe,
+            self._cluster.settings.held_up_share,
         )
 
     async def _run(self, process: Process) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from tests.lab.witness import Account, Guest, Look, Witness, boots, counts_up
 
-FIRST = Guest(pid=11, started=100, name="vm-a", uuid="u-a", place="mnt:[1]")
-SECOND = Guest(pid=12, started=200, name="vm-a", uuid="u-a", place="mnt:[2]")
-OTHER = Guest(pid=13, started=100, name="vm-b", uuid="u-b", place="mnt:[1]")
-IMPOSTOR = Guest(pid=14, started=300, name="vm-c", uuid="u-a", place="mnt:[1]")
+FIRST = Guest(pid=11, started=100, name="vm-a", uuid="u-a")
+SECOND = Guest(pid=12, started=200, name="vm-a", uuid="u-a")
+OTHER = Guest(pid=13, started=100, name="vm-b", uuid="u-b")
+IMPOSTOR = Guest(pid=14, started=300, name="vm-c", uuid="u-a")
 
 
 def _account(*rows: tuple[Guest, ...]) -> Account:

@@ -1,0 +1,67 @@
+"""A peer of the agents' port that says what a test wants, under any certificate."""
+
+from __future__ import annotations
+
+import uuid
+
+from agent.session import LeaderChannel
+from agent.session_grpc import Dialler
+from shared.model import CpuFacts, Inventory, Sample, Term, VersionFacts
+from shared.protocol import (
+    Batch,
+    Hello,
+    LeaderMessage,
+    TelemetryAnswer,
+    TelemetryHello,
+)
+from shared.tls import TlsMaterial
+
+
+class Stranger:
+    """One connection to the replica with some material; its streams."""
+
+    def __init__(self, address: str, tls: TlsMaterial) -> None:
+        self._address = address
+        self._dialler = Dialler(tls)
+
+    async def __aenter__(self) -> Stranger:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._dialler.close()
+
+    async def greet(self, name: str) -> LeaderMessage:
+        """Say hello as a node and return the answer. Raises Disconnected."""
+        channel: LeaderChannel = await self._dialler.session(self._address)
+        await channel.send(_hello(name))
+        answer = await channel.receive()
+        await channel.close()
+        return answer
+
+    async def measure(self, hello: TelemetryHello, *samples: Sample) -> TelemetryAnswer:
+        """Say hello, send samples in one batch, return the answer. Raises Disconnected."""
+        channel = await self._dialler.telemetry(self._address)
+        await channel.send(hello)
+        if samples:
+            await channel.send(Batch(number=1, samples=samples))
+        answer = await channel.receive()
+        await channel.close()
+        return answer
+
+
+def _hello(name: str) -> Hello:
+    return Hello(
+        node_name=name,
+        boot_id=str(uuid.uuid4()),
+        incarnation=uuid.uuid4().hex,
+        address="127.0.0.1",
+        agent_version="0.1.0",
+        highest_term=Term(0, 0),
+        inventory=Inventory(
+            cpus=1,
+            memory_mib=1024,
+            cpu=CpuFacts(model="qemu64"),
+            versions=VersionFacts(agent="0.1.0", libvirt="9.0.0", qemu="7.2.0", kernel="6.1"),
+        ),
+        domains=(),
+    )
