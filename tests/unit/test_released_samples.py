@@ -1,0 +1,57 @@
+"""What a release has written stays readable: bytes of every record and message, by release."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from msgspec import NODEFAULT, Struct
+from msgspec.structs import fields
+
+from shared import model, protocol
+from shared.codec import unpack
+from tests.unit.samples import SAMPLES
+
+RELEASES = Path(__file__).parent.parent / "data" / "samples"
+# Parts of other Structs, or never sent or stored on their own.
+INSIDE_OTHERS = frozenset(
+    {"Record", "Term", "BootSpec", "DiskSpec", "NicSpec", "GroupRule", "PlacementSpec", "HaSpec"}
+    | {"MigrationSpec", "VmSpec", "Condition", "GuestRequest", "Attempt", "Problem", "VmStatus"}
+    | {"CpuFacts", "NumaCell", "PoolFacts", "VersionFacts", "Inventory", "OperationStep", "Sample"}
+)
+KINDS = {type(sample).__name__: type(sample) for sample in SAMPLES}
+
+
+def released() -> list[Path]:
+    return sorted(RELEASES.glob("*/*.msgpack"))
+
+
+def test_there_is_a_sample_of_everything_that_is_stored_or_sent() -> None:
+    defined = {
+        name
+        for module in (model, protocol)
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, Struct) and kind.__module__ == module.__name__
+    }
+
+    assert defined - INSIDE_OTHERS == set(KINDS)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_a_sample_leaves_no_field_at_its_default(sample: Struct) -> None:
+    at_default = [
+        field.name
+        for field in fields(sample)
+        if field.default is not NODEFAULT and getattr(sample, field.name) == field.default
+    ]
+
+    # These two have one value only, so far.
+    assert set(at_default) <= {"protocol", "schema_level"}
+
+
+@pytest.mark.parametrize("path", released(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_a_release_wrote_is_read_as_it_was_meant(path: Path) -> None:
+    sample = next(sample for sample in SAMPLES if type(sample).__name__ == path.stem)
+
+    assert unpack(path.read_bytes(), KINDS[path.stem]) == sample
