@@ -25,6 +25,7 @@ from controlplane.sessions.grpc_server import AgentServer
 from controlplane.store.etcd_grpc import EtcdTls
 from controlplane.store.etcd_pool import connect
 from controlplane.store.history import History
+from controlplane.store.timed import TimedStore
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.windows import Windows
 from shared.addresses import host_and_port
@@ -64,9 +65,11 @@ async def serve(config: ControlPlaneConfig) -> None:
     founding = _founding(config.bootstrap)
     history_thread, planning_thread = ThreadOffload("history"), ThreadOffload("planning")
     history = History(config.data_dir / "history.sqlite", history_thread)
-    store = connect(config.etcd.endpoints, _etcd_tls(config.etcd.tls))
     windows = Windows()
     metrics = Metrics(CollectorRegistry(), replica=config.name, version=VERSION, windows=windows)
+    store = TimedStore(
+        connect(config.etcd.endpoints, _etcd_tls(config.etcd.tls)), metrics.etcd_request
+    )
     ports = Ports(
         store=store,
         history=history,
@@ -75,9 +78,7 @@ async def serve(config: ControlPlaneConfig) -> None:
         founding=founding,
         offload=planning_thread,
         windows=windows,
-        planned=lambda plan, duration_s: metrics.placement(
-            duration_s, {code.value: nodes for code, nodes in plan.refusals.items()}
-        ),
+        metrics=metrics,
     )
     replica = ControlPlane(_settings(config), ports)
     agents = AgentServer(

@@ -16,7 +16,6 @@ from controlplane.election import Election, ElectionSettings
 from controlplane.leader import Founding, Leader, LeaderParts
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory
-from controlplane.reconcilers.placement import Planned
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
 from controlplane.sessions.hub import Hub, HubSettings
@@ -25,12 +24,21 @@ from controlplane.state import ClusterState
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
-from controlplane.telemetry.windows import Windows
+from controlplane.telemetry.exporter import Metrics
+from controlplane.telemetry.windows import WINDOW_S, Windows
 from shared.clock import Clock
 from shared.codec import pack
 from shared.errors import NovacronError
 from shared.ids import IdSource
-from shared.model import LeaderKey, Replica
+from shared.model import (
+    FinishedOperation,
+    HistoryEntry,
+    LeaderKey,
+    Operation,
+    Record,
+    Replica,
+    Vm,
+)
 from shared.offload import Offload
 
 log = logging.getLogger(__name__)
@@ -38,6 +46,7 @@ log = logging.getLogger(__name__)
 # A replica's own registration is for people; it may be a while behind its process.
 REGISTRATION_TTL_S = 15
 REGISTRATION_PERIOD_S = 5.0
+EXPIRE_PERIOD_S = 60.0
 
 
 class ReplicaSettings(Struct, frozen=True, kw_only=True):
@@ -54,7 +63,7 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
 
 
 class Ports(Struct, frozen=True):
-    """What a replica is given of the world. ``planned`` is told of every placement decision."""
+    """What a replica is given of the world."""
 
     store: Store
     history: History
@@ -63,7 +72,7 @@ class Ports(Struct, frozen=True):
     founding: Founding
     offload: Offload
     windows: Windows
-    planned: Planned
+    metrics: Metrics
 
 
 class ControlPlane:
@@ -99,7 +108,7 @@ class ControlPlane:
                 founding=ports.founding,
                 hub_settings=settings.sessions,
                 scheduler=settings.scheduler,
-                planned=ports.planned,
+                metrics=ports.metrics,
             )
         )
 
@@ -113,7 +122,11 @@ class ControlPlane:
             # 120 ms at 50,000 VMs.
             gc.collect()
             gc.freeze()
+            # From here on, not before: what was listed was counted by an earlier process.
+            self.state.observe(self._record_changed)
+            self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
+            tasks.create_task(self._expire_windows())
             tasks.create_task(self._election.run(self.leader.lead))
             tasks.create_task(self._stay_registered())
 
@@ -153,6 +166,22 @@ class ControlPlane:
             offload=self._ports.offload,
             version=self._settings.version,
         )
+
+    def _record_changed(self, before: Record | None, after: Record | None) -> None:
+        if isinstance(after, Operation) and before is None:
+            self._ports.metrics.operation_entered(after.kind, after.state)
+        elif isinstance(before, Vm) and after is None:
+            self.windows.forget(before.id)
+
+    def _entry_added(self, entry: HistoryEntry) -> None:
+        if isinstance(entry, FinishedOperation):
+            self._ports.metrics.operation_entered(entry.operation.kind, entry.operation.state)
+
+    async def _expire_windows(self) -> None:
+        """Drop objects whose agent has sent nothing for as long as a window reaches back."""
+        while True:
+            await asyncio.sleep(EXPIRE_PERIOD_S)
+            self.windows.expire(self._ports.clock.now().timestamp() - WINDOW_S)
 
     async def _stay_registered(self) -> None:
         """Keep this replica's own record under a lease; write it anew when the lease is gone."""

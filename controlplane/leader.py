@@ -20,7 +20,7 @@ from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
-from controlplane.reconcilers.placement import PlaceVms, Planned
+from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
 from controlplane.scheduler.request import SchedulerSettings
@@ -31,6 +31,7 @@ from controlplane.store import keys
 from controlplane.store.applier import Applier
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
+from controlplane.telemetry.exporter import Metrics
 from shared.clock import Clock
 from shared.errors import LeadershipLost, NoLeader
 from shared.ids import IdSource
@@ -63,7 +64,7 @@ class LeaderParts(Struct, frozen=True):
     founding: Founding
     hub_settings: HubSettings
     scheduler: SchedulerSettings
-    planned: Planned
+    metrics: Metrics
 
 
 class Leader:
@@ -108,11 +109,13 @@ class Leader:
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
                 self._applier, self.hub = applier, hub
                 self.terms_led += 1
+                parts.metrics.leading(True)
                 log.info("the term %s has begun", applier.term)
         except* LeadershipLost as lost:
             raise lost.exceptions[0] from None
         finally:
             self._applier, self.hub = None, None
+            parts.metrics.leading(False)
             if applier is not None:
                 applier.close(LeadershipLost(f"the term {applier.term} is over"))
             if hub is not None:
@@ -145,7 +148,7 @@ class Leader:
     ) -> list[loop.Reconciler]:
         parts = self._parts
         return [
-            PlaceVms(applier, parts.state, capacity, parts.planned),
+            PlaceVms(applier, parts.state, capacity, parts.metrics),
             PermitStarts(applier, parts.state, hub, capacity, parts.clock),
             EndLostAttempts(applier, parts.state),
             NoteSilence(applier, parts.state, hub, parts.hub_settings),

@@ -27,6 +27,7 @@ from shared.model import (
 R = TypeVar("R", bound=Record)
 K = TypeVar("K")
 Observer = Callable[[Record | None, Record | None], None]
+HistoryObserver = Callable[[HistoryEntry], None]
 
 
 class Stored(Struct, Generic[R], frozen=True):
@@ -81,6 +82,7 @@ class ClusterState:
             ApiKey: self.api_keys,
         }
         self._observers: list[Observer] = []
+        self._history_observers: list[HistoryObserver] = []
         self._vm_names: dict[tuple[str, str], str] = {}
         self._node_names: dict[str, str] = {}
         self._vms_on: dict[str, set[str]] = {}
@@ -152,7 +154,14 @@ class ClusterState:
             self._unindex(before.record)
             self._tell(before.record, None)
 
+    def observe_history(self, observer: HistoryObserver) -> None:
+        """Call ``observer(entry)`` for every entry that is new from now on."""
+        self._history_observers.append(observer)
+
     def put_history(self, entry: HistoryEntry) -> None:
+        if entry.seq > self.last_seq:
+            for observer in self._history_observers:
+                observer(entry)
         self.history[entry.seq] = entry
         self.last_seq = max(self.last_seq, entry.seq)
 

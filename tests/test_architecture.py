@@ -64,6 +64,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.store.applier",
         "controlplane.store.history",
         "controlplane.store.port",
+        # Only to count decisions.
+        "controlplane.telemetry.exporter",
         "shared",
     ),
     "controlplane/api": (

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from controlplane.commands.attempts import BindVm, NotePlacement
 from controlplane.commands.draft import Author
 from controlplane.reconcilers.capacity import KeptSnapshot
-from controlplane.scheduler.place import Plan, plan
+from controlplane.scheduler.place import plan
 from controlplane.scheduler.request import request_of
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
+from controlplane.telemetry.exporter import Metrics
 from shared.errors import NotFound, StateConflict
 from shared.model import Vm
 
@@ -20,9 +20,6 @@ log = logging.getLogger(__name__)
 
 # A pass is bounded, so that a storm of creates does not keep the loop from everything else.
 PLACEMENTS_PER_PASS_MAX = 50
-
-# Told of each decision and how many seconds it took.
-Planned = Callable[[Plan, float], None]
 
 
 class PlaceVms:
@@ -34,12 +31,12 @@ class PlaceVms:
         applier: Applier,
         state: ClusterState,
         capacity: KeptSnapshot,
-        planned: Planned,
+        metrics: Metrics,
     ) -> None:
         self._applier = applier
         self._state = state
         self._capacity = capacity
-        self._planned = planned
+        self._metrics = metrics
         self._last_tried = ""
 
     async def reconcile(self) -> None:
@@ -59,7 +56,7 @@ class PlaceVms:
     async def _place(self, vm: Vm) -> None:
         began_s = asyncio.get_running_loop().time()
         decision = plan(self._capacity.current(), request_of(vm))
-        self._planned(decision, asyncio.get_running_loop().time() - began_s)
+        self._metrics.placement(asyncio.get_running_loop().time() - began_s, decision.refusals)
         by = Author("leader")
         if decision.node is None:
             await self._applier.submit(NotePlacement(vm_id=vm.id, message=decision.summary()))

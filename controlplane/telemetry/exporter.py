@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 from prometheus_client import (
@@ -49,6 +49,9 @@ PLACEMENT_BUCKETS_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0
 ETCD_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
+ReasonT = TypeVar("ReasonT", bound=str)
+
+
 class NodeFigures(Struct, frozen=True, kw_only=True):
     """What the records say of one node; zero where it has not reported."""
 
@@ -80,6 +83,11 @@ class ClusterView(Protocol):
     def vms(self) -> Iterable[VmFigures]: ...
 
 
+def unscraped_metrics(windows: Windows) -> Metrics:
+    """Return metrics that nobody scrapes, for a replica without network servers."""
+    return Metrics(CollectorRegistry(), replica="", version="", windows=windows)
+
+
 class Metrics:
     """The metrics of one replica, in a registry of its own."""
 
@@ -107,7 +115,7 @@ class Metrics:
         """Count an operation that reached ``state``."""
         self._operations.labels(kind, state.value).inc()
 
-    def placement(self, duration_s: float, refusals: Mapping[str, int]) -> None:
+    def placement(self, duration_s: float, refusals: Mapping[ReasonT, int]) -> None:
         """Count one placement and, by reason, the nodes that it refused."""
         self._placement.observe(duration_s)
         for reason, nodes in refusals.items():

@@ -6,7 +6,7 @@ import uuid
 
 from agent.session import LeaderChannel
 from agent.session_grpc import Dialler
-from shared.model import CpuFacts, Inventory, Sample, Term, VersionFacts
+from shared.model import CpuFacts, Inventory, PoolFacts, Sample, Term, VersionFacts
 from shared.protocol import (
     Batch,
     Hello,
@@ -61,6 +61,8 @@ def _hello(name: str) -> Hello:
             cpus=1,
             memory_mib=1024,
             cpu=CpuFacts(model="qemu64"),
+            pools=(PoolFacts(name="default", capacity_gib=10.0, free_gib=10.0),),
+            artefacts=("tiny-initrd", "tiny-kernel"),
             versions=VersionFacts(agent="0.1.0", libvirt="9.0.0", qemu="7.2.0", kernel="6.1"),
         ),
         domains=(),

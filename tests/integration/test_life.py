@@ -56,6 +56,7 @@ async def test_figures_of_node_and_vm_come_and_are_exported(world: World) -> Non
         text = (await world.api.send("GET", "/metrics")).text
         assert 'node="n1"' in text
         assert 'vm="web"' in text
+        assert "novacron_is_leader 1.0" in text
 
 
 async def test_a_node_whose_agent_is_gone_is_silent_and_its_guests_go_on() -> None:

@@ -24,6 +24,7 @@ from controlplane.cli.views import EventView, NodeView, OperationView, VmView
 from shared.model import BootSpec, DiskSpec, PlacementSpec, VmSpec
 from tests.lab import audit, witness
 from tests.lab.cluster import Lab
+from tests.lab.layout import LabError
 from tests.lab.link import wait_until
 from tests.lab.story import NewVm
 from tests.lab.witness import Witness
@@ -88,9 +89,12 @@ class Trial:
             "every node to be ready again",
         )
         # A report may be on its way to a record; what is left over for good stays a difference.
-        self.eventually(
-            lambda: audit.differences(self.lab, self.api), lambda found: not found, "no difference"
-        )
+        try:
+            self.eventually(
+                self._differences, lambda found: not found, "records and nodes to agree"
+            )
+        except LabError as error:
+            raise LabError("\n".join((str(error), *self._differences()))) from None
 
     def operations(self) -> list[OperationView]:
         items = self.api.client.collect(path_of("operations")).items
@@ -162,6 +166,9 @@ class Trial:
             yield
         finally:
             timer.join()
+
+    def _differences(self) -> list[str]:
+        return audit.differences(self.lab, self.api)
 
     def _events(self, field: str, value: str) -> list[EventView]:
         items = self.api.client.collect(path_of("events"), ((field, value),)).items

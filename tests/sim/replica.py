@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
 from controlplane.store.etcd_pool import EtcdStore
 from controlplane.store.history import History
+from controlplane.telemetry.exporter import unscraped_metrics
 from controlplane.telemetry.windows import Windows
 from shared.errors import Disconnected, NovacronError
 from shared.offload import inline
@@ -77,6 +78,7 @@ class SimReplica:
         cluster = self._cluster
         rng = random.Random(self._rng.getrandbits(64))
         store = EtcdStore(cluster.etcd.links(process), rng)
+        windows = Windows()
         ports = Ports(
             store=store,
             history=_HistoryOfProcess(self._disk, process),
@@ -84,8 +86,8 @@ class SimReplica:
             rng=rng,
             founding=cluster.founding,
             offload=inline,
-            windows=Windows(),
-            planned=lambda plan, duration_s: None,
+            windows=windows,
+            metrics=unscraped_metrics(windows),
         )
         settings = ReplicaSettings(
             name=self.name,

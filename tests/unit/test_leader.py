@@ -20,6 +20,8 @@ from controlplane.state import ClusterState
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
+from controlplane.telemetry.exporter import unscraped_metrics
+from controlplane.telemetry.windows import Windows
 from shared.errors import LeadershipLost, NoLeader, NovacronError
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster
@@ -55,7 +57,7 @@ class Replica:
                 founding=FOUNDING,
                 hub_settings=HubSettings(),
                 scheduler=SchedulerSettings(),
-                planned=lambda plan, seconds: None,
+                metrics=unscraped_metrics(Windows()),
             )
         )
         self.following = asyncio.ensure_future(self.informer.run(lambda: None))

@@ -24,6 +24,8 @@ from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.state import Changes
 from controlplane.store.history import History
+from controlplane.telemetry.exporter import unscraped_metrics
+from controlplane.telemetry.windows import Windows
 from shared.errors import LeadershipLost, OutcomeUnknown, StateConflict
 from shared.model import (
     AttemptState,
@@ -84,7 +86,7 @@ class Term:
         self.before: Callable[[Command[Any]], None] = lambda command: None
         hub, applier = cast(Any, self.sessions), cast(Any, self)
         self.capacity = KeptSnapshot(self.state, hub, SETTINGS)
-        self.place = PlaceVms(applier, self.state, self.capacity, lambda plan, seconds: None)
+        self.place = PlaceVms(applier, self.state, self.capacity, unscraped_metrics(Windows()))
         self.starts = PermitStarts(applier, self.state, hub, self.capacity, self.world.clock)
         self.boots = EndLostAttempts(applier, self.state)
         self.deadlines = ExpireOperations(applier, self.state, self.world.clock)
