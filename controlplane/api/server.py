@@ -108,6 +108,13 @@ class _Protocol(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """End at the server's stop; an idle client over TLS would not say goodbye for a while."""
+        idle = self.cycle is None or self.cycle.response_complete
+        super().shutdown()
+        if idle:
+            self.transport.abort()
+
     def data_received(self, data: bytes) -> None:
         began_in_head = self._in_head
         super().data_received(data)

@@ -18,7 +18,7 @@ from agent import reconciler as agent_reconciler
 from agent.fence import Fence
 from agent.steps import Step, next_step
 from controlplane.commands.attempts import PermitStart
-from controlplane.commands.draft import Draft
+from controlplane.commands.draft import Draft, SealedDraft
 from controlplane.commands.operations import put_vm
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.sessions import hub
@@ -36,6 +36,7 @@ from tests.sim.invariants import (
     end_was_wanted,
     erased_was_deleted,
     generation_used_once,
+    history_is_dense,
     nothing_acknowledged_is_lost,
     single_runner,
     start_was_permitted,
@@ -162,6 +163,21 @@ def strays_are_stopped() -> AbstractContextManager[Any]:
     return patch.object(agent_reconciler.VmReconciler, "drop_all_but", tidy)
 
 
+def refused_change_uses_a_number() -> AbstractContextManager[Any]:
+    """Numbers are given out before the outcome is known: a group that fails leaves a gap."""
+    sealed = Draft.sealed
+    given_out: dict[int, int] = {}
+
+    def eager(self: Draft, last_seq: int) -> SealedDraft:
+        memory = id(self._state)
+        draft = sealed(self, max(last_seq, given_out.get(memory, 0)))
+        if draft.history:
+            given_out[memory] = draft.history[-1].seq
+        return draft
+
+    return patch.object(Draft, "sealed", eager)
+
+
 PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(fence_forgets_generations, generation_used_once),
     PlantedBug(permits_for_another_boot, start_was_permitted, first=95),
@@ -171,4 +187,5 @@ PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(starts_without_room, within_capacity),
     PlantedBug(stop_removes, erased_was_deleted),
     PlantedBug(strays_are_stopped, end_was_wanted),
+    PlantedBug(refused_change_uses_a_number, history_is_dense),
 )
