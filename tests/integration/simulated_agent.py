@@ -34,6 +34,7 @@ from shared.version import VERSION
 SAMPLE_PERIOD_S = 0.6
 # Long enough that a burst of changes finds the node in the middle of many of them.
 CALL_S = 0.02
+BACKOFF_S_MAX = 0.5
 
 
 class SlowCalls:
@@ -44,6 +45,13 @@ class SlowCalls:
 
     async def after(self, call: str, name: str) -> None:
         return None
+
+
+class Impatient(random.Random):
+    """Keeps every back-off short: half a minute without an agent would show a test nothing."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return super().uniform(a, min(b, BACKOFF_S_MAX))
 
 
 class WitnessNode(SimulatedNodeState):
@@ -93,7 +101,7 @@ async def simulated_agent(
 
     ``state_dir`` is the disk that an agent finds again when it comes back.
     """
-    clock, rng = SystemClock(), random.Random()
+    clock, rng = SystemClock(), Impatient()
     disk, sampling = ThreadOffload("fence"), ThreadOffload("sampling")
     log = FileLog(state_dir / "fence")
     driver = SimulatedDriver(node, clock, SlowCalls())

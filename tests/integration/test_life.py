@@ -57,6 +57,8 @@ async def test_figures_of_node_and_vm_come_and_are_exported(world: World) -> Non
         assert 'node="n1"' in text
         assert 'vm="web"' in text
         assert "novacron_is_leader 1.0" in text
+        assert 'novacron_operations_total{kind="vm.create",state="succeeded"} 1.0' in text
+        assert 'novacron_etcd_request_duration_seconds_count{method="commit"}' in text
 
 
 async def test_a_node_whose_agent_is_gone_is_silent_and_its_guests_go_on() -> None:
