@@ -49,8 +49,9 @@ from shared.retry import Backoff
 log = logging.getLogger(__name__)
 
 GREETING_TIMEOUT_S = 15.0
-# Full jitter up to half a minute: a thousand agents that lost a leader do not come back at once.
-RECONNECT_BACKOFF = Backoff(first_s=0.5, cap_s=30.0)
+# Within the leader's silence limit, so that a replica's restart leaves no node silent; the jitter
+# spreads agents out, and the leader greets a bounded number at once.
+RECONNECT_BACKOFF = Backoff(first_s=0.5, cap_s=5.0)
 # Disk space and domains of others change slowly; what changed is sent, the rest is not.
 INVENTORY_PERIOD_S = 60.0
 QUERIES_AT_ONCE_MAX = 4
@@ -202,17 +203,17 @@ class Session:
 
     async def _serve(self, channel: LeaderChannel, welcome: Welcome, told: InventoryReport) -> None:
         await until_one_ends(
-            self._receive(channel),
+            self._receive(channel, welcome.silence_limit_s),
             self._beat(channel, welcome.heartbeat_period_s),
             self._send_reports(channel),
             self._send_inventory(channel, told),
         )
 
-    async def _receive(self, channel: LeaderChannel) -> None:
+    async def _receive(self, channel: LeaderChannel, silence_limit_s: float) -> None:
         answers: dict[asyncio.Task[None], None] = {}
         try:
             while True:
-                message = await channel.receive()
+                message = await _receive_within(channel, silence_limit_s)
                 if isinstance(message, Desired):
                     self._reconciler.take(message)
                 elif isinstance(message, InSync):
@@ -273,3 +274,12 @@ class Session:
                 query.domain_name, query.offset, query.limit_bytes
             )
         raise Disconnected(f"this agent does not know the query {query.kind.value!r}")
+
+
+async def _receive_within(channel: LeaderChannel, silence_limit_s: float) -> LeaderMessage:
+    """Return the next message; a leader that answers no heartbeat for so long is given up."""
+    try:
+        async with asyncio.timeout(silence_limit_s):
+            return await channel.receive()
+    except TimeoutError:
+        raise Disconnected(f"the leader has not answered for {silence_limit_s:g} s") from None

@@ -109,8 +109,10 @@ def check_action(action: VmAction, vm: Vm) -> None:
     """Raise StateConflict unless the action fits the VM's phase."""
     phase = vm_phase(vm)
     if phase not in ACTION_PHASES[action]:
-        fits = ", ".join(sorted(p.value for p in ACTION_PHASES[action]))
-        raise StateConflict(f"cannot {action} {vm.name!r} while it is {phase.value}: fits {fits}")
+        fits = " or ".join(sorted(p.value for p in ACTION_PHASES[action]))
+        raise StateConflict(
+            f"cannot {action} {vm.name!r} while it is {phase.value}: it must be {fits}"
+        )
 
 
 def vm_phase(vm: Vm) -> VmPhase:

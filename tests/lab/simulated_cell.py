@@ -93,7 +93,8 @@ async def _serve_api(
             endpoints=(f"https://127.0.0.1:{server.port}",),
             ca=files.ca_file.read_text(),
             token=files.token_file.read_text().strip(),
-        )
+        ),
+        directory,
     )
     await stop.wait()
     server.stop()

@@ -12,16 +12,18 @@ import logging
 import queue
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from controlplane.cli.context import Context
 from controlplane.cli.errors import CliError
 from tests.lab.api import LabApi
 from tests.lab.demo import tell, wait_for_the_end
 from tests.lab.layout import LabError
+from tests.lab.state import LabState, login_lines
 
 Say = Callable[[str], None]
-# Called with how to log in, once every node is ready.
-Ready = Callable[[Context], None]
+# Called with how to log in and the cell's directory, once every node is ready.
+Ready = Callable[[Context, Path], None]
 # Runs a cell with three nodes until the event is set, and has ended all of it when it returns.
 Serve = Callable[[asyncio.Event, Ready], Awaitable[None]]
 
@@ -36,14 +38,21 @@ def run_simulated(say: Say, serve: Serve, *, once: bool) -> int:
     cell = _CellThread(serve)
     cell.start()
     try:
-        context = cell.login()
+        context, directory = cell.login()
         say("a control plane, three agents, a model of etcd and simulated guests in one process")
         api = LabApi(context)
         try:
             tell(api, lambda text: print(text, flush=True))
         finally:
             api.close()
-        print(f"\n== Yours now: {', '.join(context.endpoints)}", flush=True)
+        state = LabState(
+            api=context.endpoints,
+            ca=str(directory / "ca.crt"),
+            token=str(directory / "admin.token"),
+        )
+        print(f"\n== Yours now: {context.endpoints[0]}", flush=True)
+        for line in (*login_lines(state), "novacron vm ls", "novacron top"):
+            print(f"  {line}", flush=True)
         if not once:
             print("It stays up until Ctrl-C.", flush=True)
             wait_for_the_end()
@@ -59,7 +68,7 @@ class _CellThread:
 
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
-        self._outcome: queue.SimpleQueue[Context | BaseException] = queue.SimpleQueue()
+        self._outcome: queue.SimpleQueue[tuple[Context, Path] | BaseException] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name="simulated cell")
@@ -67,7 +76,7 @@ class _CellThread:
     def start(self) -> None:
         self._thread.start()
 
-    def login(self) -> Context:
+    def login(self) -> tuple[Context, Path]:
         """Return how to log in once the cell is ready; raises LabError when it ended instead."""
         try:
             outcome = self._outcome.get(timeout=READY_LIMIT_S)
@@ -94,4 +103,4 @@ class _CellThread:
     async def _main(self) -> None:
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        await self._serve(self._stop, self._outcome.put)
+        await self._serve(self._stop, lambda *login: self._outcome.put(login))

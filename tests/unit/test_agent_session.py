@@ -79,7 +79,9 @@ class Site:
         async with asyncio.timeout(120):
             return await self.streams.get()
 
-    async def welcome(self, term: Term = FIRST) -> tuple[PipeEnd, Hello]:
+    async def welcome(
+        self, term: Term = FIRST, silence_limit_s: float = 1000.0
+    ) -> tuple[PipeEnd, Hello]:
         """Greet the agent as a leader does; streams that it gave up are left out."""
         stream = await self.accept()
         while stream.peer.closed:
@@ -91,7 +93,7 @@ class Site:
                 node_id="node-1",
                 cluster_id="cluster-1",
                 heartbeat_period_s=2,
-                silence_limit_s=10,
+                silence_limit_s=silence_limit_s,
             )
         )
         accepted = await stream.receive()
@@ -231,6 +233,23 @@ def test_queries_are_answered_and_what_is_not_known_is_said() -> None:
                 answers[answer.query_id] = answer
             assert b"count" in answers["0"].data
             assert answers["1"].problem is not None
+
+    virtual(main())
+
+
+def test_a_leader_that_answers_no_heartbeat_is_given_up() -> None:
+    async def main() -> None:
+        async with site() as it:
+            leader, _ = await it.welcome(silence_limit_s=10)
+            await asyncio.sleep(9)
+            assert not leader.peer.closed
+            await leader.send(HeartbeatSeen(term=Term(1, 1), number=4))
+            await asyncio.sleep(9)
+            assert not leader.peer.closed
+            await asyncio.sleep(2)
+            assert leader.peer.closed
+            await it.welcome()
+            assert it.agent.session.connected
 
     virtual(main())
 
