@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tarfile
+import zipfile
 from pathlib import Path
 
 VERSION = "0.1.0"
-ARCHIVE = Path(__file__).parent / "data" / "previous_release" / f"novacron-{VERSION}.tar.gz"
+ARCHIVE = Path(__file__).parent / "data" / "previous_release" / f"novacron-{VERSION}.zip"
 
 
 def unpack(directory: Path) -> Path:
     """Unpack the release's source below ``directory`` and return its root."""
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(directory, filter="data")
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        archive.extractall(directory)
     return directory / f"novacron-{VERSION}"
 
 

@@ -293,6 +293,56 @@ def test_heartbeats_are_seen_and_silence_is_counted() -> None:
     virtual(main())
 
 
+def test_an_agent_is_heard_while_writes_are_suspended() -> None:
+    async def main() -> None:
+        async with site() as it:
+            stream = await it.joined()
+            await stream.expect(InSync)
+            vm_id = await it.permitted_vm()
+            it.writer.writable.clear()
+            await stream.send(a_report(vm_id, ObservedPower.RUNNING))
+            await asyncio.sleep(30)
+            await stream.send(Heartbeat(number=8))
+            assert (await stream.expect(HeartbeatSeen)).number == 8
+            assert it.hub.silent_for_s(it.node_id) == 0
+            await stream.send(a_report(vm_id, ObservedPower.PAUSED))
+            it.writer.writable.set()
+            await asyncio.sleep(A_WHILE_S)
+            assert it.seen(vm_id) is ObservedPower.PAUSED
+
+    virtual(main())
+
+
+def test_a_second_machine_with_a_nodes_certificate_is_refused() -> None:
+    async def main() -> None:
+        async with site() as it:
+            first = await it.joined()
+            await first.expect(InSync)
+            twin = it.dial()
+            await twin.send(a_hello(boot_id="boot-2", incarnation="i2"))
+            rejected = await twin.expect(Rejected)
+            assert rejected.problem.code == "conflict"
+            assert it.state.nodes[it.node_id].record.boot_id == "boot-1"
+            assert not first.peer.closed
+
+    virtual(main())
+
+
+def test_a_node_that_booted_anew_is_let_in_once_its_last_boot_is_not_heard() -> None:
+    async def main() -> None:
+        async with site() as it:
+            before = await it.joined()
+            await before.expect(InSync)
+            await asyncio.sleep(HubSettings().silence_limit_s)
+            after = await it.joined(boot_id="boot-2")
+            await after.expect(InSync)
+            assert it.state.nodes[it.node_id].record.boot_id == "boot-2"
+            await asyncio.sleep(A_WHILE_S)
+            assert before.peer.closed
+
+    virtual(main())
+
+
 def test_what_a_node_reports_of_itself_is_written() -> None:
     async def main() -> None:
         async with site() as it:
