@@ -33,7 +33,7 @@ from controlplane.store.informer import Informer
 from controlplane.store.port import Store
 from controlplane.telemetry.exporter import Metrics
 from shared.clock import Clock
-from shared.errors import LeadershipLost, NoLeader
+from shared.errors import LeadershipLost, NoLeader, NovacronError
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster, Term
 from shared.protocol import Query
@@ -111,8 +111,8 @@ class Leader:
                 self.terms_led += 1
                 parts.metrics.leading(True)
                 log.info("the term %s has begun", applier.term)
-        except* LeadershipLost as lost:
-            raise lost.exceptions[0] from None
+        except BaseExceptionGroup as group:
+            raise _plain(group) from group
         finally:
             self._applier, self.hub = None, None
             parts.metrics.leading(False)
@@ -156,3 +156,16 @@ class Leader:
             TrimCopiedHistory(applier, parts.state, parts.copy),
             CompactStore(parts.store, parts.state),
         ]
+
+
+def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return what ended a term as one error: a defect if there is one, else that it was lost."""
+    foreseen, defects = group.split(NovacronError)
+    if defects is not None:
+        return defects
+    assert foreseen is not None, "a group holds something"
+    lost = foreseen.subgroup(LeadershipLost)
+    error: BaseException = lost or foreseen
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
