@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
@@ -42,13 +43,13 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     record = tmp_path_factory.mktemp("witness") / "looks"
     with Lab(LabPlan(nodes=3)) as lab, Witness(record) as watching:
         trial = Trial(lab, watching)
-        for zone in ZONES:
-            for number in (1, 2):
-                name = f"resident-{zone}{number}"
-                trial.api.wait(trial.api.create_vm(new_vm(name, zone=zone, disk=number == 1)))
-        trial.wait_counting(_residents(trial))
-        yield trial
-        trial.api.close()
+        with closing(trial.api):
+            for zone in ZONES:
+                for number in (1, 2):
+                    name = f"resident-{zone}{number}"
+                    trial.api.wait(trial.api.create_vm(new_vm(name, zone=zone, disk=number == 1)))
+            trial.wait_counting(_residents(trial))
+            yield trial
 
 
 @pytest.fixture
