@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ from controlplane.commands.operations import put_vm
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.sessions import hub
 from controlplane.sessions.desired import desired_of
+from controlplane.state import ClusterState
 from controlplane.store.etcd_members import Effect
 from controlplane.store.etcd_pool import EtcdStore
 from controlplane.store.etcd_rpc import Txn, TxnDone
@@ -166,10 +168,11 @@ def strays_are_stopped() -> AbstractContextManager[Any]:
 def refused_change_uses_a_number() -> AbstractContextManager[Any]:
     """Numbers are given out before the outcome is known: a group that fails leaves a gap."""
     sealed = Draft.sealed
-    given_out: dict[int, int] = {}
+    # By the memory itself, not its address: a new process must begin without the old numbers.
+    given_out: WeakKeyDictionary[ClusterState, int] = WeakKeyDictionary()
 
     def eager(self: Draft, last_seq: int) -> SealedDraft:
-        memory = id(self._state)
+        memory = self._state
         draft = sealed(self, max(last_seq, given_out.get(memory, 0)))
         if draft.history:
             given_out[memory] = draft.history[-1].seq
