@@ -20,6 +20,7 @@ from agent.figures import Figures
 from agent.metrics_server import MetricsServer
 from agent.node_sampler import NodeSampler
 from agent.outbox import Outbox
+from agent.relay_node import NodeRelays, relay_settings
 from agent.sampler import Sampler
 from agent.session import NodeFacts
 from agent.session_grpc import Dialler
@@ -61,6 +62,7 @@ async def serve(config: AgentConfig) -> None:
     sampling = ThreadOffload("sampling")
     state = FileLog(config.state_dir / "fence")
     clock = SystemClock()
+    relays = NodeRelays(relay_settings(config), os.environ)
     hypervisor = open_driver(config, node.boot_id, clock, rng)
     dialler = Dialler(tls)
     outbox = Outbox(config.telemetry.batch_period_s)
@@ -83,6 +85,7 @@ async def serve(config: AgentConfig) -> None:
     exporter = AgentExporter(figures.agent, figures.domains)
     metrics = MetricsServer(exporter.render, CONTENT_TYPE)
     await metrics.start(*host_and_port(config.metrics.listen))
+    relays.start(*host_and_port(config.relay.listen))
     log.info("serving", extra={"node": node.name, "boot": node.boot_id})
     remembering = asyncio.ensure_future(remember_probe(hypervisor, config, node.boot_id))
     try:
@@ -91,9 +94,11 @@ async def serve(config: AgentConfig) -> None:
             agent.run(),
             sampler.run(),
             telemetry.run(),
+            relays.run(),
         )
     finally:
         remembering.cancel()
+        relays.stop()
         await metrics.close()
         await dialler.close()
         await hypervisor.close()

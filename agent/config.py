@@ -46,6 +46,13 @@ class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     batch_period_s: float = 10.0
 
 
+class RelayConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where other nodes' relays reach this one, and where they then come out."""
+
+    listen: str = "0.0.0.0:8445"
+    libvirt_socket: Path = Path("/run/libvirt/libvirt-sock")
+
+
 class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``controlplane``: the agents' address of every replica; ``networks``: name to bridge."""
 
@@ -61,3 +68,4 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     capacity: CapacityConfig = CapacityConfig()
     metrics: MetricsConfig = MetricsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    relay: RelayConfig = RelayConfig()

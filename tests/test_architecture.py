@@ -11,7 +11,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.source_tree import PACKAGES, dotted, files, imports, imports_any, tree
+from tests.source_tree import (
+    PACKAGES,
+    dotted,
+    files,
+    imports,
+    imports_any,
+    module_name,
+    tree,
+)
 
 CODE = files(*PACKAGES)
 
@@ -87,7 +95,6 @@ RESERVED: dict[str, dict[str, str]] = {
         "controlplane/sessions/": "agents speak it",
         "agent/session": "the agent's side of the session",
         "agent/telemetry": "the agent's side of telemetry",
-        "agent/relay": "migrations are relayed over it",
         "shared/grpc_channel.py": "a stream as a Channel, for both sides",
     },
     "libvirt": {"agent/libvirt_": "the one driver of libvirt"},
@@ -95,6 +102,7 @@ RESERVED: dict[str, dict[str, str]] = {
         "shared/clock.py": "the port's adapter",
         "controlplane/cli/terminal.py": "the command line's own clock, a port of its client",
         "agent/libvirt_probe.py": "runs in a thread of the driver, beside any loop",
+        "agent/relay_": "relay processes have no loop; and the age of their files",
     },
     "uuid": {
         "shared/ids.py": "UUIDv5 is a hash: nothing is drawn",
@@ -114,12 +122,28 @@ RESERVED: dict[str, dict[str, str]] = {
         "controlplane/tokens.py": "what must not be guessed comes from the system, never a seed",
         "controlplane/pki.py": "names a draft file that nobody may foresee",
         "controlplane/cli/client.py": "a request's idempotency key must meet no other's",
+        "agent/relay_listener.py": "a one-time token must not be guessed, whatever the seed",
         "controlplane/api/app.py": "the prefix of a process's request ids; no decision reads them",
     },
-    "socket": {"controlplane/api/server.py": "uvicorn hands its sockets over"},
+    "socket": {
+        "controlplane/api/server.py": "uvicorn hands its sockets over",
+        "agent/relay_": "a relay is two sockets, and a connection is handed to its process",
+    },
+    "ssl": {
+        "agent/relay_": "relay processes speak TLS without gRPC, which takes long to load",
+        "controlplane/api/server.py": "the API's own TLS",
+        "controlplane/cli/client.py": "the command checks the API's certificate",
+    },
     "subprocess": {},
     "sqlite3": {"controlplane/store/history.py": "the projection's file"},
 }
+
+# Where a process begins that must start at once, since migrations wait for it.
+QUICK_PROCESSES = ("agent/relay_dial.py", "agent/relay_serve.py")
+# Of the standard library, what takes as long to load as all that such a process needs.
+SLOW_IMPORTS = {"asyncio", "dataclasses", "logging", "subprocess", "unittest", "concurrent"}
+# Where processes are started; they are to outlive the one that does.
+SPAWNS = {"agent/relay_spawn.py"}
 
 # Where randomness comes from; everybody else is handed a ``random.Random``.
 DRAWS: dict[str, str] = {
@@ -203,6 +227,42 @@ def test_no_exception_outlives_its_reason(package: str) -> None:
 
     # The agent's telemetry may speak gRPC; at present the session's dialler does so for it.
     assert [holder for holder in unused if holder != "agent/telemetry"] == []
+
+
+@pytest.mark.parametrize("file", QUICK_PROCESSES)
+def test_relay_processes_need_the_standard_library_only(file: str) -> None:
+    loaded: set[str] = set()
+    to_read = [module_name(file)]
+    while to_read:
+        module = to_read.pop()
+        if module not in loaded:
+            loaded.add(module)
+            to_read += [name for name in imports(file_of(module)) if file_of(name) in CODE]
+    others = {
+        name.split(".")[0]
+        for module in loaded
+        for name in imports(file_of(module))
+        if name.split(".")[0] not in PACKAGES
+    }
+
+    assert len(loaded) > 3
+    assert others - set(sys.stdlib_module_names) == set()
+    assert others & SLOW_IMPORTS == set()
+
+
+def file_of(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
+def test_processes_are_started_in_one_place() -> None:
+    starters = {
+        file
+        for file in CODE
+        for name, _ in calls(file)
+        if name.startswith(("os.posix_spawn", "os.fork", "os.exec", "os.spawn", "os.system"))
+    }
+
+    assert starters == SPAWNS
 
 
 def calls(file: str) -> Iterator[tuple[str, ast.Call]]:

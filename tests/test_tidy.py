@@ -73,7 +73,12 @@ ALLOWED_WORDS: dict[str, str] = {
 }
 
 # Modules that nothing imports: a process begins there, or a test reaches them by name.
-ENTRY_POINTS = {"agent.__main__", "controlplane.__main__", "controlplane.cli.main"}
+ENTRY_POINTS = {
+    "agent.__main__",
+    "agent.relay_serve",
+    "controlplane.__main__",
+    "controlplane.cli.main",
+}
 # Imports its commands by the names it spells, so that each start loads only one.
 COMMAND_TABLE = "controlplane/cli/main.py"
 # What only the simulation and the simulated demo run on is alive through these.
