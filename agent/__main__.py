@@ -17,12 +17,12 @@ from agent.config import AgentConfig
 from agent.drivers import open_driver, remember_probe
 from agent.exporter import CONTENT_TYPE, AgentExporter
 from agent.figures import Figures
+from agent.inventory import NodeFacts
 from agent.metrics_server import MetricsServer
 from agent.node_sampler import NodeSampler
 from agent.outbox import Outbox
 from agent.relay_node import NodeRelays, relay_settings
 from agent.sampler import Sampler
-from agent.session import NodeFacts
 from agent.session_grpc import Dialler
 from agent.telemetry import Telemetry
 from shared.addresses import host_and_port
@@ -69,7 +69,14 @@ async def serve(config: AgentConfig) -> None:
     agent = Agent(
         node,
         config.controlplane,
-        AgentPorts(hypervisor=hypervisor, log=state, offload=disk, dial=dialler.session, rng=rng),
+        AgentPorts(
+            hypervisor=hypervisor,
+            relays=relays,
+            log=state,
+            offload=disk,
+            dial=dialler.session,
+            rng=rng,
+        ),
     )
     sampler = Sampler(
         NodeSampler(lambda: agent.node_id or "", sampling, clock).sample,
@@ -111,6 +118,7 @@ def _node_facts(config: AgentConfig) -> NodeFacts:
     return NodeFacts(
         name=config.node_name,
         address=config.address,
+        relay_address=f"{config.address}:{host_and_port(config.relay.listen)[1]}",
         labels=config.labels,
         boot_id=BOOT_ID_FILE.read_text(encoding="ascii").strip(),
         incarnation=uuid.uuid4().hex,

@@ -10,8 +10,12 @@ from msgspec import Struct
 from agent.append_log import AppendLog
 from agent.fence import Fence
 from agent.hypervisor import Hypervisor
+from agent.inventory import NodeFacts
+from agent.migration import Migrations
 from agent.reconciler import VmReconciler
-from agent.session import Dial, Joined, NodeFacts, Outgoing, Session
+from agent.relay import Relays
+from agent.session import Dial, Joined, Outgoing, Session
+from agent.workqueue import WorkQueue
 from shared.offload import Offload
 from shared.protocol import TelemetryHello
 
@@ -20,6 +24,7 @@ class AgentPorts(Struct, frozen=True):
     """What an agent is given of the world; ``log`` is on its disk, ``offload`` runs its writes."""
 
     hypervisor: Hypervisor
+    relays: Relays
     log: AppendLog
     offload: Offload
     dial: Dial
@@ -32,8 +37,23 @@ class Agent:
         self._joined: Joined | None = None
         self._outgoing = Outgoing()
         self.fence = Fence(ports.log, ports.offload)
+        queue = WorkQueue()
+        self._migrations = Migrations(
+            ports.hypervisor,
+            self.fence,
+            ports.relays,
+            node,
+            queue.add,
+            self._outgoing.put_progress,
+        )
         self.reconciler = VmReconciler(
-            ports.hypervisor, self.fence, node.boot_id, self._outgoing.put, ports.rng
+            ports.hypervisor,
+            self.fence,
+            node.boot_id,
+            self._outgoing.put,
+            self._migrations,
+            queue,
+            ports.rng,
         )
         self.session = Session(
             replicas,
@@ -63,9 +83,12 @@ class Agent:
 
     async def run(self) -> None:
         """Reconcile and stay in session, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.reconciler.run())
-            tasks.create_task(self.session.run())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.reconciler.run())
+                tasks.create_task(self.session.run())
+        finally:
+            self._migrations.close()
 
     def _note_joined(self, joined: Joined) -> None:
         self._joined = joined

@@ -17,7 +17,7 @@ from shared.ids import mac_address
 METADATA_NAMESPACE = "https://novacron.dev/xmlns/domain/1"
 METADATA_PREFIX = "novacron"
 
-_METADATA_TAG = f"{{{METADATA_NAMESPACE}}}vm"
+METADATA_TAG = f"{{{METADATA_NAMESPACE}}}vm"
 # libvirt's own answers stay below this; lxml's tree of it is about ten times as large.
 _XML_BYTES_MAX = 1024 * 1024
 _GUEST_STATS_PERIOD_S = 5
@@ -66,11 +66,11 @@ def read_metadata(xml: str) -> DomainMetadata | None:
     libvirt hands out the bare element without its namespace, by which it has found it. Metadata of
     ours that cannot be understood makes a domain foreign too: it is never acted on.
     """
-    root = _parse(xml)
+    root = parse_xml(xml)
     if root is None:
         return None
-    bare = root.tag in (_METADATA_TAG, "vm")
-    element = root if bare else root.find(f"./metadata/{_METADATA_TAG}")
+    bare = root.tag in (METADATA_TAG, "vm")
+    element = root if bare else root.find(f"./metadata/{METADATA_TAG}")
     if element is None:
         return None
     vm_id, generation = element.get("id", ""), element.get("generation", "")
@@ -80,7 +80,12 @@ def read_metadata(xml: str) -> DomainMetadata | None:
     return DomainMetadata(vm_id, int(generation))
 
 
-def _parse(xml: str) -> etree._Element | None:
+def disk_target(index: int) -> str:
+    """Return the guest's device name of a VM's disk."""
+    return f"vd{chr(ord('a') + index)}"
+
+
+def parse_xml(xml: str) -> etree._Element | None:
     if len(xml) > _XML_BYTES_MAX:
         return None
     parser = etree.XMLParser(
@@ -101,7 +106,7 @@ def _domain(definition: DomainDefinition, layout: DomainLayout) -> etree._Elemen
     metadata = etree.SubElement(root, "metadata")
     etree.SubElement(
         metadata,
-        _METADATA_TAG,
+        METADATA_TAG,
         {
             "id": definition.vm_id,
             "generation": str(definition.generation),
@@ -165,7 +170,7 @@ def _disk(devices: etree._Element, index: int, path: str) -> None:
     # The format is written down: libvirt must never guess it from what a guest wrote.
     etree.SubElement(disk, "driver", name="qemu", type="qcow2", discard="unmap")
     etree.SubElement(disk, "source", file=path)
-    etree.SubElement(disk, "target", dev=f"vd{chr(ord('a') + index)}", bus="virtio")
+    etree.SubElement(disk, "target", dev=disk_target(index), bus="virtio")
 
 
 def _nic(devices: etree._Element, bridge: str, mac: str) -> None:

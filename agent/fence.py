@@ -26,6 +26,18 @@ class TermSeen(Struct, frozen=True, tag="term"):
     term: Term
 
 
+class Departure(Struct, frozen=True, kw_only=True):
+    """A migration that this node has begun as its source, under a claim's generation.
+
+    It is begun once. Until the claim is over, a guest that runs here again without our doing has to
+    be held: it may run on its new node, too.
+    """
+
+    generation: int
+    source_generation: int
+    domain_name: str
+
+
 class VmFacts(Struct, frozen=True, kw_only=True, tag="vm"):
     """Per VM: the highest revision told, the highest generation used up, the last request answered.
 
@@ -36,6 +48,7 @@ class VmFacts(Struct, frozen=True, kw_only=True, tag="vm"):
     revision: int = 0
     used_generation: int = 0
     answered_request: int = 0
+    departure: Departure | None = None
 
 
 class VmForgotten(Struct, frozen=True, tag="forgotten"):
@@ -85,6 +98,25 @@ class Fence:
         facts = self.facts(vm_id)
         if number > facts.answered_request:
             await self._write(replace(facts, answered_request=number))
+
+    def departures(self) -> dict[str, Departure]:
+        """Return the migrations that were begun from here and are not known to be over, by VM."""
+        return {
+            vm_id: facts.departure
+            for vm_id, facts in self._vms.items()
+            if facts.departure is not None
+        }
+
+    async def depart(self, vm_id: str, departure: Departure) -> None:
+        """Persist that a migration is begun, or given up: from now on it never is (again)."""
+        facts = self.facts(vm_id)
+        if facts.departure is None or facts.departure.generation < departure.generation:
+            await self._write(replace(facts, departure=departure))
+
+    async def end_departure(self, vm_id: str) -> None:
+        facts = self.facts(vm_id)
+        if facts.departure is not None:
+            await self._write(replace(facts, departure=None))
 
     async def forget(self, vm_id: str) -> None:
         if vm_id in self._vms:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from shared.errors import FieldError
 from shared.model import (
     CpuFacts,
     NumaCell,
@@ -20,6 +21,8 @@ from shared.model import (
     Sample,
     VmSpec,
 )
+from shared.moves import EndState, MigrationFigures
+from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
 
 
 class DomainInfo(Struct, frozen=True, kw_only=True):
@@ -47,6 +50,10 @@ class DomainDefinition(Struct, frozen=True, kw_only=True):
     generation: int
     spec: VmSpec
 
+    def volumes(self) -> tuple[tuple[str, str], ...]:
+        """Return the pool and the name of each of its disks' volumes."""
+        return tuple((d.pool, volume_name(self.vm_id, d.name)) for d in self.spec.disks)
+
 
 class HypervisorFacts(Struct, frozen=True, kw_only=True):
     cpus: int
@@ -60,6 +67,46 @@ class HypervisorFacts(Struct, frozen=True, kw_only=True):
     virtualization: str
     libvirt_version: str
     qemu_version: str
+    migration_tls: bool = False
+
+
+class MigrationEnd(Struct, frozen=True, kw_only=True):
+    """One end of a migration, as libvirt has it now.
+
+    ``returned``: it runs again after libvirt had paused it to switch over, and nobody but libvirt
+    has decided that.
+    """
+
+    generation: int
+    state: EndState
+    returned: bool = False
+
+
+class Outgoing(Struct, frozen=True, kw_only=True):
+    """A migration to begin: where to (``uri`` is the peer's libvirt, through a relay), and how.
+
+    ``copied`` are the names of the spec's disks whose content moves along. ``paused``: the guest
+    stays paused on its new node until it is resumed there.
+    """
+
+    definition: DomainDefinition
+    uri: str
+    address: str
+    node_name: str
+    layout: DestinationLayout
+    copied: tuple[str, ...]
+    tls: bool
+    paused: bool
+
+
+class Transfer(Struct, frozen=True, kw_only=True):
+    """How far a running migration has come; ``iteration`` counts its passes over memory."""
+
+    bytes_done: int
+    bytes_total: int
+    bytes_remaining: int
+    iteration: int
+    bytes_per_s: float
 
 
 DomainListener = Callable[[str], None]
@@ -107,11 +154,55 @@ class Hypervisor(Protocol):
         """Reset the virtual machine as its button would."""
         ...
 
-    async def undefine(self, name: str, generation: int) -> None:
+    async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
         """Forget a domain that is not running, with its NVRAM, saved state and console log.
 
         Does nothing when there is none. Raises HypervisorError while it runs.
         """
+        ...
+
+    async def migration_end(self, name: str) -> MigrationEnd | None:
+        """Return what a domain of ours is as an end of a migration; None when there is none."""
+        ...
+
+    async def check_source(self, name: str, generation: int) -> SourceCheck:
+        """Return what stands against moving a running domain live; changes nothing."""
+        ...
+
+    async def check_destination(
+        self, name: str, question: DestinationQuestion
+    ) -> tuple[FieldError, ...]:
+        """Return what stands against a domain coming here; changes nothing."""
+        ...
+
+    async def layout(self, definition: DomainDefinition) -> DestinationLayout:
+        """Return where this node keeps what a domain needs. Raises as ``define``."""
+        ...
+
+    async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
+        """Move a running domain to another node; returns when libvirt says that it is over.
+
+        The move goes on when the caller is cancelled, or its process ends. Whatever this returns
+        or raises, both ends are to be looked at. Raises HypervisorError.
+        """
+        ...
+
+    async def abort_migration(self, name: str, generation: int) -> None:
+        """End a domain's outgoing migration; does nothing when there is none."""
+        ...
+
+    async def transfer(self, name: str) -> Transfer | None:
+        """Return how far a domain's outgoing migration has come; None when there is none."""
+        ...
+
+    async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None: ...
+
+    async def figures(self, name: str) -> MigrationFigures | None:
+        """Return what the last migration took that left this node; None when it is not known."""
+        ...
+
+    async def hold(self, name: str, generation: int) -> bool:
+        """Pause a domain that has ``returned``, in one look; True when it was so."""
         ...
 
     async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:

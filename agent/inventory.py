@@ -1,14 +1,28 @@
-"""What this node has, as the control plane is told of it."""
+"""What this node is and has, as the control plane is told of it."""
 
 from __future__ import annotations
 
 import platform
 
+from msgspec import Struct
+
 from agent.hypervisor import Hypervisor
-from shared.model import Inventory, VersionFacts
+from shared.model import Inventory, MigrationFacts, VersionFacts
 
 
-async def inventory_of(hypervisor: Hypervisor, agent_version: str) -> Inventory:
+class NodeFacts(Struct, frozen=True, kw_only=True):
+    """Who this node is, and in which boot; peers reach its relays at ``relay_address``."""
+
+    name: str
+    address: str
+    relay_address: str
+    labels: dict[str, str]
+    boot_id: str
+    incarnation: str
+    agent_version: str
+
+
+async def inventory_of(hypervisor: Hypervisor, node: NodeFacts) -> Inventory:
     """Return the node's inventory. Raises HypervisorUnavailable."""
     facts = await hypervisor.facts()
     return Inventory(
@@ -22,9 +36,12 @@ async def inventory_of(hypervisor: Hypervisor, agent_version: str) -> Inventory:
         machine_types=facts.machine_types,
         virtualization=facts.virtualization,
         versions=VersionFacts(
-            agent=agent_version,
+            agent=node.agent_version,
             libvirt=facts.libvirt_version,
             qemu=facts.qemu_version,
             kernel=platform.release(),
+        ),
+        migration=MigrationFacts(
+            address=node.address, relay=node.relay_address, tls=facts.migration_tls
         ),
     )

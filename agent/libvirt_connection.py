@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import libvirt
 from msgspec import Struct
 
-from agent.libvirt_lane import Lane, Work, close_quietly, open_connection
+from agent.libvirt_lane import Lane, Work, close_quietly, open_connection, run_detached
 from shared.errors import DomainNotFound, HypervisorError, HypervisorUnavailable
 from shared.retry import Backoff
 
@@ -49,7 +49,7 @@ class Watched(Struct, frozen=True):
     """
 
     connection: libvirt.virConnect
-    callback_id: int
+    callback_ids: tuple[int, ...]
     lost: asyncio.Event
 
 
@@ -62,12 +62,18 @@ class LibvirtLink:
         rng: random.Random,
         prepare: Work[None],
         notify: Callable[[str], None],
+        job_completed: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        """``prepare`` runs in a thread on each new connection, before any other call."""
+        """``prepare`` runs in a thread on each new connection, before any other call.
+
+        ``notify(name)`` is called after a domain has changed, ``job_completed(name, figures)``
+        after a long piece of work on it has ended; both on the event loop.
+        """
         self._uri = uri
         self._rng = rng
         self._prepare = prepare
         self._notify = notify
+        self._job_completed = job_completed
         self._watched: Watched | None = None
         self._connected = asyncio.Event()
         self._closed = False
@@ -133,6 +139,27 @@ class LibvirtLink:
         """Run ``work`` in a thread; it may be left hanging."""
         return await self._call(self._statistics, work, timeout_s)
 
+    async def run_long(self, work: Work[T]) -> T:
+        """Run ``work`` for as long as it takes; it goes on when the caller is cancelled.
+
+        Raises HypervisorUnavailable when libvirtd died while it was under way.
+        """
+        watched = self._watched
+        if watched is None or watched.lost.is_set():
+            raise HypervisorUnavailable("libvirtd is out of reach")
+        answer = asyncio.wrap_future(run_detached(self._uri, work))
+        lost = asyncio.ensure_future(watched.lost.wait())
+        try:
+            await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise HypervisorUnavailable("libvirtd died while a migration was under way")
+            return answer.result()
+        except libvirt.libvirtError as error:
+            raise _named(error) from error
+        finally:
+            lost.cancel()
+            answer.add_done_callback(_forget)
+
     async def _call(self, lane: Lane, work: Work[T], timeout_s: float) -> T:
         watched = self._watched
         if watched is None or watched.lost.is_set():
@@ -190,11 +217,19 @@ class LibvirtLink:
         def changed(_connection: object, domain: Any, *_details: object) -> None:
             _tell(loop, self._notify, domain.name())
 
+        def completed(_connection: object, domain: Any, figures: Any, _opaque: object) -> None:
+            _tell(loop, self._job_completed, domain.name(), dict(figures))
+
         connection.registerCloseCallback(closed, None)
-        callback_id = connection.domainEventRegisterAny(
-            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, changed, None
+        events = (
+            (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, changed),
+            (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, completed),
         )
-        return Watched(connection, callback_id, lost)
+        callback_ids = tuple(
+            connection.domainEventRegisterAny(None, event, callback, None)
+            for event, callback in events
+        )
+        return Watched(connection, callback_ids, lost)
 
     async def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
         watched, self._watched = self._watched, None
@@ -212,6 +247,12 @@ class LibvirtLink:
             lane.close_idle()
 
 
+def _forget(answer: asyncio.Future[Any]) -> None:
+    """Whoever asked has gone; what comes of it is looked at, not read from here."""
+    if not answer.cancelled():
+        answer.exception()
+
+
 def _named(error: libvirt.libvirtError) -> HypervisorError:
     if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
         return DomainNotFound(str(error))
@@ -220,8 +261,9 @@ def _named(error: libvirt.libvirtError) -> HypervisorError:
 
 def _close_watched(watched: Watched) -> None:
     # A connection that is closed with callbacks registered stays open behind our back.
-    with contextlib.suppress(libvirt.libvirtError):
-        watched.connection.domainEventDeregisterAny(watched.callback_id)
+    for callback_id in watched.callback_ids:
+        with contextlib.suppress(libvirt.libvirtError):
+            watched.connection.domainEventDeregisterAny(callback_id)
     with contextlib.suppress(libvirt.libvirtError):
         watched.connection.unregisterCloseCallback()
     close_quietly(watched.connection)

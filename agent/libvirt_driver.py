@@ -11,11 +11,12 @@ import asyncio
 import functools
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import libvirt
 
 from agent import libvirt_domains
+from agent import libvirt_migration as migration
 from agent import libvirt_storage as storage
 from agent.domain_xml import DomainLayout, build_domain_xml
 from agent.hypervisor import (
@@ -23,6 +24,9 @@ from agent.hypervisor import (
     DomainInfo,
     DomainListener,
     HypervisorFacts,
+    MigrationEnd,
+    Outgoing,
+    Transfer,
     volume_name,
 )
 from agent.libvirt_connection import LibvirtLink
@@ -31,8 +35,10 @@ from agent.libvirt_probe import EMULATION, PROBE_NAME, probe_virtualization
 from agent.libvirt_samples import read_samples
 from agent.libvirt_settings import LibvirtSettings
 from shared.clock import Clock
-from shared.errors import ArtefactMissing, HypervisorError, HypervisorUnavailable
+from shared.errors import ArtefactMissing, FieldError, HypervisorError, HypervisorUnavailable
 from shared.model import ObservedPower, Sample
+from shared.moves import MigrationFigures
+from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
 
 T = TypeVar("T")
 
@@ -54,11 +60,13 @@ class LibvirtDriver:
         self._pool_locks = {name: asyncio.Lock() for name in settings.pool_targets()}
         self._other_pools_lock = asyncio.Lock()
         self._last_seen: dict[str, DomainInfo] = {}
+        self._figures: dict[str, MigrationFigures] = {}
         self._link = LibvirtLink(
             settings.uri,
             rng,
             functools.partial(storage.ensure_pools, targets=settings.pool_targets()),
             self._notify,
+            self._job_completed,
         )
 
     async def run(self) -> None:
@@ -130,10 +138,12 @@ class LibvirtDriver:
     async def reset(self, name: str, generation: int) -> None:
         await self._act(name, generation, libvirt_domains.reset)
 
-    async def undefine(self, name: str, generation: int) -> None:
+    async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
         await self._link.act(
             functools.partial(libvirt_domains.undefine, name=name, generation=generation)
         )
+        if keep_log:
+            return
         # Also when there was no domain: an earlier call may have ended between the two.
         await self.delete_volume(self._settings.console_pool, storage.console_log_name(name))
 
@@ -167,6 +177,71 @@ class LibvirtDriver:
                 continue
         return await self._link.statistics(read, SAMPLES_TIMEOUT_S)
 
+    async def migration_end(self, name: str) -> MigrationEnd | None:
+        return await self._link.read(functools.partial(migration.migration_end, name=name))
+
+    async def check_source(self, name: str, generation: int) -> SourceCheck:
+        return await self._link.read(
+            functools.partial(migration.check_source, name=name, generation=generation)
+        )
+
+    async def check_destination(
+        self, name: str, question: DestinationQuestion
+    ) -> tuple[FieldError, ...]:
+        facts = await self.facts()
+
+        def check(connection: libvirt.virConnect) -> tuple[FieldError, ...]:
+            found = migration.check_destination(connection, name, question, facts.machine_types)
+            pools = storage.check_arrival(connection, question)
+            return (*found, *pools)
+
+        return await self._link.read(check)
+
+    async def layout(self, definition: DomainDefinition) -> DestinationLayout:
+        def read(connection: libvirt.virConnect) -> DestinationLayout:
+            layout = self._layout(connection, definition, EMULATION)
+            return DestinationLayout(
+                kernel_path=layout.kernel_path,
+                initrd_path=layout.initrd_path,
+                disk_paths=layout.disk_paths,
+                bridges=layout.bridges,
+                console_log_path=layout.console_log_path,
+            )
+
+        return await self._link.read(read)
+
+    async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
+        self._figures.pop(name, None)
+        await self._link.run_long(
+            functools.partial(
+                migration.migrate, name=name, generation=generation, outgoing=outgoing
+            )
+        )
+
+    async def abort_migration(self, name: str, generation: int) -> None:
+        await self._link.act(functools.partial(migration.abort, name=name, generation=generation))
+
+    async def transfer(self, name: str) -> Transfer | None:
+        return await self._link.read(functools.partial(migration.transfer, name=name))
+
+    async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None:
+        await self._link.act(
+            functools.partial(
+                migration.set_max_downtime,
+                name=name,
+                generation=generation,
+                max_downtime_ms=max_downtime_ms,
+            )
+        )
+
+    async def figures(self, name: str) -> MigrationFigures | None:
+        return self._figures.get(name)
+
+    async def hold(self, name: str, generation: int) -> bool:
+        return await self._link.act(
+            functools.partial(migration.hold, name=name, generation=generation)
+        )
+
     def listen(self, listener: DomainListener) -> None:
         self._listeners.append(listener)
 
@@ -175,6 +250,9 @@ class LibvirtDriver:
             return
         for listener in self._listeners:
             listener(name)
+
+    def _job_completed(self, name: str, figures: dict[str, Any]) -> None:
+        self._figures[name] = migration.figures_of(figures)
 
     async def _act(self, name: str, generation: int, act: libvirt_domains.DomainAct) -> None:
         await self._link.act(

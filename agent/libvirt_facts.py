@@ -18,6 +18,14 @@ from shared.model import CpuFacts, NumaCell, PoolFacts
 from shared.units import GIB, MIB
 
 ARCHITECTURE = "x86_64"
+# The names that libvirt hands to QEMU, which is server and client of migrations.
+QEMU_TLS_FILES = (
+    "ca-cert.pem",
+    "server-cert.pem",
+    "server-key.pem",
+    "client-cert.pem",
+    "client-key.pem",
+)
 
 # The pattern of shared.model.Name: what a VM's spec may call an artefact.
 _ARTEFACT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
@@ -42,6 +50,7 @@ def read_facts(
         virtualization=virtualization,
         libvirt_version=_version(connection.getLibVersion()),
         qemu_version=_version(connection.getVersion()),
+        migration_tls=has_qemu_tls(settings),
     )
 
 
@@ -54,6 +63,11 @@ def existing_networks(settings: LibvirtSettings) -> tuple[str, ...]:
             if (settings.network_dir / bridge / "bridge").is_dir()
         )
     )
+
+
+def has_qemu_tls(settings: LibvirtSettings) -> bool:
+    """Return whether QEMU finds here what it encrypts migrations with; the agent reads no key."""
+    return all((settings.qemu_tls_dir / name).exists() for name in QEMU_TLS_FILES)
 
 
 def kvm_is_offered(connection: libvirt.virConnect) -> bool:

@@ -82,6 +82,28 @@ class Lane:
             close_quietly(connection)
 
 
+def run_detached(uri: str, work: Work[T]) -> Future[T]:
+    """Run ``work`` in a thread, with a connection, that may outlive this process's interest in it.
+
+    A thread pool's threads would be waited for at the process's end; a migration goes on without.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            connection = open_connection(uri)
+            try:
+                answer.set_result(work(connection))
+            finally:
+                close_quietly(connection)
+        except BaseException as error:
+            if not answer.done():
+                answer.set_exception(error)
+
+    threading.Thread(target=run, name="libvirt-migration", daemon=True).start()
+    return answer
+
+
 def open_connection(uri: str) -> libvirt.virConnect:
     """Return a new connection that notices a dead libvirtd. Raises HypervisorUnavailable."""
     try:

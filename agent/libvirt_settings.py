@@ -29,6 +29,7 @@ class LibvirtSettings(Struct, frozen=True, kw_only=True):
     network_dir: Path = Path("/sys/class/net")
     cpus: int | None = None
     memory_mib: int | None = None
+    qemu_tls_dir: Path = Path("/etc/pki/qemu")
     machine: str = "pc-q35-7.2"
     cpu_model: str = "qemu64"
     probe_kvm: bool = True

@@ -15,7 +15,9 @@ from pathlib import Path
 import libvirt
 from lxml import etree
 
-from shared.errors import HypervisorError
+from agent.hypervisor import volume_name
+from shared.errors import FieldError, HypervisorError
+from shared.protocol import DestinationQuestion
 from shared.units import GIB
 
 CONSOLE_LOG_SUFFIX = ".log"
@@ -70,6 +72,29 @@ def list_volumes(connection: libvirt.virConnect, pool: str) -> tuple[str, ...]:
     found = _pool(connection, pool)
     found.refresh(0)
     return tuple(sorted(found.listVolumes()))
+
+
+def check_arrival(
+    connection: libvirt.virConnect, question: DestinationQuestion
+) -> list[FieldError]:
+    """Return why a VM's disks keep it from coming here: shared ones must be here already."""
+    blockers = []
+    for disk in question.spec.disks:
+        try:
+            pool = _pool(connection, disk.pool)
+        except HypervisorError as error:
+            blockers.append(FieldError("", "missing_pool", str(error)))
+            continue
+        volume = volume_name(question.vm_id, disk.name)
+        if disk.name not in question.copied and _volume(pool, volume) is None:
+            blockers.append(
+                FieldError(
+                    "",
+                    "disk_not_shared",
+                    f"pool {disk.pool!r} is said to be shared, but has no volume {volume!r} here",
+                )
+            )
+    return blockers
 
 
 def console_log_name(domain_name: str) -> str:

@@ -13,9 +13,11 @@ import random
 from collections.abc import Callable, Iterator
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from agent.fence import Fence
-from agent.hypervisor import DomainDefinition, DomainInfo, Hypervisor, volume_name
+from agent.hypervisor import DomainInfo, Hypervisor, volume_name
+from agent.migration import Migrations, definition_of
 from agent.steps import ShutdownState, Step, next_step
 from agent.workqueue import WorkQueue
 from shared.errors import (
@@ -28,7 +30,7 @@ from shared.errors import (
 )
 from shared.model import ObservedPower, Problem, RequestKind
 from shared.problems import problem_of
-from shared.protocol import Desired, VmReport
+from shared.protocol import Desired, Intent, VmReport
 from shared.retry import Backoff
 from shared.states import RUNNING_POWERS
 
@@ -61,14 +63,17 @@ class VmReconciler:
         fence: Fence,
         boot_id: str,
         report: Reporter,
+        migrations: Migrations,
+        queue: WorkQueue,
         rng: random.Random,
     ) -> None:
         self._hypervisor = hypervisor
         self._fence = fence
         self._boot_id = boot_id
         self._report = report
+        self._migrations = migrations
         self._rng = rng
-        self._queue = WorkQueue()
+        self._queue = queue
         self._desired: dict[str, Desired] = {}
         self._vm_of_domain: dict[str, str] = {}
         self._faults: dict[str, Problem] = {}
@@ -136,6 +141,7 @@ class VmReconciler:
             self._domain_changed("")
 
     def _domain_changed(self, name: str) -> None:
+        self._migrations.domain_changed(name)
         if name:
             vm_id = self._vm_of_domain.get(name)
             if vm_id is not None:
@@ -168,6 +174,10 @@ class VmReconciler:
 
     async def _reconcile(self, desired: Desired) -> None:
         await self._fence.accept_revision(desired.term, desired.vm_id, desired.revision)
+        if desired.migration is not None:
+            await self._take_part(desired)
+            return
+        await self._migrations.settle(desired.vm_id)
         for _ in range(STEPS_MAX):
             domain = await self._hypervisor.domain(desired.domain_name)
             step = next_step(
@@ -189,6 +199,17 @@ class VmReconciler:
                 self._queue.add(desired.vm_id)  # something newer came meanwhile
                 return
         raise HypervisorError(f"{desired.name} does not settle in {STEPS_MAX} steps")
+
+    async def _take_part(self, desired: Desired) -> None:
+        """Do this node's part in a migration; nothing else happens to the domain meanwhile."""
+        part = await self._migrations.work(desired)
+        domain = await self._hypervisor.domain(desired.domain_name)
+        report = self._seen(desired.vm_id, desired.generation, domain, desired.revision)
+        if desired.intent is Intent.LEAVE and part.settled:
+            # What is told of it must outlast it: nobody works on the VM here any more.
+            self._drop(desired.vm_id)
+            await self._fence.forget(desired.vm_id)
+        self._report(replace(report, migration=part))
 
     async def _take_step(self, step: Step, desired: Desired, domain: DomainInfo | None) -> None:
         self._fence.check(desired.term, desired.vm_id, desired.revision)
@@ -217,7 +238,7 @@ class VmReconciler:
             for disk in desired.spec.disks:
                 volume = volume_name(desired.vm_id, disk.name)
                 await self._hypervisor.ensure_volume(disk.pool, volume, disk.size_gib)
-            await self._hypervisor.define(_definition(desired))
+            await self._hypervisor.define(definition_of(desired, desired.generation))
             await self._fence.use_generation(desired.vm_id, desired.generation)
             self._fence.check(desired.term, desired.vm_id, desired.revision)
             await self._hypervisor.start(desired.domain_name, desired.generation)
@@ -322,15 +343,3 @@ class VmReconciler:
             answered_request=facts.answered_request,
             fault=fault,
         )
-
-
-def _definition(desired: Desired) -> DomainDefinition:
-    return DomainDefinition(
-        vm_id=desired.vm_id,
-        name=desired.domain_name,
-        uuid=desired.domain_uuid,
-        title=desired.name,
-        tenant=desired.tenant,
-        generation=desired.generation,
-        spec=desired.spec,
-    )

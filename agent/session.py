@@ -19,10 +19,11 @@ from msgspec import Struct
 
 from agent.fence import Fence
 from agent.hypervisor import Hypervisor
-from agent.inventory import inventory_of
+from agent.inventory import NodeFacts, inventory_of
 from agent.reconciler import VmReconciler
 from shared.channel import Channel
-from shared.errors import Disconnected, NovacronError, StaleTerm
+from shared.codec import pack, unpack
+from shared.errors import Disconnected, DomainNotFound, NovacronError, StaleTerm
 from shared.lifetime import until_one_ends
 from shared.model import Term
 from shared.problems import problem_of
@@ -30,16 +31,20 @@ from shared.protocol import (
     AgentMessage,
     Answer,
     Desired,
+    DestinationCheck,
+    DestinationQuestion,
     Heartbeat,
     HeartbeatSeen,
     Hello,
     InSync,
     InventoryReport,
     LeaderMessage,
+    MigrationProgress,
     NotLeader,
     Query,
     QueryKind,
     Rejected,
+    SourceCheck,
     TermAccepted,
     VmReport,
     Welcome,
@@ -65,17 +70,6 @@ class Dial(Protocol):
     async def __call__(self, address: str) -> LeaderChannel: ...
 
 
-class NodeFacts(Struct, frozen=True, kw_only=True):
-    """Who this node is, and in which boot."""
-
-    name: str
-    address: str
-    labels: dict[str, str]
-    boot_id: str
-    incarnation: str
-    agent_version: str
-
-
 class Joined(Struct, frozen=True):
     """What the leader said of us in its welcome."""
 
@@ -84,10 +78,14 @@ class Joined(Struct, frozen=True):
 
 
 class Outgoing:
-    """Reports that wait to be sent: the newest of each VM, bounded by the number of VMs."""
+    """Reports that wait to be sent: the newest of each VM, and of each migration's progress.
+
+    Bounded by the number of VMs.
+    """
 
     def __init__(self) -> None:
         self._reports: dict[str, VmReport] = {}
+        self._progress: dict[str, MigrationProgress] = {}
         self._available = asyncio.Event()
 
     def put(self, report: VmReport) -> None:
@@ -101,11 +99,18 @@ class Outgoing:
             self._reports = {report.vm_id: report, **self._reports}
             self._available.set()
 
-    async def take(self) -> VmReport:
-        while not self._reports:
+    def put_progress(self, progress: MigrationProgress) -> None:
+        """Have progress sent, if it can be at once: what is late is of no use."""
+        self._progress[progress.operation] = progress
+        self._available.set()
+
+    async def take(self) -> VmReport | MigrationProgress:
+        while not self._reports and not self._progress:
             self._available.clear()
             await self._available.wait()
-        return self._reports.pop(next(iter(self._reports)))
+        if self._reports:
+            return self._reports.pop(next(iter(self._reports)))
+        return self._progress.pop(next(iter(self._progress)))
 
 
 class Session:
@@ -177,7 +182,7 @@ class Session:
     async def _greet(
         self, channel: LeaderChannel
     ) -> tuple[Welcome | NotLeader | Rejected, InventoryReport]:
-        inventory = await inventory_of(self._hypervisor, self._node.agent_version)
+        inventory = await inventory_of(self._hypervisor, self._node)
         domains, foreign = await self._reconciler.found()
         await channel.send(
             Hello(
@@ -241,14 +246,15 @@ class Session:
             try:
                 await channel.send(report)
             except Disconnected:
-                self._outgoing.put_back(report)
+                if isinstance(report, VmReport):
+                    self._outgoing.put_back(report)
                 raise
 
     async def _send_inventory(self, channel: LeaderChannel, sent: InventoryReport) -> None:
         while True:
             await asyncio.sleep(INVENTORY_PERIOD_S)
             try:
-                inventory = await inventory_of(self._hypervisor, self._node.agent_version)
+                inventory = await inventory_of(self._hypervisor, self._node)
                 _, foreign = await self._reconciler.found()
             except NovacronError as error:
                 log.warning("the inventory cannot be read: %s", error)
@@ -273,7 +279,19 @@ class Session:
             return await self._hypervisor.console_log(
                 query.domain_name, query.offset, query.limit_bytes
             )
+        if query.kind is QueryKind.MIGRATION_SOURCE:
+            return pack(await self._check_source(query))
+        if query.kind is QueryKind.MIGRATION_DESTINATION:
+            question = unpack(query.payload, DestinationQuestion)
+            blockers = await self._hypervisor.check_destination(query.domain_name, question)
+            return pack(DestinationCheck(blockers=blockers))
         raise Disconnected(f"this agent does not know the query {query.kind.value!r}")
+
+    async def _check_source(self, query: Query) -> SourceCheck:
+        domain = await self._hypervisor.domain(query.domain_name)
+        if domain is None or domain.vm_id != query.vm_id:
+            raise DomainNotFound(f"this node has no domain {query.domain_name!r}")
+        return await self._hypervisor.check_source(query.domain_name, domain.generation)
 
 
 async def _receive_within(channel: LeaderChannel, silence_limit_s: float) -> LeaderMessage:

@@ -19,18 +19,26 @@ from agent.hypervisor import (
     DomainInfo,
     DomainListener,
     HypervisorFacts,
+    MigrationEnd,
+    Outgoing,
+    Transfer,
     volume_name,
 )
+from agent.simulated_fabric import SimulatedFabric, Travel
 from agent.simulated_guest import SimulatedDomain
 from shared.clock import Clock
 from shared.errors import (
     ArtefactMissing,
     DomainNotFound,
+    FieldError,
     GenerationMismatch,
     HypervisorError,
     HypervisorUnavailable,
 )
-from shared.model import CpuFacts, NumaCell, ObservedPower, PoolFacts, Sample
+from shared.model import CpuFacts, NumaCell, ObservedPower, PoolFacts, Sample, VmSpec
+from shared.moves import MigrationFigures
+from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
+from shared.units import MIB
 
 T = TypeVar("T")
 
@@ -64,6 +72,7 @@ def simulated_facts(
     networks: tuple[str, ...] = ("lan",),
     artefacts: tuple[str, ...] = ("tiny-initrd", "tiny-kernel"),
     pools: tuple[str, ...] = ("default",),
+    shared_pools: tuple[str, ...] = (),
     pool_gib: float = 1024.0,
 ) -> HypervisorFacts:
     """Return the facts of a plain node; every simulated node has the same CPU."""
@@ -73,7 +82,10 @@ def simulated_facts(
         cpu=CpuFacts(model="qemu64", cores=cpus, models=("qemu64",)),
         numa=(NumaCell(id=0, memory_mib=memory_mib, cpus=tuple(range(cpus))),),
         pools=tuple(
-            PoolFacts(name=name, capacity_gib=pool_gib, free_gib=pool_gib) for name in sorted(pools)
+            PoolFacts(
+                name=name, capacity_gib=pool_gib, free_gib=pool_gib, shared=name in shared_pools
+            )
+            for name in sorted(pools)
         ),
         networks=tuple(sorted(networks)),
         artefacts=tuple(sorted(artefacts)),
@@ -85,12 +97,23 @@ def simulated_facts(
 
 
 class SimulatedNodeState:
-    """A node's domains, guests and volumes; lives on when an agent dies."""
+    """A node's domains, guests and volumes; lives on when an agent dies.
 
-    def __init__(self, facts: HypervisorFacts) -> None:
+    Nodes of one ``fabric`` can move guests between each other, and share the pools that say so.
+    """
+
+    def __init__(
+        self, facts: HypervisorFacts, fabric: SimulatedFabric | None = None, address: str = ""
+    ) -> None:
         self.facts = facts
+        self.fabric = fabric or SimulatedFabric()
+        self.address = address
+        self.fabric.nodes[address] = self
         self.domains: dict[str, SimulatedDomain] = {}
-        self.pools: dict[str, dict[str, int]] = {pool.name: {} for pool in facts.pools}
+        self.pools: dict[str, dict[str, int]] = {
+            pool.name: self.fabric.shared_pool(pool.name) if pool.shared else {}
+            for pool in facts.pools
+        }
         self.libvirtd_runs = True
         self._observer: Callable[[str], None] = _nobody
 
@@ -106,7 +129,11 @@ class SimulatedNodeState:
 
     def reboot(self) -> None:
         """Lose power and come back: nothing runs, definitions and volumes are still there."""
-        for domain in self.domains.values():
+        self._end_travels()
+        for domain in list(self.domains.values()):
+            if domain.incoming:
+                del self.domains[domain.name]
+                continue
             if domain.is_active():
                 domain.end(ObservedPower.STOPPED, tell=False)
             # The reason for which a domain ended is libvirtd's memory, not its disk's.
@@ -116,10 +143,44 @@ class SimulatedNodeState:
     def libvirtd_dies(self) -> None:
         """Refuse every call; guests go on."""
         self.libvirtd_runs = False
+        self._end_travels()
 
     def libvirtd_returns(self) -> None:
         self.libvirtd_runs = True
         self.changed("")
+
+    def receive(self, definition: DomainDefinition) -> SimulatedDomain:
+        """Make the domain that a migration fills."""
+        domain = SimulatedDomain(
+            definition.name,
+            definition.uuid,
+            definition.vm_id,
+            definition.generation,
+            definition.spec,
+            self.changed,
+        )
+        domain.incoming = True
+        domain.power = ObservedPower.PAUSED
+        self.domains[domain.name] = domain
+        self.changed(domain.name)
+        return domain
+
+    def forget(self, domain: SimulatedDomain) -> None:
+        """Drop a domain that libvirt itself ends and undefines."""
+        if self.domains.get(domain.name) is domain:
+            if domain.is_active():
+                domain.end(ObservedPower.STOPPED, tell=False)
+            del self.domains[domain.name]
+            self.changed(domain.name)
+
+    def _end_travels(self) -> None:
+        for domain in list(self.domains.values()):
+            if domain.travel is None:
+                continue
+            if domain.incoming or domain.arrived:
+                domain.travel.destination_libvirtd_died()
+            else:
+                domain.travel.source_libvirtd_died()
 
     def add_foreign(self, name: str, uuid: str) -> None:
         """Add a domain that somebody else has defined and started."""
@@ -197,7 +258,7 @@ class SimulatedDriver:
     async def reset(self, name: str, generation: int) -> None:
         await self._act("reset", name, generation, lambda d: _active(d).reset())
 
-    async def undefine(self, name: str, generation: int) -> None:
+    async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
         await self._call("undefine", name, lambda: self._undefine(name, generation))
 
     async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
@@ -240,6 +301,113 @@ class SimulatedDriver:
 
         return await self._call("samples", "", take)
 
+    async def migration_end(self, name: str) -> MigrationEnd | None:
+        def look() -> MigrationEnd | None:
+            domain = self._state.domains.get(name)
+            if domain is None or domain.vm_id is None:
+                return None
+            return MigrationEnd(
+                generation=domain.generation, state=domain.end_state(), returned=domain.returned
+            )
+
+        return await self._call("migration_end", name, look)
+
+    async def check_source(self, name: str, generation: int) -> SourceCheck:
+        def check() -> SourceCheck:
+            domain = self._state.domains[name]
+            blockers = []
+            if not domain.is_active():
+                blockers.append(FieldError("", "not_running", "its domain does not run"))
+            elif domain.travel is not None:
+                blockers.append(FieldError("", "job_active", "libvirt is at work on its domain"))
+            return SourceCheck(blockers=tuple(blockers), machine=self._state.facts.machine_types[0])
+
+        return await self._act_on("check_source", name, generation, check)
+
+    async def check_destination(
+        self, name: str, question: DestinationQuestion
+    ) -> tuple[FieldError, ...]:
+        def check() -> tuple[FieldError, ...]:
+            state, blockers = self._state, []
+            if question.machine not in state.facts.machine_types:
+                blockers.append(FieldError("", "machine_type", f"no {question.machine!r} here"))
+            here = state.domains.get(name)
+            if here is not None and (here.is_active() or here.vm_id is None):
+                blockers.append(FieldError("", "name_taken", f"a domain {name!r} is here already"))
+            blockers += check_volumes(state.pools, question)
+            return tuple(blockers)
+
+        return await self._call("check_destination", name, check)
+
+    async def layout(self, definition: DomainDefinition) -> DestinationLayout:
+        def lay_out() -> DestinationLayout:
+            self._check_parts(definition.spec)
+            spec = definition.spec
+            return DestinationLayout(
+                kernel_path=spec.boot.kernel,
+                initrd_path=spec.boot.initrd,
+                disk_paths=tuple(volume for _, volume in definition.volumes()),
+                bridges=tuple(nic.network for nic in spec.nics),
+                console_log_path=definition.name,
+            )
+
+        return await self._call("layout", definition.name, lay_out)
+
+    async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
+        def begin() -> Travel:
+            state, domain = self._state, self._state.domains[name]
+            if not domain.is_active() or domain.travel is not None:
+                raise HypervisorError(f"domain {name!r} cannot be moved now")
+            relay = state.fabric.relay(outgoing.uri, state.address)
+            return Travel(state.fabric, state, domain, relay, outgoing)
+
+        travel = await self._act_on("migrate", name, generation, begin)
+        # What libvirt has begun goes on without the one who asked.
+        await asyncio.shield(travel.done)
+
+    async def abort_migration(self, name: str, generation: int) -> None:
+        def abort(domain: SimulatedDomain) -> None:
+            if domain.travel is not None:
+                domain.travel.abort("the migration was cancelled")
+
+        await self._act("abort_migration", name, generation, abort)
+
+    async def transfer(self, name: str) -> Transfer | None:
+        def read() -> Transfer | None:
+            domain = self._state.domains.get(name)
+            if domain is None or domain.travel is None or domain.spec is None:
+                return None
+            total = domain.spec.memory_mib * MIB
+            elapsed_s = asyncio.get_running_loop().time() - domain.travel.began_s
+            share = min(1.0, elapsed_s / self._state.fabric.times.transfer_s)
+            done = int(total * share)
+            return Transfer(
+                bytes_done=done,
+                bytes_total=total,
+                bytes_remaining=total - done,
+                iteration=1,
+                bytes_per_s=total / self._state.fabric.times.transfer_s,
+            )
+
+        return await self._call("transfer", name, read)
+
+    async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None:
+        await self._act("set_max_downtime", name, generation, lambda domain: None)
+
+    async def figures(self, name: str) -> MigrationFigures | None:
+        return None
+
+    async def hold(self, name: str, generation: int) -> bool:
+        def look() -> bool:
+            domain = self._state.domains.get(name)
+            if domain is None or not domain.returned:
+                return False
+            _check_generation(domain, generation)
+            domain.hold()
+            return True
+
+        return await self._call("hold", name, look)
+
     def listen(self, listener: DomainListener) -> None:
         self._listeners.append(listener)
 
@@ -268,14 +436,17 @@ class SimulatedDriver:
     async def _act(
         self, call: str, name: str, generation: int, act: Callable[[SimulatedDomain], None]
     ) -> None:
-        def checked() -> None:
+        await self._act_on(call, name, generation, lambda: act(self._state.domains[name]))
+
+    async def _act_on(self, call: str, name: str, generation: int, act: Callable[[], T]) -> T:
+        def checked() -> T:
             domain = self._state.domains.get(name)
             if domain is None:
                 raise DomainNotFound(f"this node has no domain {name!r}")
             _check_generation(domain, generation)
-            act(domain)
+            return act()
 
-        await self._call(call, name, checked)
+        return await self._call(call, name, checked)
 
     def _check_libvirtd(self) -> None:
         if not self._state.libvirtd_runs:
@@ -288,6 +459,7 @@ class SimulatedDriver:
                 name=pool.name,
                 capacity_gib=pool.capacity_gib,
                 free_gib=pool.capacity_gib - sum(self._state.pools[pool.name].values()),
+                shared=pool.shared,
             )
             for pool in facts.pools
         )
@@ -298,14 +470,7 @@ class SimulatedDriver:
 
     def _define(self, definition: DomainDefinition) -> None:
         state, spec = self._state, definition.spec
-        for artefact in (spec.boot.kernel, spec.boot.initrd):
-            if artefact is not None and artefact not in state.facts.artefacts:
-                raise ArtefactMissing(f"this node has no artefact {artefact!r}")
-        for disk in spec.disks:
-            self._pool(disk.pool)
-        for nic in spec.nics:
-            if nic.network not in state.facts.networks:
-                raise HypervisorError(f"this node has no bridge for network {nic.network!r}")
+        self._check_parts(spec)
         console = b""
         existing = state.domains.get(definition.name)
         if existing is not None:
@@ -322,6 +487,18 @@ class SimulatedDriver:
         defined.console = console
         state.domains[definition.name] = defined
         state.changed(definition.name)
+
+    def _check_parts(self, spec: VmSpec) -> None:
+        """Raise ArtefactMissing or HypervisorError for what this node does not have."""
+        state = self._state
+        for artefact in (spec.boot.kernel, spec.boot.initrd):
+            if artefact is not None and artefact not in state.facts.artefacts:
+                raise ArtefactMissing(f"this node has no artefact {artefact!r}")
+        for disk in spec.disks:
+            self._pool(disk.pool)
+        for nic in spec.nics:
+            if nic.network not in state.facts.networks:
+                raise HypervisorError(f"this node has no bridge for network {nic.network!r}")
 
     def _start(self, domain: SimulatedDomain) -> None:
         if domain.is_active():
@@ -383,3 +560,17 @@ def _press(domain: SimulatedDomain, outcome: str) -> None:
 def _stop(domain: SimulatedDomain) -> None:
     if domain.is_active():
         domain.end(ObservedPower.STOPPED)
+
+
+def check_volumes(
+    pools: dict[str, dict[str, int]], question: DestinationQuestion
+) -> list[FieldError]:
+    """Return what a VM's disks miss on a node that it is to move to."""
+    blockers = []
+    for disk in question.spec.disks:
+        volume = volume_name(question.vm_id, disk.name)
+        if disk.pool not in pools:
+            blockers.append(FieldError("", "missing_pool", f"no storage pool {disk.pool!r} here"))
+        elif disk.name not in question.copied and volume not in pools[disk.pool]:
+            blockers.append(FieldError("", "disk_not_shared", f"no volume {volume!r} here"))
+    return blockers

@@ -8,12 +8,18 @@ guest of the tests does on real nodes, and knows the same switch on its kernel c
 from __future__ import annotations
 
 import asyncio
+import enum
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from agent.hypervisor import DomainInfo
 from shared.model import ObservedPower, Sample, VmSpec
+from shared.moves import EndState
 from shared.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from agent.simulated_fabric import Travel
 
 BOOT_S = 1.0
 COUNT_PERIOD_S = 0.2
@@ -26,6 +32,15 @@ _LINES_MAX = CONSOLE_BYTES_MAX // len("count 1\n")
 _EXIT = re.compile(r"(?:^| )nova\.exit=(poweroff|reboot|panic)@([0-9]+(?:\.[0-9]+)?)(?= |$)")
 _CPU_SHARE = 0.1
 _RUNNING = (ObservedPower.RUNNING, ObservedPower.PAUSED)
+
+
+class HeldFor(enum.Enum):
+    """Why a domain is paused that no user has paused."""
+
+    NOTHING = "nothing"
+    SWITCH = "switch"
+    ARRIVAL = "arrival"
+    REFLEX = "reflex"
 
 
 class SimulatedDomain:
@@ -57,6 +72,14 @@ class SimulatedDomain:
         self._counted = 0
         self._due: list[tuple[float, str]] = []
         self._timer: asyncio.TimerHandle | None = None
+        # On the move: its migration, whether it still comes in, why it is paused, and whether
+        # libvirt has let it go on after it had switched.
+        self.travel: Travel | None = None
+        self.incoming = False
+        self.held_for = HeldFor.NOTHING
+        self.returned = False
+        self.arrived = False
+        self.was_paused = False
 
     def info(self) -> DomainInfo:
         return DomainInfo(
@@ -70,6 +93,23 @@ class SimulatedDomain:
     def is_active(self) -> bool:
         return self.power in _RUNNING
 
+    @property
+    def executes(self) -> bool:
+        """Whether its guest is here, running or at a user's wish paused."""
+        return self.is_active() and not self.incoming and self.held_for is HeldFor.NOTHING
+
+    def end_state(self) -> EndState:
+        """Return what it is as one end of a migration."""
+        if self.incoming:
+            return EndState.INCOMING
+        if not self.is_active():
+            return EndState.DOWN
+        if self.travel is not None and not self.arrived:
+            return EndState.MOVING
+        if self.power is ObservedPower.RUNNING:
+            return EndState.RUNNING
+        return EndState.AWAY if self.held_for is HeldFor.SWITCH else EndState.HELD
+
     def start(self) -> None:
         self._boot()
         self._set_power(ObservedPower.RUNNING)
@@ -78,8 +118,12 @@ class SimulatedDomain:
         """End the guest; ``power`` says how. Untold, as when the node itself ends."""
         self._halt()
         self.power = power
+        self.held_for = HeldFor.NOTHING
+        self.returned = False
         if tell:
             self._changed(self.name)
+        if self.travel is not None:
+            self.travel.guest_ended()
 
     def pause(self) -> None:
         if self.power is ObservedPower.RUNNING:
@@ -89,7 +133,50 @@ class SimulatedDomain:
     def resume(self) -> None:
         if self.power is ObservedPower.PAUSED:
             self._go_on()
+            self.held_for = HeldFor.NOTHING
+            self.returned = False
             self._set_power(ObservedPower.RUNNING)
+
+    def hold(self) -> None:
+        """Be paused by an agent that does not know whether it runs elsewhere."""
+        self._halt()
+        self.held_for = HeldFor.REFLEX
+        self.returned = False
+        self._set_power(ObservedPower.PAUSED)
+
+    def go_away(self) -> None:
+        """Be paused to go on on another node."""
+        self.was_paused = self.power is ObservedPower.PAUSED
+        self._halt()
+        self.held_for = HeldFor.SWITCH
+        self._set_power(ObservedPower.PAUSED)
+
+    def come_back(self, *, returned: bool = True) -> None:
+        """Go on here after all; ``returned``: it had been paused to go on elsewhere."""
+        if self.held_for is not HeldFor.SWITCH:
+            return
+        self.held_for = HeldFor.NOTHING
+        self.returned = returned
+        if self.was_paused:
+            self._changed(self.name)
+            return
+        self._go_on()
+        self._set_power(ObservedPower.RUNNING)
+
+    def arrive(self, origin: SimulatedDomain, *, paused: bool) -> None:
+        """Go on with the guest of ``origin``, which stands still."""
+        self._guest_s = origin._guest_s
+        self._booted = origin._booted
+        self._counted = origin._counted
+        self._due = list(origin._due)
+        self.incoming = False
+        self.arrived = True
+        if paused:
+            self.held_for = HeldFor.NOTHING if origin.was_paused else HeldFor.ARRIVAL
+            self._set_power(ObservedPower.PAUSED)
+            return
+        self._go_on()
+        self._set_power(ObservedPower.RUNNING)
 
     def reset(self) -> None:
         running = self.power is ObservedPower.RUNNING

@@ -113,6 +113,7 @@ def _settings(config: ControlPlaneConfig) -> ReplicaSettings:
         election=config.election,
         sessions=config.sessions,
         scheduler=config.scheduler,
+        migrations=config.migrations,
     )
 
 

@@ -12,6 +12,7 @@ import random
 
 from msgspec import Struct
 
+from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import Election, ElectionSettings
 from controlplane.leader import Founding, Leader, LeaderParts
 from controlplane.reconcilers import loop
@@ -60,6 +61,7 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     election: ElectionSettings = ElectionSettings()
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    migrations: MigrationLimits = MigrationLimits()
 
 
 class Ports(Struct, frozen=True):
@@ -109,6 +111,8 @@ class ControlPlane:
                 hub_settings=settings.sessions,
                 scheduler=settings.scheduler,
                 metrics=ports.metrics,
+                limits=settings.migrations,
+                progress=lambda told: None,
             )
         )
 

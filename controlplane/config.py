@@ -6,6 +6,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import ElectionSettings
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
@@ -55,3 +56,4 @@ class ControlPlaneConfig(Struct, frozen=True, kw_only=True, forbid_unknown_field
     election: ElectionSettings = ElectionSettings()
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    migrations: MigrationLimits = MigrationLimits()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command
+from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import Reign
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
@@ -23,6 +25,9 @@ from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
 from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
+from controlplane.sagas.context import SagaParts
+from controlplane.sagas.engine import SagaEngine
+from controlplane.sagas.workflows import SAGAS
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Result
 from controlplane.sessions.hub import Hub, HubSettings
@@ -36,7 +41,7 @@ from shared.clock import Clock
 from shared.errors import LeadershipLost, NoLeader, NovacronError
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster, Term
-from shared.protocol import Query
+from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,8 @@ class LeaderParts(Struct, frozen=True):
     hub_settings: HubSettings
     scheduler: SchedulerSettings
     metrics: Metrics
+    limits: MigrationLimits
+    progress: Callable[[MigrationProgress], None]
 
 
 class Leader:
@@ -103,8 +110,18 @@ class Leader:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(applier.run())
                 cluster = await self._found(applier)
-                hub = Hub(applier, parts.state, cluster.id, parts.hub_settings, parts.ids)
+                hub = Hub(
+                    applier,
+                    parts.state,
+                    cluster.id,
+                    parts.hub_settings,
+                    parts.ids,
+                    parts.progress,
+                )
                 capacity = KeptSnapshot(parts.state, hub, parts.scheduler)
+                sagas = self._sagas(applier, hub, capacity)
+                hub.on_migration_report(sagas.wake)
+                tasks.create_task(sagas.run())
                 for reconciler in self._reconcilers(applier, hub, capacity):
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
                 self._applier, self.hub = applier, hub
@@ -142,6 +159,18 @@ class Leader:
             MakeCluster(cluster=founding.cluster, admin_key=founding.admin_key, by=by)
         )
         return self._parts.state.cluster() or founding.cluster
+
+    def _sagas(self, applier: Applier, hub: Hub, capacity: KeptSnapshot) -> SagaEngine:
+        parts = self._parts
+        saga_parts = SagaParts(
+            state=parts.state,
+            nodes=hub,
+            capacity=capacity,
+            submit=applier.submit,
+            clock=parts.clock,
+            limits=parts.limits,
+        )
+        return SagaEngine(saga_parts, SAGAS)
 
     def _reconcilers(
         self, applier: Applier, hub: Hub, capacity: KeptSnapshot

@@ -22,6 +22,7 @@ from shared.model import (
     Power,
     Record,
     Vm,
+    nodes_of,
 )
 
 R = TypeVar("R", bound=Record)
@@ -90,6 +91,8 @@ class ClusterState:
         self._to_start: set[str] = set()
         self._open_attempts: dict[tuple[str, str], set[str]] = {}
         self._operations_on: dict[str, set[str]] = {}
+        self._sagas: set[str] = set()
+        self._claimed: set[str] = set()
 
     def vm_id_by_name(self, tenant: str, name: str) -> str | None:
         return self._vm_names.get((tenant, name))
@@ -98,7 +101,16 @@ class ClusterState:
         return self._node_names.get(name)
 
     def vm_ids_on(self, node_id: str) -> Iterable[str]:
+        """Return the VMs of which a node holds, or may hold, something."""
         return self._vms_on.get(node_id, ())
+
+    def claimed_vm_ids(self) -> Iterable[str]:
+        """Return the VMs with an open migration, in no order."""
+        return self._claimed
+
+    def saga_ids(self) -> list[str]:
+        """Return the open operations that are sagas, oldest first."""
+        return sorted(self._sagas)
 
     def vm_ids_to_place(self) -> list[str]:
         """Return the VMs that should run and have no node, oldest first."""
@@ -188,6 +200,8 @@ class ClusterState:
             self._node_names[record.name] = record.id
         elif isinstance(record, Operation):
             self._operations_on.setdefault(record.target, set()).add(record.id)
+            if record.saga is not None:
+                self._sagas.add(record.id)
 
     def _index_vm(self, vm: Vm) -> None:
         attempt = vm.status.attempt
@@ -195,9 +209,12 @@ class ClusterState:
         if attempt is not None and not over:
             key = (attempt.node, attempt.boot_id)
             self._open_attempts.setdefault(key, set()).add(vm.id)
-        if vm.status.node is not None:
-            self._vms_on.setdefault(vm.status.node, set()).add(vm.id)
-        if vm.spec.power is Power.STOPPED or vm.deleting or not over:
+        for node_id in nodes_of(vm):
+            self._vms_on.setdefault(node_id, set()).add(vm.id)
+        if vm.status.migration is not None:
+            self._claimed.add(vm.id)
+        held = vm.status.migration is not None or bool(vm.status.leftovers)
+        if vm.spec.power is Power.STOPPED or vm.deleting or not over or held:
             return
         (self._unbound if vm.status.node is None else self._to_start).add(vm.id)
 
@@ -205,8 +222,9 @@ class ClusterState:
         if isinstance(record, Vm):
             self._unbound.discard(record.id)
             self._to_start.discard(record.id)
-            if record.status.node is not None:
-                _discard(self._vms_on, record.status.node, record.id)
+            self._claimed.discard(record.id)
+            for node_id in nodes_of(record):
+                _discard(self._vms_on, node_id, record.id)
             if record.status.attempt is not None:
                 attempt = record.status.attempt
                 _discard(self._open_attempts, (attempt.node, attempt.boot_id), record.id)
@@ -217,6 +235,7 @@ class ClusterState:
                 del self._node_names[record.name]
         elif isinstance(record, Operation):
             _discard(self._operations_on, record.target, record.id)
+            self._sagas.discard(record.id)
 
 
 def _discard(index: dict[K, set[str]], key: K, member: str) -> None:

@@ -8,15 +8,23 @@ state are stated here and end up in the API's schema; rules across fields are in
 
 from __future__ import annotations
 
-import enum
 from datetime import datetime
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
 from shared.errors import FieldError
+from shared.moves import (
+    DrainJournal,
+    Leftover,
+    MigrationClaim,
+    MigrationJournal,
+    MigrationStage,
+)
+from shared.open_enum import OpenEnum
 
-SCHEMA_LEVEL = 1
+# Level 2 (0.2.0): sagas, migration claims, leftovers. Older readers would drop them unseen.
+SCHEMA_LEVEL = 2
 DEFAULT_TENANT = "default"
 
 Name = Annotated[
@@ -31,15 +39,6 @@ Name = Annotated[
 ]
 LabelValue = Annotated[str, Meta(max_length=63, pattern=r"^[A-Za-z0-9._-]*$")]
 Labels = Annotated[dict[Name, LabelValue], Meta(max_length=32)]
-
-
-class OpenEnum(enum.StrEnum):
-    """An enum whose decoder survives a newer writer: an unknown value becomes UNKNOWN."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> OpenEnum | None:
-        unknown: OpenEnum | None = cls.__members__.get("UNKNOWN")
-        return unknown
 
 
 class Power(OpenEnum):
@@ -110,9 +109,14 @@ class OperationState(OpenEnum):
 
 
 class StepState(OpenEnum):
+    """``running`` is written before a step's first side effect, ``undoing`` before its undo's."""
+
     PENDING = "pending"
+    RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+    UNDOING = "undoing"
+    UNDONE = "undone"
     UNKNOWN = "unknown"
 
 
@@ -194,7 +198,16 @@ class HaSpec(Struct, frozen=True, kw_only=True):
 
 
 class MigrationSpec(Struct, frozen=True, kw_only=True):
+    """How the VM may be moved.
+
+    ``strict``: its guest is resumed on the new node only once the old one is proven stopped, which
+    costs more than a second of downtime. ``max_downtime_ms``: QEMU switches over only when it
+    expects to need no longer.
+    """
+
     policy: MigrationPolicy = MigrationPolicy.NEVER_DISRUPT
+    strict: bool = False
+    max_downtime_ms: Annotated[int, Meta(ge=50, le=10_000)] = 300
 
 
 class VmSpec(Struct, frozen=True, kw_only=True):
@@ -274,6 +287,8 @@ class VmStatus(Struct, frozen=True, kw_only=True):
     crashes: int = 0
     not_before: datetime | None = None
     fault: Problem | None = None
+    migration: MigrationClaim | None = None
+    leftovers: tuple[Leftover, ...] = ()
 
 
 class Vm(Record, frozen=True, kw_only=True):
@@ -310,9 +325,12 @@ class NumaCell(Struct, frozen=True, kw_only=True):
 
 
 class PoolFacts(Struct, frozen=True, kw_only=True):
+    """``shared``: the other nodes' pools of this name hold the same files."""
+
     name: str
     capacity_gib: float
     free_gib: float
+    shared: bool = False
 
 
 class VersionFacts(Struct, frozen=True, kw_only=True):
@@ -320,6 +338,17 @@ class VersionFacts(Struct, frozen=True, kw_only=True):
     libvirt: str
     qemu: str
     kernel: str
+
+
+class MigrationFacts(Struct, frozen=True, kw_only=True):
+    """How guests reach a node: ``address`` for their memory, ``relay`` for libvirt's messages.
+
+    ``tls``: its QEMU has the certificates that encrypt what is moved.
+    """
+
+    address: str
+    relay: str
+    tls: bool
 
 
 class Inventory(Struct, frozen=True, kw_only=True):
@@ -338,6 +367,7 @@ class Inventory(Struct, frozen=True, kw_only=True):
     machine_types: tuple[str, ...] = ()
     virtualization: str = "qemu"
     versions: VersionFacts
+    migration: MigrationFacts | None = None
 
 
 class Node(Record, frozen=True, kw_only=True):
@@ -356,16 +386,21 @@ class Node(Record, frozen=True, kw_only=True):
 
 
 class OperationStep(Struct, frozen=True, kw_only=True):
+    """``no_return``: once it is done the operation only goes forward, and cannot be cancelled."""
+
     name: str
     state: StepState = StepState.PENDING
     at: datetime | None = None
+    no_return: bool = False
 
 
 class Operation(Record, frozen=True, kw_only=True):
     """What was accepted, and how it goes: the journal, and what a client sees.
 
     What must be seen before it is done is tied to it by ``request_number`` (the one-shot request
-    it made) and ``generation_floor`` (only attempts above that one count).
+    it made) and ``generation_floor`` (only attempts above that one count). ``saga`` is there for
+    work of named steps with undo; ``undoing`` says in which direction that goes. ``parent`` is the
+    operation that asked for this one.
     """
 
     kind: str
@@ -381,6 +416,9 @@ class Operation(Record, frozen=True, kw_only=True):
     deadline_at: datetime
     request_number: int = 0
     generation_floor: int = 0
+    saga: MigrationJournal | DrainJournal | None = None
+    undoing: bool = False
+    parent: str | None = None
 
 
 class Event(Struct, frozen=True, kw_only=True, tag="event"):
@@ -498,3 +536,22 @@ def attempt_generation(vm: Vm) -> int:
 
 def condition(vm: Vm, kind: str) -> Condition | None:
     return next((c for c in vm.status.conditions if c.type == kind), None)
+
+
+def is_moving(vm: Vm) -> bool:
+    """Return whether two nodes may own the VM: from its claim's first stage until the switch."""
+    claim = vm.status.migration
+    return claim is not None and claim.stage not in (
+        MigrationStage.REQUESTED,
+        MigrationStage.FINALIZE,
+    )
+
+
+def nodes_of(vm: Vm) -> tuple[str, ...]:
+    """Return the nodes that hold, or may hold, something of a VM."""
+    status = vm.status
+    claim = status.migration
+    nodes = [status.node, *(leftover.node for leftover in status.leftovers)]
+    if claim is not None and claim.stage is not MigrationStage.REQUESTED:
+        nodes += [claim.source, claim.destination]
+    return tuple(dict.fromkeys(node for node in nodes if node is not None))

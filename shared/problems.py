@@ -5,13 +5,20 @@ Every code that a client may meet, in an answer or in a record, is listed in ``d
 
 from __future__ import annotations
 
-from shared.errors import FieldErrors, NovacronError
+from shared.errors import FieldError, FieldErrors, NovacronError
 from shared.model import Problem
 
 TYPE_PREFIX = "urn:novacron:problem:"
 
 
-def problem(code: str, detail: str, *, status: int = 409, retryable: bool = False) -> Problem:
+def problem(
+    code: str,
+    detail: str,
+    errors: tuple[FieldError, ...] = (),
+    *,
+    status: int = 409,
+    retryable: bool = False,
+) -> Problem:
     """Return a problem with a title made of its code."""
     return Problem(
         type=TYPE_PREFIX + code,
@@ -20,6 +27,7 @@ def problem(code: str, detail: str, *, status: int = 409, retryable: bool = Fals
         code=code,
         detail=detail,
         retryable=retryable,
+        errors=errors,
     )
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from shared.errors import FieldError
 from shared.model import (
     GuestRequest,
     Inventory,
     ObservedPower,
-    OpenEnum,
     Problem,
     Sample,
     Term,
     VmSpec,
 )
+from shared.moves import EndState, MigrationFigures, MigrationStage
+from shared.open_enum import OpenEnum
 
 PROTOCOL_LEVEL = 1
 
@@ -36,12 +38,80 @@ class Intent(OpenEnum):
     PAUSE = "pause"
     STOP = "stop"
     REMOVE = "remove"
+    RECEIVE = "receive"  # not ours yet: do what the migration's order says, and nothing else
+    LEAVE = "leave"  # not ours any more: leave nothing of the named generation
     UNKNOWN = "unknown"
 
 
 class QueryKind(OpenEnum):
     CONSOLE_LOG = "console_log"
+    MIGRATION_SOURCE = "migration_source"
+    MIGRATION_DESTINATION = "migration_destination"
     UNKNOWN = "unknown"
+
+
+class MigrationRole(OpenEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+    UNKNOWN = "unknown"
+
+
+class DestinationLayout(Struct, frozen=True, kw_only=True):
+    """Where the destination keeps what the domain's XML names; ``disk_paths`` go with the spec."""
+
+    kernel_path: str
+    initrd_path: str | None
+    disk_paths: tuple[str, ...]
+    bridges: tuple[str, ...]
+    console_log_path: str
+
+
+class MigrationTarget(Struct, frozen=True, kw_only=True):
+    """What a destination has made ready; the token opens its relay once, and is stored nowhere."""
+
+    node_name: str
+    address: str
+    relay: str
+    token: str
+    tls: bool
+    layout: DestinationLayout
+
+
+class MigrationOrder(Struct, frozen=True, kw_only=True):
+    """What a node is to do in the open migration of a VM; each stage is told until answered.
+
+    ``generation`` is the claim's, the destination's in its boot ``boot_id``. ``peer`` is the other
+    node's name. ``target`` comes to the source once the destination is ready.
+    """
+
+    operation: str
+    role: MigrationRole
+    stage: MigrationStage
+    generation: int
+    source_generation: int
+    boot_id: str
+    peer: str
+    copied: tuple[str, ...] = ()
+    timeout_s: float = 300.0
+    target: MigrationTarget | None = None
+
+
+class MigrationReport(Struct, frozen=True, kw_only=True):
+    """How far a node has come with an order's stage, and what its end of the migration is.
+
+    ``over``: a source that will not (again) begin, and whose job has ended. ``settled``: what the
+    stage asked for is done. ``fault`` is why it cannot be.
+    """
+
+    generation: int
+    role: MigrationRole
+    stage: MigrationStage
+    end: EndState
+    over: bool = False
+    settled: bool = False
+    target: MigrationTarget | None = None
+    fault: Problem | None = None
+    figures: MigrationFigures | None = None
 
 
 class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
@@ -63,6 +133,7 @@ class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
     answered_request: int = 0
     removed: bool = False
     fault: Problem | None = None
+    migration: MigrationReport | None = None
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
@@ -102,7 +173,19 @@ class Answer(Struct, frozen=True, kw_only=True, tag="answer"):
     problem: Problem | None = None
 
 
-AgentMessage = Hello | TermAccepted | VmReport | InventoryReport | Heartbeat | Answer
+class MigrationProgress(Struct, frozen=True, kw_only=True, tag="migration_progress"):
+    """How far a migration's data has come; told while it runs, and kept nowhere."""
+
+    operation: str
+    percent: float
+    eta_s: float | None = None
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+AgentMessage = (
+    Hello | TermAccepted | VmReport | InventoryReport | Heartbeat | Answer | MigrationProgress
+)
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
@@ -145,6 +228,30 @@ class Desired(Struct, frozen=True, kw_only=True, tag="desired"):
     domain_uuid: str
     spec: VmSpec
     request: GuestRequest | None = None
+    migration: MigrationOrder | None = None
+
+
+class SourceCheck(Struct, frozen=True, kw_only=True):
+    """A source's answer before a migration: what stands against it, and what its guest needs."""
+
+    blockers: tuple[FieldError, ...] = ()
+    machine: str = ""
+    cpu_xml: str = ""
+
+
+class DestinationQuestion(Struct, frozen=True, kw_only=True):
+    """What a destination is asked before a migration."""
+
+    vm_id: str
+    domain_uuid: str
+    spec: VmSpec
+    copied: tuple[str, ...]
+    machine: str
+    cpu_xml: str
+
+
+class DestinationCheck(Struct, frozen=True, kw_only=True):
+    blockers: tuple[FieldError, ...] = ()
 
 
 class InSync(Struct, frozen=True, kw_only=True, tag="in_sync"):
@@ -163,6 +270,7 @@ class Query(Struct, frozen=True, kw_only=True, tag="query"):
     domain_name: str
     offset: int = 0
     limit_bytes: int = 65536
+    payload: bytes = b""
 
 
 class HeartbeatSeen(Struct, frozen=True, kw_only=True, tag="heartbeat_seen"):

@@ -10,7 +10,15 @@ import enum
 from typing import TypeVar
 
 from shared.errors import IllegalTransition, StateConflict
-from shared.model import AttemptState, ObservedPower, OperationState, Power, Vm, VmPhase
+from shared.model import (
+    AttemptState,
+    ObservedPower,
+    OperationState,
+    Power,
+    StepState,
+    Vm,
+    VmPhase,
+)
 
 
 class OperationEvent(enum.Enum):
@@ -20,6 +28,17 @@ class OperationEvent(enum.Enum):
     FAILED = "failed"
     CANCEL_ASKED = "cancel asked"
     CANCELLED = "cancelled"
+
+
+class StepEvent(enum.Enum):
+    """What happens to a saga's step; TURNED: its undo found that it is done for good."""
+
+    BEGUN = "begun"
+    DONE = "done"
+    FAILED = "failed"
+    UNDO_BEGUN = "undo begun"
+    UNDONE = "undone"
+    TURNED = "turned"
 
 
 class AttemptEvent(enum.Enum):
@@ -61,6 +80,19 @@ OPERATION_TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationStat
     (_O.CANCELLING, _OE.CANCELLED): _O.CANCELLED,
 }
 OPERATION_ENDS = frozenset({_O.SUCCEEDED, _O.FAILED, _O.CANCELLED})
+
+_S, _SE = StepState, StepEvent
+STEP_TRANSITIONS: dict[tuple[StepState, StepEvent], StepState] = {
+    (_S.PENDING, _SE.BEGUN): _S.RUNNING,
+    (_S.RUNNING, _SE.DONE): _S.DONE,
+    (_S.RUNNING, _SE.FAILED): _S.FAILED,
+    # What ran or failed half-way may have had effects, too.
+    (_S.RUNNING, _SE.UNDO_BEGUN): _S.UNDOING,
+    (_S.FAILED, _SE.UNDO_BEGUN): _S.UNDOING,
+    (_S.DONE, _SE.UNDO_BEGUN): _S.UNDOING,
+    (_S.UNDOING, _SE.UNDONE): _S.UNDONE,
+    (_S.UNDOING, _SE.TURNED): _S.DONE,
+}
 
 # An attempt that ended may be seen running after all: a start that libvirt reported as failed, or
 # answered too late. The truth is taken, as long as no newer generation was given out.
@@ -106,7 +138,13 @@ def advance(table: dict[tuple[State, Event], State], state: State, event: Event)
 
 
 def check_action(action: VmAction, vm: Vm) -> None:
-    """Raise StateConflict unless the action fits the VM's phase."""
+    """Raise StateConflict unless the action fits the VM's phase, and the VM is not on the move."""
+    if vm.status.migration is not None:
+        operation = vm.status.migration.operation
+        raise StateConflict(
+            f"cannot {action} {vm.name!r} while {operation} migrates it: wait for that, or cancel "
+            f"it (novacron op cancel {operation})"
+        )
     phase = vm_phase(vm)
     if phase not in ACTION_PHASES[action]:
         fits = " or ".join(sorted(p.value for p in ACTION_PHASES[action]))

@@ -47,6 +47,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "controlplane/services": (
         "controlplane.commands",
+        "controlplane.sagas",
         "controlplane.scheduler",
         "controlplane.state",
         # The port and its projection; who writes is handed in as ``submit``.

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
-from controlplane.commands.operations import put_vm, vm_removed
+from controlplane.commands.operations import put_vm, vm_gone_from_node
 from shared.errors import StateConflict
 from shared.model import (
     Attempt,
@@ -27,6 +27,7 @@ from shared.model import (
     VmStatus,
     attempt_generation,
     condition,
+    is_moving,
 )
 from shared.protocol import VmReport
 from shared.states import (
@@ -58,6 +59,8 @@ class BindVm(Struct, frozen=True, kw_only=True):
         vm = draft.vm(self.vm_id)
         if vm.status.node is not None or vm.deleting or vm.spec.power is Power.STOPPED:
             raise StateConflict(f"{vm.name!r} is no longer waiting for a node")
+        if vm.status.leftovers:
+            raise StateConflict(f"{vm.name!r} may still run on another node")
         self.check(draft, vm, self.node_id)
         node = draft.node(self.node_id)
         draft.event(
@@ -83,6 +86,8 @@ class PermitStart(Struct, frozen=True, kw_only=True):
         attempt = vm.status.attempt
         if vm.status.node is None or vm.deleting or vm.spec.power is Power.STOPPED:
             raise StateConflict(f"{vm.name!r} is not waiting for a start")
+        if vm.status.migration is not None or vm.status.leftovers:
+            raise StateConflict(f"{vm.name!r} may still run on another node")
         if attempt is not None and attempt.state is not AttemptState.ENDED:
             raise StateConflict(f"generation {attempt.generation} of {vm.name!r} is not over")
         self.check(draft, vm, vm.status.node)
@@ -114,11 +119,12 @@ class ObserveVm(Struct, frozen=True, kw_only=True):
 
     def decide(self, draft: Draft) -> None:
         vm = draft.find(Vm, self.report.vm_id)
-        if vm is None or vm.status.node != self.node_id:
+        # While two nodes may own it, neither end alone says what has become of it: its saga asks
+        # both.
+        if vm is None or vm.status.node != self.node_id or is_moving(vm):
             return
         if vm.deleting and self.report.removed and _answers(self.report, vm):
-            draft.event("vm.deleted", vm.id, self.by, tenant=vm.tenant, name=vm.name)
-            vm_removed(draft, vm)
+            vm_gone_from_node(draft, vm, self.by)
             return
         observed = _observe(draft, vm, self.report, self.by)
         # A report that says nothing new but its revision is not worth a write.
@@ -162,6 +168,8 @@ class EndAttempt(Struct, frozen=True, kw_only=True):
         attempt = vm.status.attempt
         if attempt is None or attempt.state is AttemptState.ENDED:
             return
+        if is_moving(vm):
+            raise StateConflict(f"{vm.name!r} may have moved before its node booted anew")
         node = draft.node(attempt.node)
         if node.boot_id == attempt.boot_id:
             raise StateConflict(f"{node.name!r} has not booted since {vm.name!r} was permitted")

@@ -28,7 +28,9 @@ from shared.model import (
     Operation,
     Record,
     Vm,
+    nodes_of,
 )
+from shared.moves import MigrationClaim
 
 R = TypeVar("R", bound=Record)
 Result_co = TypeVar("Result_co", covariant=True)
@@ -109,13 +111,23 @@ class Draft:
         return None if node_id is None else self.find(Node, node_id)
 
     def vms_on(self, node_id: str) -> Iterator[Vm]:
-        """Yield the VMs bound to a node, as this draft leaves them."""
+        """Yield the VMs of which a node holds, or may hold, something, as the draft leaves it."""
         for vm in self._changed(Vm):
-            if vm.status.node == node_id:
+            if node_id in nodes_of(vm):
                 yield vm
         for vm_id in self._state.vm_ids_on(node_id):
             if (Vm, vm_id) not in self._changes:
                 yield self._state.vms[vm_id].record
+
+    def claims(self) -> Iterator[MigrationClaim]:
+        """Yield the open migrations, as this draft leaves them."""
+        for vm in self._changed(Vm):
+            if vm.status.migration is not None:
+                yield vm.status.migration
+        for vm_id in self._state.claimed_vm_ids():
+            claim = self._state.vms[vm_id].record.status.migration
+            if (Vm, vm_id) not in self._changes and claim is not None:
+                yield claim
 
     def operations_on(self, target: str) -> list[Operation]:
         """Return the open operations on an object, oldest first."""

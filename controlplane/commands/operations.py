@@ -124,7 +124,8 @@ def put_vm(draft: Draft, vm: Vm) -> None:
     """Write a VM and settle its open operations: the only way a VM's record is changed."""
     draft.put(replace(vm, updated_at=draft.now))
     for operation in draft.operations_on(vm.id):
-        settle(draft, operation, vm)
+        if operation.saga is None:
+            settle(draft, operation, vm)
 
 
 def settle(draft: Draft, operation: Operation, vm: Vm) -> None:
@@ -152,7 +153,16 @@ def end_operation(
     )
 
 
-def vm_removed(draft: Draft, vm: Vm) -> None:
+def vm_gone_from_node(draft: Draft, vm: Vm, by: Author) -> None:
+    """Unbind a VM that is being deleted; it is gone once no other node has something left of it."""
+    if vm.status.leftovers:
+        put_vm(draft, replace(vm, status=replace(vm.status, node=None, attempt=None)))
+        return
+    draft.event("vm.deleted", vm.id, by, tenant=vm.tenant, name=vm.name)
+    _vm_removed(draft, vm)
+
+
+def _vm_removed(draft: Draft, vm: Vm) -> None:
     """Delete a VM's record and end what was open on it."""
     draft.delete(Vm, vm.id)
     for operation in draft.operations_on(vm.id):
@@ -226,7 +236,7 @@ def _superseded(what: str) -> Problem:
 
 
 class ExpireOperation(Struct, frozen=True, kw_only=True):
-    """Fails an operation whose deadline has passed.
+    """Fails an operation whose deadline has passed; a saga is given up elsewhere: it is undone.
 
     A VM that fitted nowhere in all that time is no longer wanted running: it would surprise its
     user to see it start days later. Does nothing when the operation has ended meanwhile.
@@ -237,7 +247,7 @@ class ExpireOperation(Struct, frozen=True, kw_only=True):
 
     def decide(self, draft: Draft) -> None:
         operation = draft.find(Operation, self.operation_id)
-        if operation is None:
+        if operation is None or operation.saga is not None:
             return
         if operation.deadline_at > draft.now:
             raise StateConflict(f"{operation.id} has time until {operation.deadline_at}")

@@ -17,7 +17,7 @@ from controlplane.commands.operations import (
     open_operation_id,
     put_vm,
     record_done,
-    vm_removed,
+    vm_gone_from_node,
 )
 from shared.errors import NameTaken, StateConflict
 from shared.ids import domain_uuid
@@ -140,9 +140,9 @@ class DeleteVm(Struct, frozen=True, kw_only=True, tag="delete_vm"):
         operation_id = open_operation(draft, DELETE, vm, self.by)
         draft.audit("vm.delete", vm.id, self.by, vm.tenant)
         draft.event("vm.delete_requested", vm.id, self.by, tenant=vm.tenant)
+        deleting = replace(vm, deleting=True)
         if vm.status.node is None:
-            draft.event("vm.deleted", vm.id, self.by, tenant=vm.tenant, name=vm.name)
-            vm_removed(draft, vm)
+            vm_gone_from_node(draft, deleting, self.by)
         else:
-            put_vm(draft, replace(vm, deleting=True))
+            put_vm(draft, deleting)
         return operation_id

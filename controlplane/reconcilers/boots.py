@@ -6,6 +6,7 @@ from controlplane.commands.attempts import EndAttempt
 from controlplane.commands.draft import Author
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
+from shared.model import is_moving
 
 
 class EndLostAttempts:
@@ -22,4 +23,7 @@ class EndLostAttempts:
             if node is None or node.record.boot_id == boot_id:
                 continue
             for vm_id in vm_ids:
+                stored = self._state.vms.get(vm_id)
+                if stored is None or is_moving(stored.record):
+                    continue  # whether it has moved before that, its migration finds out
                 await self._applier.submit(EndAttempt(vm_id=vm_id, by=Author("leader")))

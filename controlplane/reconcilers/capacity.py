@@ -8,13 +8,14 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Draft
+from controlplane.scheduler.moves import move_request
 from controlplane.scheduler.place import explain
 from controlplane.scheduler.request import SchedulerSettings, request_of
 from controlplane.scheduler.snapshot import Snapshot, build_snapshot
 from controlplane.sessions.hub import Hub
 from controlplane.state import ClusterState
 from shared.errors import StateConflict
-from shared.model import Node, NodeState, Record, Vm
+from shared.model import Node, NodeState, Record, Vm, nodes_of
 
 
 class KeptSnapshot:
@@ -51,6 +52,16 @@ class KeptSnapshot:
             reasons = "; ".join(reason.message for reason in candidate.reasons)
             raise StateConflict(f"{node.name!r} cannot take {vm.name!r}: {reasons}")
 
+    def check_move(self, draft: Draft, vm: Vm, node_id: str) -> None:
+        """Raise StateConflict unless the node can take a VM that moves to it live."""
+        assert vm.status.node is not None, "what moves is bound"
+        source, node = draft.node(vm.status.node), self._as_trusted(draft.node(node_id))
+        snapshot = build_snapshot([node], draft.vms_on(node_id), self._settings).without(vm)
+        candidate = explain(snapshot, move_request(vm, source), node_id)
+        if not candidate.fits:
+            reasons = "; ".join(reason.message for reason in candidate.reasons)
+            raise StateConflict(f"{node.name!r} cannot take {vm.name!r}: {reasons}")
+
     def _as_trusted(self, node: Node) -> Node:
         """A node that has not accepted this term takes nothing new, whatever its record says."""
         return node if self._hub.trusts(node.id) else replace(node, state=NodeState.SILENT)
@@ -60,7 +71,6 @@ class KeptSnapshot:
             if isinstance(record, Node):
                 self._dirty.add(record.id)
             elif isinstance(record, Vm):
-                if record.status.node is not None:
-                    self._dirty.add(record.status.node)
+                self._dirty.update(nodes_of(record))
                 if record.status.attempt is not None:
                     self._dirty.add(record.status.attempt.node)

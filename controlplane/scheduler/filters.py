@@ -36,6 +36,12 @@ class ReasonCode(enum.StrEnum):
     INSUFFICIENT_DISK = "insufficient_disk"
     AFFINITY = "affinity"
     ANTI_AFFINITY = "anti_affinity"
+    RUNS_HERE = "runs_here"
+    CANNOT_MIGRATE = "cannot_migrate"
+    LEFT_BEHIND = "left_behind"
+    OTHER_VIRTUALIZATION = "other_virtualization"
+    OLDER_QEMU = "older_qemu"
+    POOL_NOT_SHARED = "pool_not_shared"
 
 
 class Reason(Struct, frozen=True, omit_defaults=True):
@@ -221,6 +227,69 @@ def anti_affinity(request: PlacementRequest, node: NodeView, context: Context) -
     return None
 
 
+def runs_here(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    if request.move is None or request.move.source != node.id:
+        return None
+    return Reason(ReasonCode.RUNS_HERE, "the VM runs on this node")
+
+
+def can_migrate(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    """Both ends need an agent that relays, and agree about encryption."""
+    move = request.move
+    if move is None or not node.known or move.source == node.id:
+        return None
+    if not move.able:
+        return Reason(ReasonCode.CANNOT_MIGRATE, "the VM's own node cannot migrate: old agent")
+    if node.migration is None:
+        return Reason(ReasonCode.CANNOT_MIGRATE, "the node cannot migrate: old agent")
+    if node.migration.tls is not move.tls:
+        which = "this node's" if move.tls else "the VM's own node's"
+        return Reason(ReasonCode.CANNOT_MIGRATE, f"{which} QEMU has no certificates for TLS")
+    return None
+
+
+def left_behind(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    if request.move is None or node.id not in request.move.left_behind:
+        return None
+    return Reason(ReasonCode.LEFT_BEHIND, "the node still holds something of the VM, to be swept")
+
+
+def virtualization(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    move = request.move
+    if move is None or not node.known or node.virtualization == move.virtualization:
+        return None
+    return Reason(
+        ReasonCode.OTHER_VIRTUALIZATION,
+        f"the VM runs under {move.virtualization}, the node has {node.virtualization}",
+    )
+
+
+def qemu_version(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    """QEMU reads the state of older releases, not of newer ones."""
+    move = request.move
+    if move is None or not node.known or _version(node.qemu) >= _version(move.qemu):
+        return None
+    return Reason(
+        ReasonCode.OLDER_QEMU, f"the VM runs in QEMU {move.qemu}, the node has {node.qemu}"
+    )
+
+
+def shared_pools(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
+    if request.move is None or not node.known:
+        return None
+    missing = [name for name in request.move.shared_pools if name not in node.shared_pools]
+    if not missing:
+        return None
+    return Reason(
+        ReasonCode.POOL_NOT_SHARED, f"the node does not share {_listed('storage pool', missing)}"
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return a version's numbers; what is no number counts as nothing."""
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
+
+
 def _repelled(group: str, members: int) -> Reason:
     vms = "a VM" if members == 1 else f"{members} VMs"
     return Reason(
@@ -236,9 +305,14 @@ def _always(request: PlacementRequest) -> bool:
     return True
 
 
+def _moves(request: PlacementRequest) -> bool:
+    return request.move is not None
+
+
 # Cheap ones that refuse often come first. Reading on costs nothing but time: a plan asks them all.
 FILTERS: tuple[Filter, ...] = (
     Filter(bound_elsewhere, lambda request: request.bound_to is not None),
+    Filter(runs_here, _moves),
     Filter(node_state, _always),
     Filter(cordoned, _always),
     Filter(inventory, _always),
@@ -250,6 +324,11 @@ FILTERS: tuple[Filter, ...] = (
     Filter(artefacts, lambda request: bool(request.artefacts)),
     Filter(pools, lambda request: bool(request.disks_gib)),
     Filter(disk_space, lambda request: bool(request.disks_gib)),
+    Filter(can_migrate, _moves),
+    Filter(left_behind, _moves),
+    Filter(virtualization, _moves),
+    Filter(qemu_version, _moves),
+    Filter(shared_pools, _moves),
     Filter(affinity, lambda request: bool(request.affinity)),
     Filter(anti_affinity, lambda request: bool(request.affinity or request.anti_affinity)),
 )

@@ -35,6 +35,21 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True):
     memory_reserve_mib: int = 512
 
 
+class Move(Struct, frozen=True, kw_only=True):
+    """Where a VM that moves live comes from, and what that asks of its new node.
+
+    ``able``: the source can take part. ``left_behind`` are nodes that still hold something of it.
+    """
+
+    source: str
+    virtualization: str
+    qemu: str
+    tls: bool
+    able: bool
+    shared_pools: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+
+
 class PlacementRequest(Struct, frozen=True, kw_only=True):
     """One VM to place.
 
@@ -53,6 +68,7 @@ class PlacementRequest(Struct, frozen=True, kw_only=True):
     affinity: tuple[GroupRule, ...] = ()
     anti_affinity: tuple[GroupRule, ...] = ()
     bound_to: str | None = None
+    move: Move | None = None
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -119,9 +135,11 @@ def memberships_of(vm: Vm) -> dict[GroupKey, bool]:
     return memberships(vm.tenant, placement.affinity, placement.anti_affinity)
 
 
-def disks_by_pool(vm: Vm) -> dict[str, int]:
-    """Return the GiB that a VM's disks may grow to in each pool."""
+def disks_by_pool(vm: Vm, names: tuple[str, ...] | None = None) -> dict[str, int]:
+    """Return the GiB that a VM's disks, or those of them named, may grow to in each pool."""
     sizes: dict[str, int] = {}
     for disk in vm.spec.disks:
+        if names is not None and disk.name not in names:
+            continue
         sizes[disk.pool] = sizes.get(disk.pool, 0) + disk.size_gib
     return sizes

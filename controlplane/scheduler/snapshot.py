@@ -11,6 +11,8 @@ What counts as taken on a node:
 - A VM that is stopped for good takes nothing but the space of its disks. Its memory may be given
   away, so starting it again is a placement that asks anew whether it fits.
 - Disks count in full, as what they may grow to, on the node that the VM is bound to.
+- A VM on the move takes all of that on both of its nodes, from the moment a generation was given
+  out for the second one until the first one has nothing left of it.
 - A VM belongs to its groups on a node exactly where it takes CPU and memory.
 """
 
@@ -31,7 +33,16 @@ from controlplane.scheduler.request import (
     memberships_of,
     memory_needed_mib,
 )
-from shared.model import AttemptState, Labels, Node, NodeState, PoolFacts, Power, Vm
+from shared.model import (
+    AttemptState,
+    Labels,
+    MigrationFacts,
+    Node,
+    NodeState,
+    PoolFacts,
+    Power,
+    Vm,
+)
 
 
 class PoolView(Struct, frozen=True):
@@ -81,6 +92,10 @@ class NodeView(Struct, frozen=True, kw_only=True):
     artefacts: frozenset[str] = frozenset()
     pools: dict[str, PoolView] = {}
     groups: dict[GroupKey, GroupCount] = {}
+    shared_pools: frozenset[str] = frozenset()
+    virtualization: str = ""
+    qemu: str = ""
+    migration: MigrationFacts | None = None
 
     @property
     def free_vcpus(self) -> int:
@@ -168,6 +183,12 @@ def loads_of(vm: Vm) -> dict[str, Load]:
             loads[status.node] = _running_load(vm, loads[status.node].disks_gib)
     if attempt is not None and maybe_running and attempt.node not in loads:
         loads[attempt.node] = _running_load(vm, {})
+    claim = status.migration
+    if claim is not None and claim.destination is not None and claim.generation:
+        for node_id in (claim.source, claim.destination):
+            loads.setdefault(node_id, _running_load(vm, disks_by_pool(vm, claim.copied)))
+    for leftover in status.leftovers:
+        loads.setdefault(leftover.node, _running_load(vm, disks_by_pool(vm, leftover.disks)))
     return loads
 
 
@@ -229,6 +250,10 @@ def _empty_view(node: Node, settings: SchedulerSettings) -> NodeView:
         networks=frozenset(inventory.networks),
         artefacts=frozenset(inventory.artefacts),
         pools={pool.name: _pool_view(pool) for pool in inventory.pools},
+        shared_pools=frozenset(pool.name for pool in inventory.pools if pool.shared),
+        virtualization=inventory.virtualization,
+        qemu=inventory.versions.qemu,
+        migration=inventory.migration,
     )
 
 

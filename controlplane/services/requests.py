@@ -45,6 +45,12 @@ class ShutdownOrder(Struct, frozen=True, kw_only=True):
     deadline_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
 
 
+class MigrateOrder(Struct, frozen=True, kw_only=True):
+    """``destination``: a node's id or name; left out, the best one is chosen."""
+
+    destination: Reference | None = None
+
+
 class CordonOrder(Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
 

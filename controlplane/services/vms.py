@@ -77,7 +77,7 @@ async def create_vm(context: Context, principal: Principal, new: NewVm) -> Opera
         spec=new.spec,
         by=author(principal),
     )
-    return await _accepted(context, principal, command)
+    return await accepted(context, principal, command)
 
 
 async def act_on_vm(
@@ -91,14 +91,14 @@ async def act_on_vm(
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
     command = ActOnVm(vm_id=vm_id, action=action, by=author(principal), deadline_s=deadline_s)
-    return await _accepted(context, principal, command)
+    return await accepted(context, principal, command)
 
 
 async def delete_vm(context: Context, principal: Principal, reference: str) -> OperationView:
     """Accept a VM's deletion. Raises Forbidden, NotFound, StateConflict, what committing raises."""
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
-    return await _accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
+    return await accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
 
 
 async def console_log(
@@ -127,7 +127,7 @@ def author(principal: Principal) -> Author:
     return Author(principal.name, principal.request_id)
 
 
-async def _accepted(context: Context, principal: Principal, command: Command[str]) -> OperationView:
+async def accepted(context: Context, principal: Principal, command: Command[str]) -> OperationView:
     operation_id = await context.submit(command)
     operation = await find_operation(context, principal.scope, operation_id)
     if operation is None:

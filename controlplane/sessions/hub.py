@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
+from controlplane.commands.migrations import SweepLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.session import AgentChannel, AgentSession
@@ -32,16 +33,21 @@ from shared.errors import (
 )
 from shared.ids import IdSource
 from shared.lifetime import until_one_ends
-from shared.model import NodeState, Record, Vm
+from shared.model import NodeState, Record, Vm, nodes_of
+from shared.moves import MigrationStage
 from shared.problems import problem_of
 from shared.protocol import (
     PROTOCOL_LEVEL,
     Answer,
+    Desired,
     Heartbeat,
     HeartbeatSeen,
     Hello,
     InSync,
     InventoryReport,
+    MigrationProgress,
+    MigrationReport,
+    MigrationRole,
     Query,
     Rejected,
     TermAccepted,
@@ -76,6 +82,7 @@ class Hub:
         cluster_id: str,
         settings: HubSettings,
         ids: IdSource,
+        progress: Callable[[MigrationProgress], None],
     ) -> None:
         self._applier = applier
         self._state = state
@@ -85,6 +92,8 @@ class Hub:
         self._sessions: dict[str, AgentSession] = {}
         self._greetings = asyncio.Semaphore(GREETINGS_MAX)
         self._trust_observers: list[Callable[[str], None]] = []
+        self._migration_observers: list[Callable[[], None]] = []
+        self._progress = progress
         state.observe(self._record_changed)
 
     def close(self) -> None:
@@ -107,6 +116,15 @@ class Hub:
 
     def on_trust_change(self, observer: Callable[[str], None]) -> None:
         self._trust_observers.append(observer)
+
+    def on_migration_report(self, observer: Callable[[], None]) -> None:
+        """Call ``observer()`` whenever a node has told of a migration."""
+        self._migration_observers.append(observer)
+
+    def migration_report(self, vm_id: str, node_id: str) -> MigrationReport | None:
+        """Return what a node last told, in its present session, of a VM's migration."""
+        session = self._sessions.get(node_id)
+        return None if session is None else session.migrations.get(vm_id)
 
     async def ask(self, node_id: str, query: Query) -> bytes:
         """Return an agent's answer. Raises NodeUnreachable, Overloaded, or the agent's problem."""
@@ -209,6 +227,8 @@ class Hub:
         """Take a report; one VM's that cannot be taken must not cost the node its session."""
         by = Author(f"agent:{session.node_name}")
         try:
+            if _is_swept(report):
+                await self._applier.submit(_sweep(session.node_id, report))
             await self._applier.submit(ObserveVm(node_id=session.node_id, report=report, by=by))
         except Conflict as refused:
             log.error("a report on %s was not taken: %s", report.vm_id, refused)
@@ -270,9 +290,33 @@ class Hub:
                 term = self._applier.term
                 await session.channel.send(HeartbeatSeen(term=term, number=message.number))
             elif isinstance(message, VmReport | InventoryReport):
+                self._hear_of_migration(session, message)
                 session.say(message)
+            elif isinstance(message, MigrationProgress):
+                self._progress(message)
             elif isinstance(message, Answer):
                 session.settle_query(message)
+
+    def _hear_of_migration(
+        self, session: AgentSession, message: VmReport | InventoryReport
+    ) -> None:
+        """Keep what a node tells of a migration; no commit comes between this and its saga."""
+        if not isinstance(message, VmReport) or message.migration is None:
+            return
+        before = session.migrations.get(message.vm_id)
+        session.migrations[message.vm_id] = message.migration
+        if before is None or before.target != message.migration.target:
+            self._mark_source(message.vm_id)
+        for observer in self._migration_observers:
+            observer()
+
+    def _mark_source(self, vm_id: str) -> None:
+        """Have the source told of what its destination has made ready."""
+        stored = self._state.vms.get(vm_id)
+        claim = None if stored is None else stored.record.status.migration
+        session = None if claim is None else self._sessions.get(claim.source)
+        if session is not None:
+            session.mark(vm_id)
 
     async def _take_what_is_said(self, session: AgentSession) -> None:
         while True:
@@ -303,12 +347,11 @@ class Hub:
                 await self._push_vm(session, vm_id)
 
     async def _push_vm(self, session: AgentSession, vm_id: str) -> None:
-        stored = self._state.vms.get(vm_id)
-        node = self._state.nodes.get(session.node_id)
-        if stored is None or node is None or stored.record.status.node != session.node_id:
+        desired = self._desired(session, vm_id)
+        if desired is None:
             session.sent.pop(vm_id, None)
+            session.migrations.pop(vm_id, None)
             return
-        desired = desired_of(stored, node.record, self._applier.term)
         sent = session.sent.get(vm_id)
         # A new revision that says nothing new would only make the agent answer again.
         if sent is not None and replace(sent, revision=desired.revision) == desired:
@@ -316,16 +359,56 @@ class Hub:
         session.sent[vm_id] = desired
         await session.channel.send(desired)
 
+    def _desired(self, session: AgentSession, vm_id: str) -> Desired | None:
+        stored = self._state.vms.get(vm_id)
+        node = self._state.nodes.get(session.node_id)
+        if stored is None or node is None:
+            return None
+        desired = desired_of(stored, node.record, self._applier.term, self._node_name)
+        claim = stored.record.status.migration
+        if desired is None or desired.migration is None or claim is None:
+            return desired
+        if desired.migration.stage is not MigrationStage.TRANSFER:
+            return desired
+        if desired.migration.role is not MigrationRole.SOURCE or claim.destination is None:
+            return desired
+        # What the destination has made ready is stored nowhere: it holds a secret.
+        told = self.migration_report(vm_id, claim.destination)
+        if told is None or told.generation != claim.generation:
+            return desired
+        return replace(desired, migration=replace(desired.migration, target=told.target))
+
+    def _node_name(self, node_id: str) -> str:
+        stored = self._state.nodes.get(node_id)
+        return "" if stored is None else stored.record.name
+
     def _record_changed(self, before: Record | None, after: Record | None) -> None:
         for record in (before, after):
-            if isinstance(record, Vm) and record.status.node is not None:
-                session = self._sessions.get(record.status.node)
+            if not isinstance(record, Vm):
+                continue
+            for node_id in nodes_of(record):
+                session = self._sessions.get(node_id)
                 if session is not None:
                     session.mark(record.id)
 
     def _tell_trust(self, node_id: str) -> None:
         for observer in self._trust_observers:
             observer(node_id)
+
+
+def _is_swept(report: VmReport) -> bool:
+    """Whether a node tells that nothing is left of a generation which it had to leave."""
+    told = report.migration
+    return (
+        told is not None
+        and told.role is MigrationRole.SOURCE
+        and told.stage is MigrationStage.FINALIZE
+        and told.settled
+    )
+
+
+def _sweep(node_id: str, report: VmReport) -> SweepLeftover:
+    return SweepLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
 
 
 async def _reject(channel: AgentChannel, error: NovacronError) -> None:

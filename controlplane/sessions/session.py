@@ -15,6 +15,7 @@ from shared.protocol import (
     Desired,
     InventoryReport,
     LeaderMessage,
+    MigrationReport,
     VmReport,
 )
 
@@ -38,6 +39,7 @@ class AgentSession:
         self.wake = asyncio.Event()
         self.queries: dict[str, asyncio.Future[bytes]] = {}
         self.displaced = asyncio.Event()
+        self.migrations: dict[str, MigrationReport] = {}
         self._reports: dict[str, VmReport] = {}
         self._inventory: InventoryReport | None = None
         self._said = asyncio.Event()

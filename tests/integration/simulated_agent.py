@@ -16,12 +16,13 @@ from pathlib import Path
 
 from agent.app import Agent, AgentPorts
 from agent.append_log import FileLog
+from agent.inventory import NodeFacts
 from agent.node_sampler import NodeSampler
 from agent.outbox import Outbox
 from agent.sampler import Sampler
-from agent.session import NodeFacts
 from agent.session_grpc import Dialler
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState, simulated_facts
+from agent.simulated_fabric import SimulatedRelays
 from agent.telemetry import Telemetry
 from shared.clock import SystemClock
 from shared.model import ObservedPower
@@ -109,6 +110,7 @@ async def simulated_agent(
     facts = NodeFacts(
         name=node.name,
         address="127.0.0.1",
+        relay_address="127.0.0.1:8445",
         labels={},
         boot_id=node.boot_id,
         incarnation=uuid.uuid4().hex,
@@ -117,7 +119,14 @@ async def simulated_agent(
     agent = Agent(
         facts,
         tuple(replicas),
-        AgentPorts(hypervisor=driver, log=log, offload=disk, dial=dialler.session, rng=rng),
+        AgentPorts(
+            hypervisor=driver,
+            relays=SimulatedRelays(node.fabric, node.address),
+            log=log,
+            offload=disk,
+            dial=dialler.session,
+            rng=rng,
+        ),
     )
     outbox = Outbox(SAMPLE_PERIOD_S)
     sampler = Sampler(

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from agent.hypervisor import HypervisorFacts
 from agent.simulated_driver import simulated_facts
+from agent.simulated_fabric import SimulatedFabric
 from controlplane.app import ControlPlane
 from controlplane.leader import Founding
 from controlplane.services.context import Context
@@ -38,7 +39,7 @@ from shared.protocol import (
 from tests.sim.etcd import Commit, EtcdHosts
 from tests.sim.ledger import SimEvent, committed
 from tests.sim.network import Kinds, Network, NetworkSettings
-from tests.sim.node import SimNode
+from tests.sim.node import SHARED_POOL, SimNode
 from tests.sim.replica import SimReplica
 from tests.sim.trace import Trace
 
@@ -100,6 +101,7 @@ class SimCluster:
         self.founding = founding or _founding(rng, self.clock)
         self._observer = observe
         self.network = Network(self.part(), self.trace, METHODS, settings.network)
+        self.fabric = SimulatedFabric(linked=self.network.linked)
         self.etcd = EtcdHosts(settings.members, self.part(), self.network, self._committed)
         names = [f"replica-{number + 1}" for number in range(settings.replicas)]
         addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
@@ -160,7 +162,10 @@ class SimCluster:
     def facts(self) -> HypervisorFacts:
         """Return what every node's hypervisor says of itself."""
         return simulated_facts(
-            cpus=self.settings.node_cpus, memory_mib=self.settings.node_memory_mib
+            cpus=self.settings.node_cpus,
+            memory_mib=self.settings.node_memory_mib,
+            pools=("default", SHARED_POOL),
+            shared_pools=(SHARED_POOL,),
         )
 
     def _is_ready(self) -> bool:

@@ -21,6 +21,7 @@ from shared.model import (
     Vm,
     attempt_generation,
 )
+from shared.moves import MigrationStage
 
 
 class Committed(Struct, frozen=True):
@@ -45,6 +46,23 @@ class Started(Struct, frozen=True):
     boot_id: str
     vm_id: str
     generation: int
+
+
+class Left(Struct, frozen=True):
+    """A guest stands still, neither running nor ended: it may go on elsewhere, or was held."""
+
+    node: str
+    vm_id: str
+    generation: int
+
+
+class Resumed(Struct, frozen=True):
+    """A guest that stood still goes on; ``by_libvirt``: of its own accord."""
+
+    node: str
+    vm_id: str
+    generation: int
+    by_libvirt: bool
 
 
 class Ended(Struct, frozen=True):
@@ -83,7 +101,7 @@ class Died(Struct, frozen=True):
     error: str
 
 
-SimEvent = Committed | Started | Ended | Erased | DeleteAsked | Acknowledged | Died
+SimEvent = Committed | Started | Left | Resumed | Ended | Erased | DeleteAsked | Acknowledged | Died
 Attempts = tuple[str, int]
 
 
@@ -100,7 +118,8 @@ class Ledger:
         self.last_seq = 0
         self.permits: dict[Attempts, tuple[str, str]] = {}
         self.stoppable: dict[Attempts, None] = {}
-        self.removable: dict[str, None] = {}
+        # A VM, and the node's id on which something of it may go; empty: on every node.
+        self.removable: dict[tuple[str, str], None] = {}
         self.started: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
@@ -112,7 +131,9 @@ class Ledger:
         elif isinstance(event, Started):
             self.started[event.vm_id, event.generation] = event.node
             self.running[event.node, event.vm_id] = event.generation
-        elif isinstance(event, Ended):
+        elif isinstance(event, Resumed):
+            self.running[event.node, event.vm_id] = event.generation
+        elif isinstance(event, Ended | Left):
             self.running.pop((event.node, event.vm_id), None)
         elif isinstance(event, DeleteAsked):
             self.delete_asked[event.vm_id] = None
@@ -140,7 +161,7 @@ class Ledger:
             self.operations[record_id] = record
         elif record is None:
             if kind is Vm:
-                self.removable[record_id] = None
+                self.removable[record_id, ""] = None
             for table in (self.vms, self.nodes, self.operations):
                 table.pop(record_id, None)
 
@@ -150,9 +171,27 @@ class Ledger:
         if attempt is not None:
             self.permits.setdefault((vm.id, attempt.generation), (attempt.node, attempt.boot_id))
         if vm.deleting:
-            self.removable[vm.id] = None
+            self.removable[vm.id, ""] = None
+        self._note_moves(vm)
         if vm.deleting or vm.spec.power is Power.STOPPED:
             self.stoppable[vm.id, attempt_generation(vm)] = None
+
+    def _note_moves(self, vm: Vm) -> None:
+        """Remember what an open migration, or what is left of one, entitles its nodes to."""
+        for left in vm.status.leftovers:
+            self.stoppable[vm.id, left.generation] = None
+            self.removable[vm.id, left.node] = None
+        claim = vm.status.migration
+        if claim is None or claim.destination is None or not claim.generation:
+            return
+        self.permits.setdefault((vm.id, claim.generation), (claim.destination, claim.boot_id))
+        if claim.stage in (MigrationStage.PREPARE, MigrationStage.CLEAN):
+            self.removable[vm.id, claim.destination] = None
+        if claim.stage is MigrationStage.CLEAN:
+            self.stoppable[vm.id, claim.generation] = None
+        if claim.stage is MigrationStage.FINALIZE:
+            self.stoppable[vm.id, claim.source_generation] = None
+            self.removable[vm.id, claim.source] = None
 
 
 def committed(revision: int, writer: str, changes: list[tuple[str, bytes | None]]) -> Committed:

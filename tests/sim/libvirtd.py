@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from agent.hypervisor import (
     DomainDefinition,
@@ -18,12 +18,17 @@ from agent.hypervisor import (
     DomainListener,
     Hypervisor,
     HypervisorFacts,
+    MigrationEnd,
+    Outgoing,
+    Transfer,
 )
+from agent.relay import Relays, RelayTarget
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
-from shared.errors import HypervisorUnavailable
+from shared.errors import FieldError, HypervisorUnavailable
 from shared.model import Sample
-from shared.states import RUNNING_POWERS
-from tests.sim.ledger import Ended, Erased, SimEvent, Started
+from shared.moves import MigrationFigures
+from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
+from tests.sim.ledger import Ended, Erased, Left, Resumed, SimEvent, Started
 from tests.sim.process import Process, never_mind, outside
 
 Result = TypeVar("Result")
@@ -58,6 +63,7 @@ class Libvirtd:
         self._rng = rng
         self._observe = observe
         self._running: dict[str, int] = {}
+        self._still: dict[str, int] = {}
         self._listeners: list[tuple[Process, DomainListener]] = []
         self._ending_by_agent: dict[str, None] = {}
         state.observe(self._domain_changed)
@@ -108,19 +114,31 @@ class Libvirtd:
 
     def witness(self) -> None:
         """Compare which guests run with what was seen last."""
-        running = {
-            domain.vm_id: domain.generation
-            for domain in self._state.domains.values()
-            if domain.vm_id is not None and domain.power in RUNNING_POWERS
+        ours = {d.vm_id: d for d in self._state.domains.values() if d.vm_id is not None}
+        running = {vm: d.generation for vm, d in ours.items() if d.executes}
+        still = {
+            vm: d.generation
+            for vm, d in ours.items()
+            if d.is_active() and not d.executes and not d.incoming
         }
-        for vm_id, generation in self._running.items():
-            if running.get(vm_id) != generation:
-                by_agent = vm_id in self._ending_by_agent
-                self._observe(Ended(self.node, vm_id, generation, by_agent))
-        started = [item for item in running.items() if self._running.get(item[0]) != item[1]]
-        self._running = running
-        for vm_id, generation in started:
-            self._observe(Started(self.node, self.boot_id, vm_id, generation))
+        before, stood_still = self._running, self._still
+        self._running, self._still = running, still
+        for vm_id, generation in (*before.items(), *stood_still.items()):
+            if generation in (running.get(vm_id), still.get(vm_id)):
+                continue
+            by_agent = vm_id in self._ending_by_agent
+            self._observe(Ended(self.node, vm_id, generation, by_agent))
+        for vm_id, generation in still.items():
+            if before.get(vm_id) == generation:
+                self._observe(Left(self.node, vm_id, generation))
+        for vm_id, generation in running.items():
+            if before.get(vm_id) == generation:
+                continue
+            if stood_still.get(vm_id) == generation:
+                returned = ours[vm_id].returned
+                self._observe(Resumed(self.node, vm_id, generation, returned))
+            else:
+                self._observe(Started(self.node, self.boot_id, vm_id, generation))
 
     def _domain_changed(self, name: str) -> None:
         """Told at once of each change; agents hear of it a little later, while they live."""
@@ -174,10 +192,10 @@ class ProcessHypervisor:
     async def reset(self, name: str, generation: int) -> None:
         await self._quick(lambda driver: driver.reset(name, generation))
 
-    async def undefine(self, name: str, generation: int) -> None:
+    async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
         async def undefine(driver: Hypervisor) -> None:
             domain = await driver.domain(name)
-            await driver.undefine(name, generation)
+            await driver.undefine(name, generation, keep_log=keep_log)
             if domain is not None and domain.vm_id is not None:
                 self._libvirtd.erased(domain.vm_id)
 
@@ -204,6 +222,38 @@ class ProcessHypervisor:
     async def samples(self) -> tuple[Sample, ...]:
         return await self._quick(lambda driver: driver.samples())
 
+    async def migration_end(self, name: str) -> MigrationEnd | None:
+        return await self._quick(lambda driver: driver.migration_end(name))
+
+    async def check_source(self, name: str, generation: int) -> SourceCheck:
+        return await self._quick(lambda driver: driver.check_source(name, generation))
+
+    async def check_destination(
+        self, name: str, question: DestinationQuestion
+    ) -> tuple[FieldError, ...]:
+        return await self._quick(lambda driver: driver.check_destination(name, question))
+
+    async def layout(self, definition: DomainDefinition) -> DestinationLayout:
+        return await self._quick(lambda driver: driver.layout(definition))
+
+    async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
+        await self._quick(lambda driver: driver.migrate(name, generation, outgoing))
+
+    async def abort_migration(self, name: str, generation: int) -> None:
+        await self._slow(lambda driver: driver.abort_migration(name, generation))
+
+    async def transfer(self, name: str) -> Transfer | None:
+        return await self._quick(lambda driver: driver.transfer(name))
+
+    async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None:
+        await self._quick(lambda d: d.set_max_downtime(name, generation, max_downtime_ms))
+
+    async def figures(self, name: str) -> MigrationFigures | None:
+        return await self._quick(lambda driver: driver.figures(name))
+
+    async def hold(self, name: str, generation: int) -> bool:
+        return await self._quick(lambda driver: driver.hold(name, generation))
+
     def listen(self, listener: DomainListener) -> None:
         self._libvirtd.listen(self._process, listener)
 
@@ -222,3 +272,33 @@ class ProcessHypervisor:
         await asyncio.wait({call})
         self._process.check()
         return call.result()
+
+
+class RelaysOfProcess:
+    """The port ``Relays`` as one agent's process has it; what it opened outlives it."""
+
+    def __init__(self, process: Process, relays: Relays) -> None:
+        self._process = process
+        self._relays = relays
+
+    async def admit(self, name: str, source_node: str) -> str:
+        return await self._call(self._relays.admit(name, source_node))
+
+    async def revoke(self, name: str) -> None:
+        await self._call(self._relays.revoke(name))
+
+    async def open(self, name: str, target: RelayTarget, token: str) -> str:
+        return await self._call(self._relays.open(name, target, token))
+
+    async def close(self, name: str) -> None:
+        await self._call(self._relays.close(name))
+
+    async def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            self._process.check()
+        except BaseException:
+            work.close()
+            raise
+        result = await work
+        self._process.check()
+        return result

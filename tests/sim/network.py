@@ -155,6 +155,10 @@ class Network:
         for source, target in list(self._cuts):
             self.heal(source, target)
 
+    def linked(self, one: str, other: str) -> bool:
+        """Whether two hosts can hold a connection: bytes pass in both directions."""
+        return not self.is_cut(one, other) and not self.is_cut(other, one)
+
     def is_cut(self, source: str, target: str) -> bool:
         return (source, target) in self._cuts
 

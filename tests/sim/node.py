@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 from agent.app import Agent, AgentPorts
 from agent.append_log import AppendLog, MemoryLog
+from agent.inventory import NodeFacts
 from agent.outbox import Outbox
 from agent.sampler import Sampler
-from agent.session import LeaderChannel, NodeFacts
+from agent.session import LeaderChannel
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
+from agent.simulated_fabric import SimulatedRelays
 from agent.telemetry import Telemetry, TelemetryChannel
 from shared.model import ObservedPower, Sample
 from shared.offload import inline
 from shared.protocol import SESSION_METHOD, TELEMETRY_METHOD
-from shared.states import RUNNING_POWERS
 from tests.sim.invariants import Found
 from tests.sim.ledger import Died
-from tests.sim.libvirtd import Libvirtd, ProcessHypervisor
+from tests.sim.libvirtd import Libvirtd, ProcessHypervisor, RelaysOfProcess
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from tests.sim.cluster import SimCluster
 
+# One pool's name on every node, and the same files.
+SHARED_POOL = "shared"
 SAMPLE_PERIOD_S = 5.0
 BATCH_PERIOD_S = 10.0
 
@@ -39,7 +42,7 @@ class SimNode:
         self._boots = 0
         self._started = 0
         self.name = name
-        self.state = SimulatedNodeState(cluster.facts())
+        self.state = SimulatedNodeState(cluster.facts(), cluster.fabric, name)
         self.log = MemoryLog()
         self.process: Process | None = None
         self.agent: Agent | None = None
@@ -91,10 +94,16 @@ class SimNode:
         ours = {d.vm_id: d for d in self.state.domains.values() if d.vm_id is not None}
         return Found(
             node=self.name,
-            running={vm: d.generation for vm, d in ours.items() if d.power in RUNNING_POWERS},
+            running={vm: d.generation for vm, d in ours.items() if d.executes},
             paused=tuple(vm for vm, d in ours.items() if d.power is ObservedPower.PAUSED),
             defined={vm: d.generation for vm, d in ours.items()},
-            volumes=tuple(name for pool in self.state.pools.values() for name in pool),
+            volumes=tuple(
+                name
+                for pool in self.state.pools
+                if pool != SHARED_POOL
+                for name in self.state.pools[pool]
+            ),
+            shared_volumes=tuple(self.state.pools[SHARED_POOL]),
         )
 
     def _boot(self) -> Libvirtd:
@@ -115,6 +124,7 @@ class SimNode:
         facts = NodeFacts(
             name=self.name,
             address=self.name,
+            relay_address=self.name,
             labels={},
             boot_id=self.libvirtd.boot_id,
             incarnation=process.incarnation,
@@ -127,6 +137,7 @@ class SimNode:
 
         ports = AgentPorts(
             hypervisor=hypervisor,
+            relays=RelaysOfProcess(process, SimulatedRelays(cluster.fabric, self.name)),
             log=_LogOfProcess(self.log, process),
             offload=inline,
             dial=dial,

@@ -67,8 +67,10 @@ def fence_forgets_generations() -> AbstractContextManager[Any]:
 def permits_for_another_boot() -> AbstractContextManager[Any]:
     """A permit of the boot before is pushed to the node that has booted since."""
 
-    def lenient(stored: Any, node: Node, term: Term) -> Desired:
-        desired = desired_of(stored, node, term)
+    def lenient(stored: Any, node: Node, term: Term, name_of: Any) -> Desired | None:
+        desired = desired_of(stored, node, term, name_of)
+        if desired is None or desired.migration is not None:
+            return desired
         attempt = stored.record.status.attempt
         runs = desired.intent in (Intent.RUN, Intent.PAUSE)
         open_ = attempt is not None and attempt.state is not AttemptState.ENDED

@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import fields
 
-from shared import model, protocol
+from shared import model, moves, protocol
 from shared.codec import pack
 from shared.errors import FieldError
 
@@ -42,7 +42,9 @@ SPEC = model.VmSpec(
         anti_affinity=(model.GroupRule(group="web"),),
     ),
     ha=model.HaSpec(restart=False, priority=7),
-    migration=model.MigrationSpec(policy=model.MigrationPolicy.NEVER_DISRUPT),
+    migration=model.MigrationSpec(
+        policy=model.MigrationPolicy.NEVER_DISRUPT, strict=True, max_downtime_ms=500
+    ),
 )
 REQUEST = model.GuestRequest(
     number=3, kind=model.RequestKind.SHUTDOWN, generation=7, deadline_s=12.5
@@ -60,12 +62,28 @@ INVENTORY = model.Inventory(
         models=("EPYC", "qemu64"),
     ),
     numa=(model.NumaCell(id=0, memory_mib=257500, cpus=(0, 1, 2, 3)),),
-    pools=(model.PoolFacts(name="default", capacity_gib=931.5, free_gib=12.25),),
+    pools=(model.PoolFacts(name="default", capacity_gib=931.5, free_gib=12.25, shared=True),),
     networks=("lan",),
     artefacts=("tiny-initrd", "tiny-kernel"),
     machine_types=("pc-q35-7.2",),
     virtualization="kvm",
     versions=model.VersionFacts(agent="0.1.0", libvirt="9.0.0", qemu="7.2.22", kernel="6.1.0"),
+    migration=model.MigrationFacts(address="10.0.0.11", relay="10.0.0.11:8445", tls=True),
+)
+FIGURES = moves.MigrationFigures(total_ms=772, downtime_ms=156, transferred_bytes=169_869_312)
+TARGET = protocol.MigrationTarget(
+    node_name="kvm2",
+    address="10.0.0.12",
+    relay="10.0.0.12:8445",
+    token="00" * 32,
+    tls=True,
+    layout=protocol.DestinationLayout(
+        kernel_path="/k",
+        initrd_path="/i",
+        disk_paths=("/d",),
+        bridges=("br0",),
+        console_log_path="/c",
+    ),
 )
 VM = model.Vm(
     id="vm-k3f9q2000000000000000000aa",
@@ -100,6 +118,19 @@ VM = model.Vm(
         crashes=1,
         not_before=AT,
         fault=PROBLEM,
+        migration=moves.MigrationClaim(
+            operation="op-k3f9q2000000000000000000cc",
+            stage=moves.MigrationStage.TRANSFER,
+            source="node-k3f9q2000000000000000000bb",
+            source_generation=7,
+            destination="node-k3f9q2000000000000000000dd",
+            generation=8,
+            boot_id="boot-2",
+            copied=("root",),
+        ),
+        leftovers=(
+            moves.Leftover(node="node-k3f9q2000000000000000000ee", generation=5, disks=("root",)),
+        ),
     ),
 )
 OPERATION = model.Operation(
@@ -109,7 +140,7 @@ OPERATION = model.Operation(
     tenant="acme",
     state=model.OperationState.FAILED,
     phase="run",
-    steps=(model.OperationStep(name="place", state=model.StepState.DONE, at=AT),),
+    steps=(model.OperationStep(name="place", state=model.StepState.DONE, at=AT, no_return=True),),
     error=PROBLEM,
     by="user-1",
     created_at=AT,
@@ -117,6 +148,15 @@ OPERATION = model.Operation(
     deadline_at=AT + timedelta(days=1),
     request_number=3,
     generation_floor=6,
+    saga=moves.MigrationJournal(
+        source="node-k3f9q2000000000000000000bb",
+        requested="node-k3f9q2000000000000000000dd",
+        destination="node-k3f9q2000000000000000000dd",
+        generation=8,
+        figures=FIGURES,
+    ),
+    undoing=True,
+    parent="op-k3f9q2000000000000000000ff",
 )
 REPORT = protocol.VmReport(
     vm_id=VM.id,
@@ -128,6 +168,17 @@ REPORT = protocol.VmReport(
     answered_request=3,
     removed=True,
     fault=PROBLEM,
+    migration=protocol.MigrationReport(
+        generation=8,
+        role=protocol.MigrationRole.SOURCE,
+        stage=moves.MigrationStage.TRANSFER,
+        end=moves.EndState.MOVING,
+        over=True,
+        settled=True,
+        target=TARGET,
+        fault=PROBLEM,
+        figures=FIGURES,
+    ),
 )
 _FIGURES = [field.name for field in fields(model.Sample) if field.name not in ("object", "at")]
 SAMPLE = model.Sample(
@@ -235,6 +286,18 @@ SAMPLES: tuple[Struct, ...] = (
         domain_uuid=VM.domain_uuid,
         spec=SPEC,
         request=REQUEST,
+        migration=protocol.MigrationOrder(
+            operation="op-k3f9q2000000000000000000cc",
+            role=protocol.MigrationRole.SOURCE,
+            stage=moves.MigrationStage.TRANSFER,
+            generation=8,
+            source_generation=7,
+            boot_id="boot-2",
+            peer="kvm2",
+            copied=("root",),
+            timeout_s=450.0,
+            target=TARGET,
+        ),
     ),
     protocol.InSync(term=TERM, vm_ids=(VM.id,)),
     protocol.Query(
@@ -244,6 +307,28 @@ SAMPLES: tuple[Struct, ...] = (
         domain_name=VM.domain_name,
         offset=-4096,
         limit_bytes=4096,
+        payload=b"question",
+    ),
+    protocol.SourceCheck(
+        blockers=(FieldError("", "host_device", "it holds a device"),),
+        machine="pc-q35-7.2",
+        cpu_xml="<cpu/>",
+    ),
+    protocol.DestinationQuestion(
+        vm_id=VM.id,
+        domain_uuid=VM.domain_uuid,
+        spec=SPEC,
+        copied=("root",),
+        machine="pc-q35-7.2",
+        cpu_xml="<cpu/>",
+    ),
+    protocol.DestinationCheck(blockers=(FieldError("", "name_taken", "it is here already"),)),
+    protocol.MigrationProgress(
+        operation="op-k3f9q2000000000000000000cc",
+        percent=41.5,
+        eta_s=2.1,
+        bytes_done=1024,
+        bytes_total=4096,
     ),
     protocol.HeartbeatSeen(term=TERM, number=9),
     protocol.TelemetryHello(node_name="kvm1", node_id="node-1", incarnation="abc"),

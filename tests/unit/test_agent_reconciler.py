@@ -12,8 +12,12 @@ from typing import Any
 from agent.append_log import MemoryLog
 from agent.fence import Fence
 from agent.hypervisor import DomainDefinition, volume_name
+from agent.inventory import NodeFacts
+from agent.migration import Migrations
 from agent.reconciler import VmReconciler
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState, simulated_facts
+from agent.simulated_fabric import SimulatedRelays
+from agent.workqueue import WorkQueue
 from shared.errors import HypervisorUnavailable
 from shared.model import DiskSpec, GuestRequest, ObservedPower, RequestKind, Term
 from shared.offload import inline
@@ -72,8 +76,23 @@ class Node:
         self.hooks.acts.clear()
         self.fence = Fence(self.log, inline)
         self.driver = SimulatedDriver(self.state, StillClock(), self.hooks)
+        queue = WorkQueue()
+        migrations = Migrations(
+            self.driver,
+            self.fence,
+            SimulatedRelays(self.state.fabric, self.state.address),
+            node_facts(boot_id),
+            queue.add,
+            lambda progress: None,
+        )
         self.agent = VmReconciler(
-            self.driver, self.fence, boot_id, self.reports.append, random.Random(1)
+            self.driver,
+            self.fence,
+            boot_id,
+            self.reports.append,
+            migrations,
+            queue,
+            random.Random(1),
         )
         self.running = asyncio.ensure_future(self.agent.run())
 
@@ -94,6 +113,18 @@ class Node:
     def power(self) -> ObservedPower | None:
         domain = self.state.domains.get(VM)
         return None if domain is None else domain.power
+
+
+def node_facts(boot_id: str) -> NodeFacts:
+    return NodeFacts(
+        name="n1",
+        address="",
+        relay_address="",
+        labels={},
+        boot_id=boot_id,
+        incarnation="i1",
+        agent_version="1",
+    )
 
 
 @asynccontextmanager

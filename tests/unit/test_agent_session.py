@@ -10,8 +10,10 @@ from typing import Any
 
 from agent.app import Agent, AgentPorts
 from agent.append_log import MemoryLog
-from agent.session import INVENTORY_PERIOD_S, NodeFacts, Outgoing
+from agent.inventory import NodeFacts
+from agent.session import INVENTORY_PERIOD_S, Outgoing
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState, simulated_facts
+from agent.simulated_fabric import SimulatedRelays
 from shared.errors import Disconnected, NodeUnreachable
 from shared.model import ObservedPower, Term
 from shared.offload import inline
@@ -52,6 +54,7 @@ class Site:
         facts = NodeFacts(
             name="n1",
             address="192.0.2.1",
+            relay_address="192.0.2.1:8445",
             labels={},
             boot_id="boot-1",
             incarnation="i1",
@@ -59,6 +62,7 @@ class Site:
         )
         ports = AgentPorts(
             hypervisor=self.driver,
+            relays=SimulatedRelays(self.state.fabric, self.state.address),
             log=MemoryLog(),
             offload=inline,
             dial=self._dial,
@@ -282,6 +286,7 @@ async def test_waiting_reports_are_the_newest_of_each_vm_in_order() -> None:
     for vm_id, revision in (("a", 1), ("b", 1), ("a", 2)):
         waiting.put(report(vm_id, revision))
     unsent = await waiting.take()
+    assert isinstance(unsent, VmReport)
     waiting.put_back(unsent)
     assert [await waiting.take(), await waiting.take()] == [report("b", 1), report("a", 2)]
     waiting.put(report("b", 2))

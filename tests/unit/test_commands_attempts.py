@@ -162,7 +162,9 @@ def test_a_start_that_was_carried_out_late_is_taken_up_again() -> None:
     assert status.attempt is not None
     assert (status.attempt.generation, status.attempt.state) == (1, AttemptState.RUNNING)
     assert status.generation == 2, "what was given out is never given out again"
-    assert desired_of(world.state.vms[vm_id], world.node(), Term(1, 1)).generation == 1
+    told = desired_of(world.state.vms[vm_id], world.node(), Term(1, 1), str)
+    assert told is not None
+    assert told.generation == 1
     world.report(vm_id, ObservedPower.CRASHED, generation=1, permit_used=True, highest_used=2)
     assert world.permit(vm_id) == 3
 

@@ -16,7 +16,9 @@ TERM = Term(1, 7)
 
 
 def told(world: CoreWorld, vm_id: str) -> Desired:
-    return desired_of(world.state.vms[vm_id], world.node(), TERM)
+    desired = desired_of(world.state.vms[vm_id], world.node(), TERM, str)
+    assert desired is not None, "it is bound to that node"
+    return desired
 
 
 def test_a_permit_is_told_from_permit_to_report() -> None:

@@ -32,6 +32,7 @@ from shared.protocol import (
     Hello,
     InSync,
     InventoryReport,
+    MigrationProgress,
     Query,
     QueryKind,
     Rejected,
@@ -56,7 +57,15 @@ class Site:
         self.writer = writer
         self.state = writer.state
         self.applier: Applier = writer.applier
-        self.hub = Hub(self.applier, self.state, "cluster-1", HubSettings(), writer.applier._ids)
+        self.progress: list[MigrationProgress] = []
+        self.hub = Hub(
+            self.applier,
+            self.state,
+            "cluster-1",
+            HubSettings(),
+            writer.applier._ids,
+            self.progress.append,
+        )
         self.serving: list[asyncio.Future[None]] = []
 
     def dial(self, name: str = "n1") -> PipeEnd:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.vms import CreateVm
 from controlplane.election import Reign
 from controlplane.leader import Founding, Leader, LeaderParts
@@ -58,6 +59,8 @@ class Replica:
                 hub_settings=HubSettings(),
                 scheduler=SchedulerSettings(),
                 metrics=unscraped_metrics(Windows()),
+                limits=MigrationLimits(),
+                progress=lambda told: None,
             )
         )
         self.following = asyncio.ensure_future(self.informer.run(lambda: None))

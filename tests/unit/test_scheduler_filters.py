@@ -136,6 +136,7 @@ def test_filters_are_left_out_only_where_they_have_nothing_to_say() -> None:
     left_out = [entry for entry in FILTERS if not entry.concerns(request)]
     assert {entry.check.__name__ for entry in left_out} == {
         "bound_elsewhere", "node_labels", "networks", "pools", "disk_space", "affinity",
-        "anti_affinity",
+        "anti_affinity", "runs_here", "can_migrate", "left_behind", "virtualization",
+        "qemu_version", "shared_pools",
     }  # fmt: skip
     assert explain(snapshot, request, "node-n1").fits

@@ -1,0 +1,43 @@
+"""What a running VM asks of a node that it is to move to: more than a new VM does.
+
+Pure: no I/O, no clock, no logging.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from controlplane.scheduler.request import Move, PlacementRequest, disks_by_pool, request_of
+from shared.model import Node, Vm
+
+
+def move_request(vm: Vm, source: Node) -> PlacementRequest:
+    """Return what ``vm`` asks for when it leaves ``source``; to be planned without the VM itself.
+
+    Space is asked for the disks whose content moves along: those that are not on shared storage.
+    """
+    inventory = source.inventory
+    shared = shared_pools(source)
+    copied = tuple(disk.name for disk in vm.spec.disks if disk.pool not in shared)
+    move = Move(
+        source=source.id,
+        virtualization="" if inventory is None else inventory.virtualization,
+        qemu="" if inventory is None else inventory.versions.qemu,
+        tls=inventory is not None and inventory.migration is not None and inventory.migration.tls,
+        able=inventory is not None and inventory.migration is not None,
+        shared_pools=tuple(sorted({disk.pool for disk in vm.spec.disks} & shared)),
+        left_behind=tuple(leftover.node for leftover in vm.status.leftovers),
+    )
+    return replace(request_of(vm), bound_to=None, disks_gib=disks_by_pool(vm, copied), move=move)
+
+
+def copied_disks(vm: Vm, source: Node, destination: Node) -> tuple[str, ...]:
+    """Return the disks whose content moves along: their pools are not shared by the two nodes."""
+    shared = shared_pools(source) & shared_pools(destination)
+    return tuple(disk.name for disk in vm.spec.disks if disk.pool not in shared)
+
+
+def shared_pools(node: Node) -> frozenset[str]:
+    if node.inventory is None:
+        return frozenset()
+    return frozenset(pool.name for pool in node.inventory.pools if pool.shared)

@@ -1,0 +1,108 @@
+"""What records say of VMs on the move: claims, stages, leftovers, and the journals of their sagas.
+
+``shared/model.py`` puts them into the records; ``shared/states.py`` says what follows what.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from shared.open_enum import OpenEnum
+
+
+class MigrationStage(OpenEnum):
+    """What the two nodes of an open migration are to do; written before they are told.
+
+    Each is pushed to source and destination until both have answered it.
+    """
+
+    REQUESTED = "requested"  # nothing is given out yet, and no node is told
+    PREPARE = "prepare"  # the destination makes ready
+    TRANSFER = "transfer"  # the source moves the guest, once
+    ABORT = "abort"  # the source ends what it began, or never begins
+    LOOK = "look"  # both tell what they have; nothing is done
+    CLEAN = "clean"  # the destination leaves nothing
+    RESUME = "resume"  # the destination is proven empty: the source's guest goes on
+    FINALIZE = "finalize"  # the destination owns the VM: the source leaves nothing
+    UNKNOWN = "unknown"
+
+
+class EndState(OpenEnum):
+    """What one end of a migration is, as its agent sees it: the reconcile matrix's rows.
+
+    ``away``: paused by a migration that switched. ``held``: paused by the agent or a user.
+    ``ready``: everything has arrived, and it waits to be resumed.
+    """
+
+    ABSENT = "absent"
+    DOWN = "down"
+    RUNNING = "running"
+    MOVING = "moving"
+    AWAY = "away"
+    HELD = "held"
+    INCOMING = "incoming"
+    READY = "ready"
+    UNKNOWN = "unknown"
+
+
+class MigrationClaim(Struct, frozen=True, kw_only=True):
+    """An open migration of a VM: while it is there, both nodes count as possible owners.
+
+    ``generation`` is the destination's, in its boot ``boot_id``, 0 before it was given out.
+    ``copied`` names the disks whose content moves along; the others are on shared storage.
+    """
+
+    operation: str
+    stage: MigrationStage
+    source: str
+    source_generation: int
+    destination: str | None = None
+    generation: int = 0
+    boot_id: str = ""
+    copied: tuple[str, ...] = ()
+
+
+class Leftover(Struct, frozen=True, kw_only=True):
+    """A node that may still hold a domain of an earlier generation, and the disks to delete there.
+
+    While there is one, nothing of the VM is started anew anywhere: it might run there.
+    """
+
+    node: str
+    generation: int
+    disks: tuple[str, ...] = ()
+
+
+class MigrationFigures(Struct, frozen=True, kw_only=True):
+    """What a migration took, as QEMU and libvirt count it."""
+
+    total_ms: int = 0
+    downtime_ms: int = 0
+    transferred_bytes: int = 0
+
+
+class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration"):
+    """What a migration was asked for, and what it decided; nodes are ids."""
+
+    source: str
+    requested: str | None = None
+    destination: str | None = None
+    generation: int = 0
+    figures: MigrationFigures | None = None
+
+
+class VmLeft(Struct, frozen=True, kw_only=True):
+    """A VM that a drain could not move, and why."""
+
+    vm: str
+    name: str
+    reason: str
+
+
+class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
+    """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids."""
+
+    reason: str = ""
+    skip: tuple[str, ...] = ()
+    cordoned: bool = False
+    left: tuple[VmLeft, ...] = ()
