@@ -17,7 +17,8 @@ class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``driver`` is ``libvirt`` or ``simulated``.
 
     ``probe_kvm``: boot a tiny guest once per boot of the node to learn whether KVM works here;
-    without it guests run under emulation.
+    without it guests run under emulation. ``qemu_tls_dir``: where this node's QEMU has the
+    certificates that encrypt migrations, as its qemu.conf says.
     """
 
     driver: str = "libvirt"
@@ -26,6 +27,7 @@ class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pools: tuple[str, ...] = ("default",)
     console_pool: str = "novacron-console"
     probe_kvm: bool = True
+    qemu_tls_dir: Path = Path("/etc/pki/qemu")
 
 
 class CapacityConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -43,6 +43,7 @@ def open_driver(config: AgentConfig, boot_id: str, clock: Clock, rng: random.Ran
         artefact_dir=hypervisor.artefact_dir,
         pools=hypervisor.pools,
         console_pool=hypervisor.console_pool,
+        qemu_tls_dir=hypervisor.qemu_tls_dir,
         networks=config.networks,
         cpus=config.capacity.cpus,
         memory_mib=config.capacity.memory_mib,

@@ -13,13 +13,23 @@ from typing import Any
 from msgspec import Struct
 
 from controlplane.api.answer import TEXT, Answer, json_answer
-from controlplane.services import cluster, events, metrics, nodes, operations, placement, vms
+from controlplane.services import (
+    cluster,
+    events,
+    metrics,
+    migrations,
+    nodes,
+    operations,
+    placement,
+    vms,
+)
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
     ConsoleQuery,
     CordonOrder,
     EventQuery,
+    MigrateOrder,
     NewVm,
     NoBody,
     NodeQuery,
@@ -211,6 +221,16 @@ ROUTES: tuple[Route, ...] = (
     _vm_action(VmAction.PAUSE, "Pause a running VM"),
     _vm_action(VmAction.RESUME, "Resume a paused VM"),
     Route(
+        method="POST",
+        path=f"{BASE}/vms/{{vm}}/actions/migrate",
+        handler=lambda c: migrations.migrate_vm(c.context, c.principal, c.path["vm"], c.body),
+        permission=Permission.VMS_WRITE,
+        summary="Move a running VM to another node, live",
+        view=OperationView,
+        body=MigrateOrder,
+        status=202,
+    ),
+    Route(
         method="GET",
         path=f"{BASE}/nodes",
         handler=lambda c: nodes.list_nodes(c.context, c.principal, c.query),
@@ -256,6 +276,15 @@ ROUTES: tuple[Route, ...] = (
         summary="Get an operation; waits for its end when asked to",
         view=OperationView,
         query=WaitQuery,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/operations/{{operation}}/actions/cancel",
+        handler=lambda c: operations.cancel_operation(c.context, c.principal, c.path["operation"]),
+        permission=Permission.OPERATIONS_WRITE,
+        summary="Undo a migration or drain that is under way",
+        view=OperationView,
+        status=202,
     ),
     Route(
         method="GET",

@@ -30,6 +30,7 @@ class Permission(enum.StrEnum):
     NODES_READ = "nodes:read"
     NODES_WRITE = "nodes:write"
     OPERATIONS_READ = "operations:read"
+    OPERATIONS_WRITE = "operations:write"
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
     METRICS_READ = "metrics:read"

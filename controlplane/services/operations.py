@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
+from controlplane.commands.draft import Author
+from controlplane.commands.sagas import CancelOperation
 from controlplane.services.context import Context, Permission, Principal, Scope
 from controlplane.services.pages import read_cursor, write_cursor
 from controlplane.services.requests import OperationQuery
@@ -38,6 +40,22 @@ async def get_operation(
     if operation is None:
         raise NotFound(f"there is no operation {shown(operation_id)}")
     return operation_view(operation)
+
+
+async def cancel_operation(
+    context: Context, principal: Principal, operation_id: str
+) -> OperationView:
+    """Ask for a saga to be undone and return it; asked again, it does nothing.
+
+    Raises Forbidden, NotFound, StateConflict for one that cannot be cancelled (any more).
+    """
+    authorize(principal, Permission.OPERATIONS_WRITE)
+    operation = await find_operation(context, principal.scope, operation_id)
+    if operation is None:
+        raise NotFound(f"there is no operation {shown(operation_id)}")
+    by = Author(principal.name, principal.request_id)
+    await context.submit(CancelOperation(operation_id=operation.id, by=by))
+    return operation_view(await find_operation(context, principal.scope, operation_id) or operation)
 
 
 async def find_operation(context: Context, scope: Scope, operation_id: str) -> Operation | None:

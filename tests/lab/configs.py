@@ -76,6 +76,7 @@ key = {key}
 driver = "libvirt"
 uri = "qemu:///system"
 artefact_dir = {artefact_dir}
+qemu_tls_dir = {qemu_tls_dir}
 
 [networks]
 lan = {bridge}
@@ -153,6 +154,7 @@ def write_agent(
             certificate=_toml(NODE_CONFIG_DIR / "agent.crt"),
             key=_toml(NODE_CONFIG_DIR / "agent.key"),
             artefact_dir=_toml(NODE_ARTEFACT_DIR),
+            qemu_tls_dir=_toml(NODE_QEMU_PKI_DIR),
             bridge=_toml(GUEST_BRIDGE),
             cpus=cpus,
             memory_mib=memory_mib,
