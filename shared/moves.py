@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from msgspec import Struct
 
 from shared.open_enum import OpenEnum
@@ -99,10 +101,24 @@ class VmLeft(Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class DrainTry(Struct, frozen=True, kw_only=True):
+    """The last migration that a drain has asked for to move one VM, and how many there were."""
+
+    vm: str
+    operation: str
+    count: int
+    at: datetime
+
+
 class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
-    """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids."""
+    """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids.
+
+    ``total`` is how many VMs the node held when the drain began.
+    """
 
     reason: str = ""
     skip: tuple[str, ...] = ()
     cordoned: bool = False
+    total: int = 0
+    tries: tuple[DrainTry, ...] = ()
     left: tuple[VmLeft, ...] = ()

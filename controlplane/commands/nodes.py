@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from controlplane.commands.draft import Author, Draft
 from shared.errors import StateConflict
 from shared.model import Inventory, Node, NodeState
+from shared.moves import DrainJournal
 
 
 class JoinNode(Struct, frozen=True, kw_only=True):
@@ -92,13 +93,25 @@ class SetCordon(Struct, frozen=True, kw_only=True):
         if node.cordoned is self.cordoned:
             state = "cordoned" if node.cordoned else "not cordoned"
             raise StateConflict(f"node {node.name!r} is {state} already")
+        for operation in draft.operations_on(node.id):
+            if not self.cordoned and isinstance(operation.saga, DrainJournal):
+                raise StateConflict(
+                    f"{operation.id} drains node {node.name!r}: wait for that, or cancel it "
+                    f"(novacron op cancel {operation.id})"
+                )
         draft.audit(f"node.{verb}", node.id, self.by)
-        draft.event(f"node.{verb}", node.id, self.by, name=node.name, reason=self.reason)
-        draft.put(
-            replace(
-                node,
-                cordoned=self.cordoned,
-                cordon_reason=self.reason if self.cordoned else "",
-                updated_at=draft.now,
-            )
+        put_cordon(draft, node, self.by, cordoned=self.cordoned, reason=self.reason)
+
+
+def put_cordon(draft: Draft, node: Node, by: Author, *, cordoned: bool, reason: str) -> None:
+    """Write a node's cordon, and the event about it."""
+    verb = "cordoned" if cordoned else "uncordoned"
+    draft.event(f"node.{verb}", node.id, by, name=node.name, reason=reason)
+    draft.put(
+        replace(
+            node,
+            cordoned=cordoned,
+            cordon_reason=reason if cordoned else "",
+            updated_at=draft.now,
         )
+    )

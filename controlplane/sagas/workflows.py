@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controlplane.sagas.context import Saga
+from controlplane.sagas.drain import DRAINING
 from controlplane.sagas.migrate import MIGRATION
 
-SAGAS: dict[str, Saga] = {saga.kind: saga for saga in (MIGRATION,)}
+SAGAS: dict[str, Saga] = {saga.kind: saga for saga in (MIGRATION, DRAINING)}

@@ -5,9 +5,13 @@ Pure: no I/O, no clock, no logging.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
+from controlplane.scheduler.place import Plan, plan
 from controlplane.scheduler.request import Move, PlacementRequest, disks_by_pool, request_of
+from controlplane.scheduler.snapshot import Snapshot
 from shared.model import Node, Vm
 
 
@@ -29,6 +33,19 @@ def move_request(vm: Vm, source: Node) -> PlacementRequest:
         left_behind=tuple(leftover.node for leftover in vm.status.leftovers),
     )
     return replace(request_of(vm), bound_to=None, disks_gib=disks_by_pool(vm, copied), move=move)
+
+
+def plan_moves(snapshot: Snapshot, source: Node, vms: Iterable[Vm]) -> tuple[tuple[Vm, Plan], ...]:
+    """Plan where each of ``vms`` would go from ``source``, each after those before it."""
+    planned = []
+    for vm in vms:
+        request = move_request(vm, source)
+        without = snapshot.without(vm)
+        decision = plan(without, request)
+        planned.append((vm, decision))
+        if decision.node is not None:
+            snapshot = without.with_placement(request, decision.node)
+    return tuple(planned)
 
 
 def copied_disks(vm: Vm, source: Node, destination: Node) -> tuple[str, ...]:

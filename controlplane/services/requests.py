@@ -51,6 +51,13 @@ class MigrateOrder(Struct, frozen=True, kw_only=True):
     destination: Reference | None = None
 
 
+class DrainOrder(Struct, frozen=True, kw_only=True):
+    """``skip``: VMs, by id or name, that stay where they are; the node is then not empty."""
+
+    reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+    skip: Annotated[tuple[Reference, ...], Meta(max_length=100)] = ()
+
+
 class CordonOrder(Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
 
@@ -78,6 +85,11 @@ class NodeQuery(PageQuery, frozen=True, kw_only=True):
 class OperationQuery(PageQuery, frozen=True, kw_only=True):
     state: OperationState | None = None
     target: Reference | None = None
+
+
+class MigrationQuery(PageQuery, frozen=True, kw_only=True):
+    state: OperationState | None = None
+    vm: Reference | None = None
 
 
 class EventQuery(PageQuery, frozen=True, kw_only=True):

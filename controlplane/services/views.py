@@ -28,6 +28,7 @@ from shared.model import (
     VmSpec,
     attempt_generation,
 )
+from shared.moves import MigrationFigures
 from shared.states import vm_phase
 
 
@@ -170,6 +171,39 @@ class PlacementView(Struct, frozen=True, kw_only=True):
     node_name: str | None
     candidates: tuple[CandidateView, ...]
     refusals: dict[str, int]
+    revision: str
+
+
+class MigrationView(Struct, frozen=True, kw_only=True):
+    """A migration as its operation tells it; nodes are ids, each with its name when it is known.
+
+    ``id`` is the operation's; ``figures`` are there once it has moved.
+    """
+
+    id: str
+    vm: str
+    vm_name: str | None
+    tenant: str
+    source: str
+    source_name: str | None
+    destination: str | None
+    destination_name: str | None
+    generation: int
+    state: OperationState
+    phase: str
+    steps: tuple[OperationStep, ...]
+    progress: Progress | None
+    figures: MigrationFigures | None
+    error: Problem | None
+    by: str
+    parent: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class MigrationList(Struct, frozen=True, kw_only=True):
+    items: tuple[MigrationView, ...]
+    next_cursor: str | None
     revision: str
 
 

@@ -1,0 +1,179 @@
+"""What a drain changes in records: its node's cordon, its journal, and VMs that let go of the node.
+
+The functions below ``RequestDrain`` are effects of the steps in ``controlplane/sagas/drain.py``.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.commands.draft import Author, Draft
+from controlplane.commands.migrations import RequestMigration
+from controlplane.commands.nodes import put_cordon
+from controlplane.commands.operations import put_vm
+from controlplane.commands.sagas import (
+    CancelOperation,
+    Effect,
+    is_past_return,
+    open_saga,
+    saga_steps,
+)
+from shared.errors import StateConflict
+from shared.model import AttemptState, Node, Operation, OperationState
+from shared.moves import DrainJournal, DrainTry, Leftover, VmLeft
+
+DRAIN = "node.drain"
+# A node of 100 VMs empties within hours, two at a time; what waits for longer waits for a person.
+DRAIN_DEADLINE = timedelta(hours=24)
+
+
+class RequestDrain(Struct, frozen=True, kw_only=True):
+    """Returns the id of the operation; whoever asks again gets the one that is under way.
+
+    Raises NotFound, StateConflict while an earlier drain is being undone.
+    """
+
+    node_id: str
+    reason: str
+    skip: tuple[str, ...]
+    steps: tuple[str, ...]
+    no_return: frozenset[str]
+    by: Author
+
+    def decide(self, draft: Draft) -> str:
+        node = draft.node(self.node_id)
+        for operation in draft.operations_on(node.id):
+            if operation.kind == DRAIN and operation.undoing:
+                raise StateConflict(
+                    f"{operation.id} is being cancelled: try again when it has ended"
+                )
+            if operation.kind == DRAIN:
+                return operation.id
+        operation = Operation(
+            id=draft.new_id("op"),
+            kind=DRAIN,
+            target=node.id,
+            state=OperationState.RUNNING,
+            steps=saga_steps(self.steps, self.no_return),
+            by=self.by.principal,
+            created_at=draft.now,
+            updated_at=draft.now,
+            deadline_at=draft.now + DRAIN_DEADLINE,
+            saga=DrainJournal(
+                reason=self.reason, skip=self.skip, total=sum(1 for _ in draft.vms_on(node.id))
+            ),
+        )
+        open_saga(draft, operation)
+        draft.audit(DRAIN, node.id, self.by)
+        draft.event(
+            "node.drain_requested", node.id, self.by, name=node.name, operation=operation.id
+        )
+        return operation.id
+
+
+def cordon_for(draft: Draft, operation: Operation) -> Operation:
+    """Cordon the node, unless it is already."""
+    node = draft.node(operation.target)
+    journal = journal_of(operation)
+    if node.cordoned:
+        return operation
+    reason = journal.reason or f"drained by {operation.by}"
+    put_cordon(draft, node, Author(operation.by), cordoned=True, reason=reason)
+    return replace(operation, saga=replace(journal, cordoned=True))
+
+
+def uncordon_again(draft: Draft, operation: Operation) -> Operation:
+    """Open the node again after a cancelled drain that had closed it.
+
+    After one that failed it stays closed: whoever wanted it empty still has it half empty.
+    """
+    node = draft.find(Node, operation.target)
+    cancelled = operation.state is OperationState.CANCELLING
+    if node is not None and node.cordoned and journal_of(operation).cordoned and cancelled:
+        put_cordon(draft, node, Author(operation.by), cordoned=False, reason="")
+    return operation
+
+
+def move_vm(vm_id: str, steps: tuple[str, ...], no_return: frozenset[str]) -> Effect:
+    """Ask for a VM's migration to wherever it fits, and write down which one that is."""
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        request = RequestMigration(
+            vm_id=vm_id,
+            destination=None,
+            steps=steps,
+            no_return=no_return,
+            by=Author(operation.by),
+            parent=operation.id,
+        )
+        journal = journal_of(operation)
+        before = next((each for each in journal.tries if each.vm == vm_id), None)
+        attempt = DrainTry(
+            vm=vm_id,
+            operation=request.decide(draft),
+            count=1 if before is None else before.count + 1,
+            at=draft.now,
+        )
+        others = tuple(each for each in journal.tries if each.vm != vm_id)
+        return replace(operation, saga=replace(journal, tries=(*others, attempt)))
+
+    return effect
+
+
+def release_vm(vm_id: str) -> Effect:
+    """Unbind a VM at rest whose disks (if any) every node sees.
+
+    What is left of it on the node is swept; it is placed anew when it is to run.
+    """
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        vm = draft.vm(vm_id)
+        attempt = vm.status.attempt
+        at_rest = attempt is None or attempt.state is AttemptState.ENDED
+        here = vm.status.node == operation.target
+        if not (here and at_rest) or vm.deleting or vm.status.migration is not None:
+            raise StateConflict(f"{vm.name!r} is not at rest on the node any more")
+        generation = 0 if attempt is None else attempt.generation
+        left = Leftover(node=operation.target, generation=generation)
+        status = replace(vm.status, node=None, attempt=None, leftovers=(*vm.status.leftovers, left))
+        by = Author(operation.by)
+        draft.event("vm.released", vm.id, by, tenant=vm.tenant, node=operation.target)
+        put_vm(draft, replace(vm, status=status))
+        return operation
+
+    return effect
+
+
+def cancel_moves(draft: Draft, operation: Operation) -> Operation:
+    """Cancel the migrations of a drain that can be cancelled; the others end by themselves."""
+    for attempt in journal_of(operation).tries:
+        child = draft.find(Operation, attempt.operation)
+        if child is not None and not is_past_return(child):
+            CancelOperation(operation_id=child.id, by=Author(operation.by)).decide(draft)
+    return operation
+
+
+def drained(draft: Draft, operation: Operation) -> Operation:
+    """Say that the node is empty. Raises StateConflict when it is not."""
+    node = draft.node(operation.target)
+    if any(True for _ in draft.vms_on(node.id)):
+        raise StateConflict(f"{node.name!r} is not empty")
+    draft.event("node.drained", node.id, Author(operation.by), name=node.name)
+    return operation
+
+
+def note_left(left: tuple[VmLeft, ...]) -> Effect:
+    """Write down which VMs a drain could not move."""
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        return replace(operation, saga=replace(journal_of(operation), left=left))
+
+    return effect
+
+
+def journal_of(operation: Operation) -> DrainJournal:
+    assert isinstance(operation.saga, DrainJournal), "a drain's journal"
+    return operation.saga
