@@ -17,6 +17,7 @@ from shared.model import (
     AttemptState,
     Cluster,
     HistoryEntry,
+    IdempotencyRecord,
     Node,
     Operation,
     Power,
@@ -62,7 +63,7 @@ class Changes:
 
 
 class ClusterState:
-    """All records below ``keys.STATE`` and the part of history that etcd still holds."""
+    """All records, and the part of history that etcd still holds."""
 
     def __init__(self) -> None:
         self.revision = 0
@@ -72,6 +73,7 @@ class ClusterState:
         self.nodes: dict[str, Stored[Node]] = {}
         self.operations: dict[str, Stored[Operation]] = {}
         self.api_keys: dict[str, Stored[ApiKey]] = {}
+        self.idempotency: dict[str, Stored[IdempotencyRecord]] = {}
         self.history: dict[int, HistoryEntry] = {}
         self.last_seq = 0
         self._tables: dict[type[Record], dict[str, Stored[Any]]] = {
@@ -80,6 +82,7 @@ class ClusterState:
             Node: self.nodes,
             Operation: self.operations,
             ApiKey: self.api_keys,
+            IdempotencyRecord: self.idempotency,
         }
         self._observers: list[Observer] = []
         self._history_observers: list[HistoryObserver] = []
@@ -137,6 +140,9 @@ class ClusterState:
 
     def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
         return self._table(kind).get(record_id)
+
+    def count(self, kind: type[Record]) -> int:
+        return len(self._table(kind))
 
     def put(self, record: Record, revision: int) -> None:
         """Take one record as etcd has it at ``revision``."""

@@ -17,7 +17,7 @@ to do with an error logs it, once.
     │   ├── StateConflict              the action does not fit the object's state
     │   ├── IllegalTransition          a table in shared.states has no such row
     │   └── ChangeTooLarge             more writes than one transaction may hold
-    ├── IdempotencyMismatch       422  the key was used with another body
+    ├── IdempotencyKeyReused      422  the key came with another request before
     ├── Unavailable               503  retry later; nothing was changed
     │   ├── NoLeader
     │   ├── LeadershipLost
@@ -135,8 +135,8 @@ class ChangeTooLarge(Conflict):
     code = "change_too_large"
 
 
-class IdempotencyMismatch(NovacronError):
-    code = "idempotency_mismatch"
+class IdempotencyKeyReused(NovacronError):
+    code = "idempotency_key_reused"
     http_status = 422
 
 

@@ -69,6 +69,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shared",
     ),
     "controlplane/api": (
+        # What the headers of a write come to.
+        "controlplane.commands.terms",
         "controlplane.services",
         # Only to wait for a revision or a change; what is in it is read by the services.
         "controlplane.state",

@@ -18,12 +18,14 @@ from controlplane.api.body import Reader, read_body
 from controlplane.api.problems import WrongMethod
 from controlplane.api.routes import BASE, Call, Route
 from controlplane.api.stream import EVENT_STREAM, EventStreams
+from controlplane.api.terms import request_key
 from controlplane.services.context import Context, Principal
 from controlplane.services.context import Scope as Tenancy
 from controlplane.services.requests import EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
+from controlplane.services.writes import TiedSubmit, answer_again, tied
 from controlplane.telemetry.exporter import Metrics
 from shared.errors import MalformedRequest, Unavailable
 
@@ -31,6 +33,7 @@ from shared.errors import MalformedRequest, Unavailable
 CATCH_UP_S = 2.0
 # Set by the server: cuts the connection without waiting for what is not read.
 ABORT = "novacron.abort"
+REPLAYED = (b"idempotency-replayed", b"true")
 
 
 class _Sent(Struct):
@@ -41,6 +44,7 @@ class _Sent(Struct):
     content_length: bytes | None = None
     min_revision: bytes | None = None
     last_event_id: bytes | None = None
+    idempotency_key: bytes | None = None
 
 
 _HEADERS = {
@@ -49,6 +53,7 @@ _HEADERS = {
     b"content-length": "content_length",
     b"x-novacron-min-revision": "min_revision",
     b"last-event-id": "last_event_id",
+    b"idempotency-key": "idempotency_key",
 }
 
 
@@ -101,18 +106,52 @@ class Endpoint:
                 query = replace(query, since=sent.last_event_id.decode("latin-1"))
             await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
             return
-        raw = b""
-        if method not in ("GET", "HEAD"):
+        if method in ("GET", "HEAD"):
+            answer = await self._read(prepared, principal, scope, query)
+        else:
             raw = await read_body(receive, sent.content_length)
-        body = prepared.body.body(raw)
-        call = Call(
-            self._context, self._metrics, principal, scope.get("path_params", {}), query, body
+            answer = await self._write(prepared, principal, scope, query, raw, sent)
+        await send_answer(send, answer, with_body=method != "HEAD")
+
+    async def _read(
+        self, prepared: _Prepared, principal: Principal, scope: Scope, query: Struct
+    ) -> Answer:
+        path = scope.get("path_params", {})
+        body = prepared.body.body(b"")
+        handling = prepared.route.handler(
+            Call(self._context, self._metrics, principal, path, query, body)
         )
-        handling = route.handler(call)
         if isinstance(query, WaitQuery):
             handling = self._streams.unless_closing(handling)
-        answer = _answer(route, await handling)
-        await send_answer(send, answer, with_body=method != "HEAD")
+        return _answer(prepared.route, await handling)
+
+    async def _write(
+        self,
+        prepared: _Prepared,
+        principal: Principal,
+        scope: Scope,
+        query: Struct,
+        raw: bytes,
+        sent: _Sent,
+    ) -> Answer:
+        route, context = prepared.route, self._context
+        body = prepared.body.body(raw)
+        target = (scope["path"], scope["query_string"])
+        key = None
+        if route.changes:
+            key = request_key(sent.idempotency_key, principal, route.method, target, raw)
+        submit = TiedSubmit(context.submit, key)
+        again = None if key is None else await answer_again(context, principal, key)
+        result: object = again
+        if again is None:
+            path = scope.get("path_params", {})
+            result = await route.handler(
+                Call(tied(context, submit), self._metrics, principal, path, query, body)
+            )
+        answer = _answer(route, result)
+        if again is None and not submit.replayed:
+            return answer
+        return replace(answer, headers=(*answer.headers, REPLAYED))
 
     def _principal(self, route: Route, sent: _Sent, exchange: Exchange) -> Principal:
         if route.permission is None:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from controlplane.api.routes import BASE, ROUTES, Route
 from controlplane.api.schema import Schema, components, input_components
+from controlplane.api.terms import IDEMPOTENCY_KEY, KEY_LENGTH_MAX, KEY_PATTERN
 from controlplane.services.requests import NoBody, NoQuery
 from shared.model import Problem
 
@@ -17,6 +18,16 @@ _VIEWS = "#/components/schemas/{name}"
 # What a client sends and what it gets are two schemas, even where they are one Struct.
 _INPUTS = "#/components/schemas/{name}Input"
 _PROBLEM = {"$ref": "#/components/responses/Problem"}
+_WRITE_HEADERS: list[Schema] = [
+    {
+        "name": IDEMPOTENCY_KEY,
+        "in": "header",
+        "required": False,
+        "description": "the same key and request again, within 24 hours, is done once and answered "
+        "with what it became (Idempotency-Replayed: true)",
+        "schema": {"type": "string", "maxLength": KEY_LENGTH_MAX, "pattern": KEY_PATTERN},
+    },
+]
 _SUMMARIES = {
     "400": "The request is malformed",
     "401": "There is no valid token",
@@ -59,7 +70,11 @@ def _operation(route: Route, schemas: dict[str, Schema]) -> Schema:
         "operationId": _operation_id(route),
         "summary": route.summary,
         "tags": [_tag(route)],
-        "parameters": [*_path_parameters(route), *_query_parameters(route, schemas)],
+        "parameters": [
+            *_path_parameters(route),
+            *_query_parameters(route, schemas),
+            *(_WRITE_HEADERS if route.changes else ()),
+        ],
         "responses": {str(route.status): _success(route), **_problems(route)},
         "security": [] if route.permission is None else [{"token": []}],
     }
@@ -113,9 +128,16 @@ def _success(route: Route) -> Schema:
     if route.follows:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     response: Schema = {"description": route.summary, "content": content}
+    headers: Schema = {}
     if route.status == 202:
-        location = {"description": "the operation", "schema": {"type": "string"}}
-        response["headers"] = {"Location": location}
+        headers["Location"] = {"description": "the operation", "schema": {"type": "string"}}
+    if route.changes:
+        headers["Idempotency-Replayed"] = {
+            "description": "this very request was done before",
+            "schema": {"type": "string", "enum": ["true"]},
+        }
+    if headers:
+        response["headers"] = headers
     return response
 
 

@@ -83,6 +83,11 @@ class Route(Struct, frozen=True, kw_only=True):
     status: int = 200
     follows: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether it may change something; a plan that is posted changes nothing."""
+        return self.permission is not None and self.permission.endswith(":write")
+
 
 async def _healthz(call: Call) -> Answer:
     return json_answer(200, {"status": "ok"})

@@ -76,6 +76,11 @@ class Draft:
         stored = self._state.get(kind, record_id)
         return None if stored is None else stored.record
 
+    def count(self, kind: type[Record]) -> int:
+        """Return how many records of a kind there are, those that this draft deletes included."""
+        new = sum(self._state.get(k, i) is None for k, i in self._changes if k is kind)
+        return self._state.count(kind) + new
+
     def cluster(self) -> Cluster | None:
         return next(self._changed(Cluster), None) or self._state.cluster()
 

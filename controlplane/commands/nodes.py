@@ -79,14 +79,17 @@ class SetNodeState(Struct, frozen=True, kw_only=True):
 
 
 class SetCordon(Struct, frozen=True, kw_only=True):
-    """Cordons or uncordons a node. Raises NotFound, StateConflict when it already is so."""
+    """Cordons or uncordons a node. Returns its id.
+
+    Raises NotFound, StateConflict when it already is so.
+    """
 
     node_id: str
     cordoned: bool
     reason: str
     by: Author
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, draft: Draft) -> str:
         node = draft.node(self.node_id)
         verb = "cordoned" if self.cordoned else "uncordoned"
         if node.cordoned is self.cordoned:
@@ -102,3 +105,4 @@ class SetCordon(Struct, frozen=True, kw_only=True):
                 updated_at=draft.now,
             )
         )
+        return node.id

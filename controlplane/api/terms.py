@@ -1,0 +1,50 @@
+"""The headers by which a client ties terms to a write: checked, and made what services take."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from controlplane.commands.terms import RequestKey
+from controlplane.services.context import Principal
+from shared.errors import FieldError, ValidationFailed
+
+IDEMPOTENCY_KEY = "Idempotency-Key"
+# A UUID has 36; this leaves room for a name before it.
+KEY_LENGTH_MAX = 128
+KEY_PATTERN = r"^[\x21-\x7e]+$"
+_KEY = re.compile(KEY_PATTERN.removesuffix("$") + r"\Z")
+_DIGEST_BYTES = 20
+
+
+def request_key(
+    header: bytes | None, principal: Principal, method: str, target: tuple[str, bytes], body: bytes
+) -> RequestKey | None:
+    """Return what a request is kept under; ``target`` is its path and query string.
+
+    Raises ValidationFailed. Another principal's same key is another key.
+    """
+    if header is None:
+        return None
+    text = header.decode("latin-1")
+    pointer = f"/{IDEMPOTENCY_KEY}"
+    if len(text) > KEY_LENGTH_MAX:
+        message = f"must have at most {KEY_LENGTH_MAX} characters"
+        raise ValidationFailed((FieldError(pointer, "too_long", message),))
+    if _KEY.match(text) is None:
+        message = "must be one or more visible ASCII characters"
+        raise ValidationFailed((FieldError(pointer, "bad_format", message),))
+    path, query = target
+    return RequestKey(
+        id=_digest(principal.scope.tenant.encode(), principal.name.encode(), header),
+        principal=principal.name,
+        fingerprint=_digest(method.encode(), path.encode("utf-8", "surrogatepass"), query, body),
+    )
+
+
+def _digest(*parts: bytes) -> str:
+    """Hash parts so that no two rows of them give the same bytes."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
