@@ -17,6 +17,8 @@ to do with an error logs it, once.
     │   ├── StateConflict              the action does not fit the object's state
     │   ├── IllegalTransition          a table in shared.states has no such row
     │   └── ChangeTooLarge             more writes than one transaction may hold
+    ├── PreconditionFailed        412  the object is not the one that If-Match names
+    ├── UnsupportedMediaType      415
     ├── IdempotencyKeyReused      422  the key came with another request before
     ├── Unavailable               503  retry later; nothing was changed
     │   ├── NoLeader
@@ -133,6 +135,16 @@ class IllegalTransition(Conflict):
 
 class ChangeTooLarge(Conflict):
     code = "change_too_large"
+
+
+class PreconditionFailed(NovacronError):
+    code = "precondition_failed"
+    http_status = 412
+
+
+class UnsupportedMediaType(NovacronError):
+    code = "unsupported_media_type"
+    http_status = 415
 
 
 class IdempotencyKeyReused(NovacronError):

@@ -71,6 +71,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "controlplane/api": (
         # What the headers of a write come to.
         "controlplane.commands.terms",
+        # A patch is the body of a request and part of a command.
+        "controlplane.commands.vm_patch",
         "controlplane.services",
         # Only to wait for a revision or a change; what is in it is read by the services.
         "controlplane.state",

@@ -49,8 +49,9 @@ T = TypeVar("T", bound=Struct)
 class Reader(Generic[T]):
     """Checks plain values against one Struct's schema and makes the Struct."""
 
-    def __init__(self, kind: type[T]) -> None:
+    def __init__(self, kind: type[T], immutable: frozenset[str] = frozenset()) -> None:
         self.kind = kind
+        self._immutable = immutable
         schema = input_schema(kind)
         self._validator = _Validator(schema)
         self._properties: dict[str, Schema] = schema["$defs"][kind.__name__]["properties"]
@@ -85,7 +86,7 @@ class Reader(Generic[T]):
     def _take(self, document: Any, faults: tuple[FieldError, ...]) -> T:
         found = dict.fromkeys(faults)
         for error in self._validator.iter_errors(document):
-            found.update(dict.fromkeys(_faults(error)))
+            found.update(dict.fromkeys(map(self._told, _faults(error))))
             if len(found) >= ERRORS_MAX:
                 break
         if found:
@@ -95,6 +96,12 @@ class Reader(Generic[T]):
         except msgspec.ValidationError as error:
             fault = FieldError("", "not_allowed", str(error))
             raise ValidationFailed((fault,)) from error
+
+    def _told(self, fault: FieldError) -> FieldError:
+        """Return a fault as it is, or that what is there cannot be changed."""
+        if fault.code == "unknown_field" and fault.pointer in self._immutable:
+            return FieldError(fault.pointer, "immutable", "cannot be changed")
+        return fault
 
 
 async def read_body(receive: Receive, content_length: bytes | None) -> bytes:

@@ -18,9 +18,11 @@ from controlplane.api.body import Reader, read_body
 from controlplane.api.problems import WrongMethod
 from controlplane.api.routes import BASE, Call, Route
 from controlplane.api.stream import EVENT_STREAM, EventStreams
-from controlplane.api.terms import request_key
+from controlplane.api.terms import check_patch_type, request_key
+from controlplane.commands.terms import Expected, RequestKey
 from controlplane.services.context import Context, Principal
 from controlplane.services.context import Scope as Tenancy
+from controlplane.services.etags import etag_of, expectation, is_known
 from controlplane.services.requests import EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
@@ -44,7 +46,10 @@ class _Sent(Struct):
     content_length: bytes | None = None
     min_revision: bytes | None = None
     last_event_id: bytes | None = None
+    content_type: bytes | None = None
     idempotency_key: bytes | None = None
+    if_match: bytes | None = None
+    if_none_match: bytes | None = None
 
 
 _HEADERS = {
@@ -53,7 +58,10 @@ _HEADERS = {
     b"content-length": "content_length",
     b"x-novacron-min-revision": "min_revision",
     b"last-event-id": "last_event_id",
+    b"content-type": "content_type",
     b"idempotency-key": "idempotency_key",
+    b"if-match": "if_match",
+    b"if-none-match": "if_none_match",
 }
 
 
@@ -63,6 +71,20 @@ class _Prepared(Struct, frozen=True):
     route: Route
     query: Reader[Struct]
     body: Reader[Struct]
+
+
+class _Request(Struct, frozen=True):
+    """One request, up to its body."""
+
+    prepared: _Prepared
+    principal: Principal
+    scope: Scope
+    query: Struct
+    sent: _Sent
+
+    @property
+    def route(self) -> Route:
+        return self.prepared.route
 
 
 class Endpoint:
@@ -81,7 +103,7 @@ class Endpoint:
         self._metrics = metrics
         self._streams = streams
         self._methods = {
-            route.method: _Prepared(route, Reader(route.query), Reader(route.body))
+            route.method: _Prepared(route, Reader(route.query), Reader(route.body, route.immutable))
             for route in routes
         }
         if "GET" in self._methods:
@@ -106,52 +128,60 @@ class Endpoint:
                 query = replace(query, since=sent.last_event_id.decode("latin-1"))
             await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
             return
+        request = _Request(prepared, principal, scope, query, sent)
         if method in ("GET", "HEAD"):
-            answer = await self._read(prepared, principal, scope, query)
+            answer = await self._read(request)
         else:
             raw = await read_body(receive, sent.content_length)
-            answer = await self._write(prepared, principal, scope, query, raw, sent)
+            answer = await self._write(request, raw)
         await send_answer(send, answer, with_body=method != "HEAD")
 
-    async def _read(
-        self, prepared: _Prepared, principal: Principal, scope: Scope, query: Struct
-    ) -> Answer:
-        path = scope.get("path_params", {})
-        body = prepared.body.body(b"")
-        handling = prepared.route.handler(
-            Call(self._context, self._metrics, principal, path, query, body)
-        )
-        if isinstance(query, WaitQuery):
+    async def _read(self, request: _Request) -> Answer:
+        body = request.prepared.body.body(b"")
+        handling = request.route.handler(self._call(self._context, request, body))
+        if isinstance(request.query, WaitQuery):
             handling = self._streams.unless_closing(handling)
-        return _answer(prepared.route, await handling)
+        result = await handling
+        etag = etag_of(self._context.state, result)
+        known = request.sent.if_none_match
+        if etag is not None and known is not None and is_known(etag, known.decode("latin-1")):
+            return Answer(304, b"", b"", ((b"etag", etag.encode()),))
+        return _answer(request.route, result, etag)
 
-    async def _write(
-        self,
-        prepared: _Prepared,
-        principal: Principal,
-        scope: Scope,
-        query: Struct,
-        raw: bytes,
-        sent: _Sent,
-    ) -> Answer:
-        route, context = prepared.route, self._context
-        body = prepared.body.body(raw)
-        target = (scope["path"], scope["query_string"])
-        key = None
-        if route.changes:
-            key = request_key(sent.idempotency_key, principal, route.method, target, raw)
-        submit = TiedSubmit(context.submit, key)
-        again = None if key is None else await answer_again(context, principal, key)
-        result: object = again
-        if again is None:
-            path = scope.get("path_params", {})
-            result = await route.handler(
-                Call(tied(context, submit), self._metrics, principal, path, query, body)
-            )
-        answer = _answer(route, result)
-        if again is None and not submit.replayed:
+    async def _write(self, request: _Request, raw: bytes) -> Answer:
+        context, principal = self._context, request.principal
+        if request.route.method == "PATCH":
+            check_patch_type(request.sent.content_type)
+        body = request.prepared.body.body(raw)
+        key = self._key(request, raw)
+        result: object = None if key is None else await answer_again(context, principal, key)
+        replayed = result is not None
+        if not replayed:
+            submit = TiedSubmit(context.submit, key, self._expected(request))
+            result = await request.route.handler(self._call(tied(context, submit), request, body))
+            replayed = submit.replayed
+        answer = _answer(request.route, result, etag_of(context.state, result))
+        if not replayed:
             return answer
         return replace(answer, headers=(*answer.headers, REPLAYED))
+
+    def _call(self, context: Context, request: _Request, body: Struct) -> Call:
+        path = request.scope.get("path_params", {})
+        return Call(context, self._metrics, request.principal, path, request.query, body)
+
+    def _key(self, request: _Request, raw: bytes) -> RequestKey | None:
+        if not request.route.changes:
+            return None
+        target = (request.scope["path"], request.scope["query_string"])
+        header = request.sent.idempotency_key
+        return request_key(header, request.principal, request.route.method, target, raw)
+
+    def _expected(self, request: _Request) -> Expected | None:
+        if not request.route.changes or request.sent.if_match is None:
+            return None
+        path = request.scope.get("path_params", {})
+        if_match = request.sent.if_match.decode("latin-1")
+        return expectation(self._context, request.principal, path, if_match)
 
     def _principal(self, route: Route, sent: _Sent, exchange: Exchange) -> Principal:
         if route.permission is None:
@@ -190,10 +220,10 @@ def _read_headers(scope: Scope) -> _Sent:
     return sent
 
 
-def _answer(route: Route, result: object) -> Answer:
+def _answer(route: Route, result: object, etag: str | None) -> Answer:
     if isinstance(result, Answer):
         return result
-    headers: Headers = ()
+    headers: Headers = () if etag is None else ((b"etag", etag.encode()),)
     if route.status == 202 and isinstance(result, OperationView):
-        headers = ((b"location", f"{BASE}/operations/{result.id}".encode()),)
+        headers = (*headers, (b"location", f"{BASE}/operations/{result.id}".encode()))
     return json_answer(route.status, result, headers)

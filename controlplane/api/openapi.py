@@ -9,8 +9,10 @@ from msgspec import Struct
 
 from controlplane.api.routes import BASE, ROUTES, Route
 from controlplane.api.schema import Schema, components, input_components
-from controlplane.api.terms import IDEMPOTENCY_KEY, KEY_LENGTH_MAX, KEY_PATTERN
+from controlplane.api.terms import IDEMPOTENCY_KEY, KEY_LENGTH_MAX, KEY_PATTERN, PATCH_TYPES
+from controlplane.services.etags import IF_MATCH
 from controlplane.services.requests import NoBody, NoQuery
+from controlplane.services.views import NodeView, OperationView, VmView
 from shared.model import Problem
 
 VERSION = "3.1.0"
@@ -27,6 +29,22 @@ _WRITE_HEADERS: list[Schema] = [
         "with what it became (Idempotency-Replayed: true)",
         "schema": {"type": "string", "maxLength": KEY_LENGTH_MAX, "pattern": KEY_PATTERN},
     },
+    {
+        "name": IF_MATCH,
+        "in": "header",
+        "required": False,
+        "description": "only if the object is at one of these ETags; 412 otherwise",
+        "schema": {"type": "string"},
+    },
+]
+_READ_HEADERS: list[Schema] = [
+    {
+        "name": "If-None-Match",
+        "in": "header",
+        "required": False,
+        "description": "an ETag that is known already: 304 without a body if it is still so",
+        "schema": {"type": "string"},
+    },
 ]
 _SUMMARIES = {
     "400": "The request is malformed",
@@ -34,6 +52,8 @@ _SUMMARIES = {
     "403": "The permission is lacking",
     "404": "There is no such object",
     "409": "It does not fit the state of the object",
+    "412": "It is not what If-Match names",
+    "415": "The body is of a type that is not read here",
     "413": "The body is too large",
     "422": "The request is not valid; every fault is listed",
     "500": "Something broke; the replica's log has it",
@@ -74,17 +94,19 @@ def _operation(route: Route, schemas: dict[str, Schema]) -> Schema:
             *_path_parameters(route),
             *_query_parameters(route, schemas),
             *(_WRITE_HEADERS if route.changes else ()),
+            *(_READ_HEADERS if _has_etag(route) and route.method == "GET" else ()),
         ],
-        "responses": {str(route.status): _success(route), **_problems(route)},
+        "responses": {str(route.status): _success(route), **_unchanged(route), **_problems(route)},
         "security": [] if route.permission is None else [{"token": []}],
     }
     if route.permission is not None:
         operation["x-novacron-permission"] = route.permission.value
-    if route.method == "POST" and route.body is not NoBody:
+    if route.method in ("POST", "PATCH") and route.body is not NoBody:
         schema = {"$ref": _INPUTS.format(name=route.body.__name__)}
+        kinds = PATCH_TYPES if route.method == "PATCH" else ("application/json",)
         operation["requestBody"] = {
             "required": bool(schemas[f"{route.body.__name__}Input"].get("required")),
-            "content": {"application/json": {"schema": schema}},
+            "content": {kind: {"schema": schema} for kind in kinds},
         }
     return operation
 
@@ -131,6 +153,8 @@ def _success(route: Route) -> Schema:
     headers: Schema = {}
     if route.status == 202:
         headers["Location"] = {"description": "the operation", "schema": {"type": "string"}}
+    if _has_etag(route):
+        headers["ETag"] = {"description": "of the object as sent", "schema": {"type": "string"}}
     if route.changes:
         headers["Idempotency-Replayed"] = {
             "description": "this very request was done before",
@@ -141,6 +165,17 @@ def _success(route: Route) -> Schema:
     return response
 
 
+def _unchanged(route: Route) -> Schema:
+    if route.method != "GET" or not _has_etag(route):
+        return {}
+    return {"304": {"description": "It is as If-None-Match says"}}
+
+
+def _has_etag(route: Route) -> bool:
+    """Tell whether the answer is one object that has a revision."""
+    return route.view in (VmView, NodeView, OperationView)
+
+
 def _problems(route: Route) -> Schema:
     statuses = ["400", "422", "500", "503"]
     if route.permission is not None:
@@ -149,6 +184,10 @@ def _problems(route: Route) -> Schema:
         statuses.append("404")
     if route.method != "GET" or route.text.startswith("text/plain"):
         statuses += ["409", "413"]
+    if route.changes:
+        statuses.append("412")
+    if route.method == "PATCH":
+        statuses.append("415")
     if route.path == "/readyz":
         statuses.remove("503")
     problems = {status: {**_problem_response(_SUMMARIES[status])} for status in sorted(statuses)}

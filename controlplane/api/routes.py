@@ -13,10 +13,12 @@ from typing import Any
 from msgspec import Struct
 
 from controlplane.api.answer import TEXT, Answer, json_answer
+from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import cluster, events, metrics, nodes, operations, placement, vms
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
+    VM_IMMUTABLE,
     ConsoleQuery,
     CordonOrder,
     EventQuery,
@@ -68,7 +70,8 @@ class Route(Struct, frozen=True, kw_only=True):
 
     ``permission`` None: open to everyone. ``view`` is what the handler returns, to be sent as JSON
     with ``status``; a handler of a route without one returns an Answer of type ``text``.
-    ``follows``: the same list also comes as an event stream.
+    ``follows``: the same list also comes as an event stream. ``immutable``: pointers of what an
+    object has and its patch may not name.
     """
 
     method: str
@@ -82,6 +85,7 @@ class Route(Struct, frozen=True, kw_only=True):
     query: type[Struct] = NoQuery
     status: int = 200
     follows: bool = False
+    immutable: frozenset[str] = frozenset()
 
     @property
     def changes(self) -> bool:
@@ -162,6 +166,16 @@ ROUTES: tuple[Route, ...] = (
         permission=Permission.VMS_READ,
         summary="Get a VM by id or name",
         view=VmView,
+    ),
+    Route(
+        method="PATCH",
+        path=f"{BASE}/vms/{{vm}}",
+        handler=lambda c: vms.change_vm(c.context, c.principal, c.path["vm"], c.body),
+        permission=Permission.VMS_WRITE,
+        summary="Change what of a VM can be changed in place (merge patch)",
+        view=VmView,
+        body=VmPatch,
+        immutable=VM_IMMUTABLE,
     ),
     Route(
         method="DELETE",

@@ -7,7 +7,7 @@ import re
 
 from controlplane.commands.terms import RequestKey
 from controlplane.services.context import Principal
-from shared.errors import FieldError, ValidationFailed
+from shared.errors import FieldError, UnsupportedMediaType, ValidationFailed
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
 # A UUID has 36; this leaves room for a name before it.
@@ -15,6 +15,7 @@ KEY_LENGTH_MAX = 128
 KEY_PATTERN = r"^[\x21-\x7e]+$"
 _KEY = re.compile(KEY_PATTERN.removesuffix("$") + r"\Z")
 _DIGEST_BYTES = 20
+PATCH_TYPES = ("application/merge-patch+json", "application/json")
 
 
 def request_key(
@@ -40,6 +41,15 @@ def request_key(
         principal=principal.name,
         fingerprint=_digest(method.encode(), path.encode("utf-8", "surrogatepass"), query, body),
     )
+
+
+def check_patch_type(content_type: bytes | None) -> None:
+    """Raise UnsupportedMediaType for a patch of a kind that this API does not read."""
+    if content_type is None:
+        return
+    given = content_type.decode("latin-1").partition(";")[0].strip().lower()
+    if given not in PATCH_TYPES:
+        raise UnsupportedMediaType(f"a patch here is {' or '.join(PATCH_TYPES)}")
 
 
 def _digest(*parts: bytes) -> str:

@@ -76,6 +76,18 @@ class Draft:
         stored = self._state.get(kind, record_id)
         return None if stored is None else stored.record
 
+    def revision_of(self, record_id: str) -> int | None:
+        """Return at which revision an object is stored: 0 once this draft has changed it.
+
+        None when there is no VM, node or operation of that id.
+        """
+        for kind in (Vm, Node, Operation):
+            if self.find(kind, record_id) is None:
+                continue
+            stored = self._state.get(kind, record_id)
+            return 0 if stored is None or (kind, record_id) in self._changes else stored.revision
+        return None
+
     def count(self, kind: type[Record]) -> int:
         """Return how many records of a kind there are, those that this draft deletes included."""
         new = sum(self._state.get(k, i) is None for k, i in self._changes if k is kind)

@@ -1,4 +1,4 @@
-"""On which terms a client's change is made: at most once under its idempotency key.
+"""On which terms a client's change is made: once under its key, and only to what it has seen.
 
 The record of a key is written in the transaction of the change that it stands for, so that neither
 is ever there without the other: whoever sends a request again after an unknown outcome gets what
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar, cast
 from msgspec import Struct
 
 from controlplane.commands.draft import Command, Draft
-from shared.errors import IdempotencyKeyReused, Overloaded
+from shared.errors import IdempotencyKeyReused, Overloaded, PreconditionFailed
 from shared.model import IdempotencyRecord
 
 Result = TypeVar("Result")
@@ -35,6 +35,14 @@ class RequestKey(Struct, frozen=True, kw_only=True):
     fingerprint: str
 
 
+class Expected(Struct, frozen=True, kw_only=True):
+    """What a change was meant for: an object by id, at one of these revisions or at any."""
+
+    object: str
+    revisions: tuple[int, ...] = ()
+    whatever: bool = False
+
+
 class Decided(Struct, Generic[Result], frozen=True):
     """What a command decided; ``replayed``: an earlier one did, and this one changed nothing."""
 
@@ -45,24 +53,26 @@ class Decided(Struct, Generic[Result], frozen=True):
 class OnTerms(Struct, Generic[Result], frozen=True, kw_only=True):
     """Decides a command once for its key, and again and again returns what the first one decided.
 
-    With a key the result is the id of what the client is answered with. Raises
-    IdempotencyKeyReused, Overloaded, and what the command raises; a refused command leaves no
-    record, and its key may be used again.
+    With a key the result is the id of what the client is answered with. What is expected of the
+    object is asked only when the change is new: once made, it has moved the object on itself.
+    Raises IdempotencyKeyReused, PreconditionFailed, Overloaded, and what the command raises; a
+    refused command leaves no record, and its key may be used again.
     """
 
     command: Command[Result]
     key: RequestKey | None = None
+    expected: Expected | None = None
 
     def decide(self, draft: Draft) -> Decided[Result]:
         if self.key is None:
-            return Decided(self.command.decide(draft), replayed=False)
+            return Decided(self._decide_new(draft), replayed=False)
         kept = draft.find(IdempotencyRecord, self.key.id)
         if kept is not None and still_kept(kept, draft.now):
             check_same(kept, self.key)
             return Decided(cast(Result, kept.result), replayed=True)
         if kept is None and draft.count(IdempotencyRecord) >= KEYS_MAX:
             raise Overloaded(f"{KEYS_MAX} idempotency keys are kept already: send it without one")
-        result = self.command.decide(draft)
+        result = self._decide_new(draft)
         assert isinstance(result, str), "what is replayed is found again by its id"
         draft.put(
             IdempotencyRecord(
@@ -74,6 +84,17 @@ class OnTerms(Struct, Generic[Result], frozen=True, kw_only=True):
             )
         )
         return Decided(result, replayed=False)
+
+    def _decide_new(self, draft: Draft) -> Result:
+        if self.expected is not None:
+            revision = draft.revision_of(self.expected.object)
+            if revision is None or not (
+                self.expected.whatever or revision in self.expected.revisions
+            ):
+                raise PreconditionFailed(
+                    "it is not what If-Match names: somebody changed it meanwhile; look again"
+                )
+        return self.command.decide(draft)
 
 
 class ForgetKeys(Struct, frozen=True, kw_only=True):

@@ -11,7 +11,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from controlplane.commands.vm_patch import SpecPatch, VmPatch
 from controlplane.services.pages import LIMIT_DEFAULT, CursorText, Limit
+from controlplane.services.views import VmView
 from shared.model import Labels, Name, OperationState, VmPhase, VmSpec
 from shared.units import KIB, MIB
 
@@ -37,6 +39,17 @@ class NewVm(Struct, frozen=True, kw_only=True):
     name: Name
     spec: VmSpec
     labels: Labels = {}
+
+
+# What a VM has and a patch of it may not name.
+VM_IMMUTABLE = frozenset(
+    {f"/{name}" for name in VmView.__struct_fields__ if name not in VmPatch.__struct_fields__}
+    | {
+        f"/spec/{name}"
+        for name in VmSpec.__struct_fields__
+        if name not in SpecPatch.__struct_fields__
+    }
+)
 
 
 class ShutdownOrder(Struct, frozen=True, kw_only=True):

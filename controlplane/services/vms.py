@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from controlplane.commands.draft import Author, Command
+from controlplane.commands.vm_patch import ChangeVm, VmPatch
 from controlplane.commands.vms import ActOnVm, CreateVm, DeleteVm
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.operations import find_operation
@@ -30,7 +31,7 @@ SCAN_STEP = 2000
 async def get_vm(context: Context, principal: Principal, reference: str) -> VmView:
     """Return one VM. Raises Forbidden, NotFound."""
     authorize(principal, Permission.VMS_READ)
-    return _view(context, find_vm(context, principal, reference), epoch_of(context.state))
+    return view(context, find_vm(context, principal, reference), epoch_of(context.state))
 
 
 async def list_vms(context: Context, principal: Principal, query: VmQuery) -> VmList:
@@ -59,7 +60,7 @@ async def list_vms(context: Context, principal: Principal, query: VmQuery) -> Vm
     else:
         more = None
     epoch = epoch_of(state)
-    items = tuple(_view(context, stored, epoch) for stored in page)
+    items = tuple(view(context, stored, epoch) for stored in page)
     return VmList(items=items, next_cursor=more, revision=revision)
 
 
@@ -78,6 +79,19 @@ async def create_vm(context: Context, principal: Principal, new: NewVm) -> Opera
         by=author(principal),
     )
     return await _accepted(context, principal, command)
+
+
+async def change_vm(
+    context: Context, principal: Principal, reference: str, patch: VmPatch
+) -> VmView:
+    """Change what of a VM can be changed in place, and return it.
+
+    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises.
+    """
+    authorize(principal, Permission.VMS_WRITE)
+    vm_id = find_vm(context, principal, reference).record.id
+    await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
+    return view(context, find_vm(context, principal, vm_id), epoch_of(context.state))
 
 
 async def act_on_vm(
@@ -154,7 +168,7 @@ def _matches(vm: Vm, principal: Principal, query: VmQuery) -> bool:
     return query.phase is None or vm_phase(vm) is query.phase
 
 
-def _view(context: Context, stored: Stored[Vm], epoch: int) -> VmView:
+def view(context: Context, stored: Stored[Vm], epoch: int) -> VmView:
     node_id = stored.record.status.node
     node = None if node_id is None else context.state.nodes.get(node_id)
     return vm_view(stored, epoch, None if node is None else node.record.name)

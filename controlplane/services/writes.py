@@ -10,28 +10,37 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Command
-from controlplane.commands.terms import OnTerms, RequestKey, check_same, still_kept
+from controlplane.commands.terms import Expected, OnTerms, RequestKey, check_same, still_kept
+from controlplane.services import vms
 from controlplane.services.context import Context, Principal, Result, Submit
 from controlplane.services.nodes import node_view
 from controlplane.services.operations import find_operation
-from controlplane.services.scope import find_node
-from controlplane.services.views import NodeView, OperationView, operation_view
+from controlplane.services.revisions import epoch_of
+from controlplane.services.scope import find_node, find_vm
+from controlplane.services.views import NodeView, OperationView, VmView, operation_view
 from shared.errors import NotFound
+
+Object = OperationView | NodeView | VmView
 
 
 class TiedSubmit:
     """Submits the one command of a request on its terms; ``replayed`` once it was done before."""
 
-    def __init__(self, submit: Submit, key: RequestKey | None) -> None:
+    def __init__(
+        self, submit: Submit, key: RequestKey | None = None, expected: Expected | None = None
+    ) -> None:
         self._submit = submit
         self._key = key
+        self._expected = expected
         self._used = False
         self.replayed = False
 
     async def __call__(self, command: Command[Result]) -> Result:
         assert not self._used, "one request is one command"
         self._used = True
-        decided = await self._submit(OnTerms(command=command, key=self._key))
+        decided = await self._submit(
+            OnTerms(command=command, key=self._key, expected=self._expected)
+        )
         self.replayed = decided.replayed
         return decided.result
 
@@ -40,9 +49,7 @@ def tied(context: Context, submit: TiedSubmit) -> Context:
     return replace(context, submit=submit)
 
 
-async def answer_again(
-    context: Context, principal: Principal, key: RequestKey
-) -> OperationView | NodeView | None:
+async def answer_again(context: Context, principal: Principal, key: RequestKey) -> Object | None:
     """Return what a request became that this replica knows to be done; None when it is new.
 
     Asked before the use case, which might not find any more what it had deleted. Raises
@@ -55,9 +62,12 @@ async def answer_again(
     return await _shown(context, principal, stored.record.result)
 
 
-async def _shown(context: Context, principal: Principal, result: str) -> OperationView | NodeView:
-    if result in context.state.nodes:
-        return node_view(context.state, find_node(context, result))
+async def _shown(context: Context, principal: Principal, result: str) -> Object:
+    state = context.state
+    if result in state.vms:
+        return vms.view(context, find_vm(context, principal, result), epoch_of(state))
+    if result in state.nodes:
+        return node_view(state, find_node(context, result))
     operation = await find_operation(context, principal.scope, result)
     if operation is None:
         raise NotFound(f"the request was done as {result}, which this replica does not have")

@@ -281,3 +281,14 @@ def test_sizes(text: str, unit: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"size|whole number"):
         parse_size(text, "MiB")
+
+
+def test_label_sends_only_what_is_to_be_different(cli: Cli, api: FakeApi) -> None:
+    api.on("PATCH", "vms/web-1", a_vm())
+
+    assert cli.run("vm", "label", "web-1", "tier=gold", "old-") == 0
+
+    assert cli.stdout == "web-1: tier=gold\n"
+    assert api.sent("PATCH")[0].json() == {"labels": {"tier": "gold", "old": None}}
+    assert cli.run("vm", "label", "web-1", "tier") == 2
+    assert "key=value or key-" in cli.stderr
