@@ -17,6 +17,7 @@ to do with an error logs it, once.
     │   ├── StateConflict              the action does not fit the object's state
     │   ├── IllegalTransition          a table in shared.states has no such row
     │   └── ChangeTooLarge             more writes than one transaction may hold
+    ├── CursorExpired             410  the walk's moment is too long ago: start again
     ├── PreconditionFailed        412  the object is not the one that If-Match names
     ├── UnsupportedMediaType      415
     ├── IdempotencyKeyReused      422  the key came with another request before
@@ -135,6 +136,11 @@ class IllegalTransition(Conflict):
 
 class ChangeTooLarge(Conflict):
     code = "change_too_large"
+
+
+class CursorExpired(NovacronError):
+    code = "cursor_expired"
+    http_status = 410
 
 
 class PreconditionFailed(NovacronError):

@@ -22,7 +22,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # Pure: what is placed where follows from records alone.
     "controlplane/scheduler": ("shared.model",),
     "controlplane/telemetry": ("shared",),
-    "controlplane/state.py": ("shared.model",),
+    "controlplane/past.py": (),
+    "controlplane/state.py": ("controlplane.past", "shared.model"),
     "controlplane/commands": ("controlplane.state", "shared"),
     "controlplane/store": ("controlplane.commands", "controlplane.state", "shared"),
     "controlplane/sessions": (

@@ -11,7 +11,7 @@ from controlplane.api.routes import BASE, ROUTES, Route
 from controlplane.api.schema import Schema, components, input_components
 from controlplane.api.terms import IDEMPOTENCY_KEY, KEY_LENGTH_MAX, KEY_PATTERN, PATCH_TYPES
 from controlplane.services.etags import IF_MATCH
-from controlplane.services.requests import NoBody, NoQuery
+from controlplane.services.requests import NoBody, NoQuery, PageQuery
 from controlplane.services.views import NodeView, OperationView, VmView
 from shared.model import Problem
 
@@ -52,6 +52,7 @@ _SUMMARIES = {
     "403": "The permission is lacking",
     "404": "There is no such object",
     "409": "It does not fit the state of the object",
+    "410": "The cursor has expired: list from the start",
     "412": "It is not what If-Match names",
     "415": "The body is of a type that is not read here",
     "413": "The body is too large",
@@ -184,6 +185,8 @@ def _problems(route: Route) -> Schema:
         statuses.append("404")
     if route.method != "GET" or route.text.startswith("text/plain"):
         statuses += ["409", "413"]
+    if issubclass(route.query, PageQuery):
+        statuses.append("410")
     if route.changes:
         statuses.append("412")
     if route.method == "PATCH":

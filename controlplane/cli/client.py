@@ -51,6 +51,8 @@ ANSWER_BYTES_MAX = 64 * 1024 * 1024
 PAGE_LIMIT = 500
 # 500 pages are 250,000 objects, more than twice what a cell is built for.
 PAGES_MAX = 500
+# A list that cannot be read to its end in so many tries changes faster than it can be read.
+WALKS_MAX = 3
 
 T = TypeVar("T")
 Query = tuple[tuple[str, str | int], ...]
@@ -124,7 +126,19 @@ class Client:
         raise UnexpectedAnswer(f"{path} goes on after {PAGES_MAX} pages")
 
     def collect(self, path: str, query: Query = (), at_most: int | None = None) -> Listing:
-        """Fetch a whole list, or its first items; they stay as they were sent."""
+        """Fetch a whole list, or its first items; they stay as they were sent.
+
+        A walk that took longer than the control plane remembers its beginning starts again.
+        """
+        for _ in range(WALKS_MAX - 1):
+            try:
+                return self._collect(path, query, at_most)
+            except ApiProblem as error:
+                if error.problem.code != "cursor_expired":
+                    raise
+        return self._collect(path, query, at_most)
+
+    def _collect(self, path: str, query: Query, at_most: int | None) -> Listing:
         items: list[msgspec.Raw] = []
         revision = ""
         for page in self.pages(path, query):

@@ -178,6 +178,19 @@ def test_lists_are_read_to_their_end(api: FakeApi, cell: CellFiles) -> None:
     assert api.requests[1].query["cursor"] == ["c1"]
 
 
+def test_a_walk_whose_moment_is_forgotten_starts_again(api: FakeApi, cell: CellFiles) -> None:
+    gone = problem(410, "cursor_expired")
+    api.on("GET", "vms", listing(a_vm("a"), cursor="c1"), gone, listing(a_vm("b")))
+    client = client_of(cell, api.url)
+
+    assert len(client.collect("/api/v1/vms").items) == 1
+    assert "cursor" not in api.requests[2].query
+    api.on("GET", "vms", gone)
+    with pytest.raises(ApiProblem, match="Cursor expired"):
+        client.collect("/api/v1/vms")
+    client.close()
+
+
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"items": 5}'])
 def test_an_answer_of_something_else_is_told(api: FakeApi, cell: CellFiles, body: bytes) -> None:
     api.on("GET", "vms", Reply(body))
