@@ -79,8 +79,7 @@ class Reader(Generic[T]):
             elif name in values:
                 faults.append(FieldError(_pointer([name]), "duplicate", "is given twice"))
             else:
-                whole = schema.get("type") == "integer" and _INTEGER.fullmatch(text)
-                values[name] = int(text) if whole else text
+                values[name] = _plain(text, schema)
         return self._take(values, tuple(faults))
 
     def _take(self, document: Any, faults: tuple[FieldError, ...]) -> T:
@@ -166,6 +165,15 @@ def _fields(raw: bytes) -> list[tuple[str, str]]:
         )
     except ValueError as error:
         raise MalformedRequest("the query string is not one") from error
+
+
+def _plain(text: str, schema: Schema) -> str | int | bool:
+    """Return a parameter's text as what its schema wants, where it can be read so."""
+    if schema.get("type") == "integer" and _INTEGER.fullmatch(text):
+        return int(text)
+    if schema.get("type") == "boolean" and text in ("true", "false"):
+        return text == "true"
+    return text
 
 
 def _faults(error: Any) -> Iterator[FieldError]:

@@ -18,18 +18,21 @@ from controlplane.api.body import Reader, read_body
 from controlplane.api.problems import WrongMethod
 from controlplane.api.routes import BASE, Call, Route
 from controlplane.api.stream import EVENT_STREAM, EventStreams
-from controlplane.api.terms import check_patch_type, request_key
+from controlplane.api.terms import check_patch_type, preferred_wait_s, request_key
 from controlplane.commands.terms import Expected, RequestKey
 from controlplane.services.context import Context, Principal
 from controlplane.services.context import Scope as Tenancy
 from controlplane.services.etags import etag_of, expectation, is_known
-from controlplane.services.requests import EventQuery, WaitQuery
+from controlplane.services.operations import await_end
+from controlplane.services.rehearsal import Rehearsal
+from controlplane.services.requests import DryRunQuery, EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
 from controlplane.services.writes import TiedSubmit, answer_again, tied
 from controlplane.telemetry.exporter import Metrics
 from shared.errors import MalformedRequest, Unavailable
+from shared.states import OPERATION_ENDS
 
 # How long a read waits for a replica to see a write that the client has seen elsewhere.
 CATCH_UP_S = 2.0
@@ -50,6 +53,7 @@ class _Sent(Struct):
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
     if_none_match: bytes | None = None
+    prefer: bytes | None = None
 
 
 _HEADERS = {
@@ -62,6 +66,7 @@ _HEADERS = {
     b"idempotency-key": "idempotency_key",
     b"if-match": "if_match",
     b"if-none-match": "if_none_match",
+    b"prefer": "prefer",
 }
 
 
@@ -85,6 +90,10 @@ class _Request(Struct, frozen=True):
     @property
     def route(self) -> Route:
         return self.prepared.route
+
+    @property
+    def is_dry_run(self) -> bool:
+        return isinstance(self.query, DryRunQuery) and self.query.dry_run
 
 
 class Endpoint:
@@ -154,16 +163,35 @@ class Endpoint:
             check_patch_type(request.sent.content_type)
         body = request.prepared.body.body(raw)
         key = self._key(request, raw)
+        if request.is_dry_run:
+            rehearsal = Rehearsal(context.state, context.clock, self._expected(request))
+            call = self._call(tied(context, rehearsal), request, body)
+            return json_answer(200, await request.route.handler(call))
         result: object = None if key is None else await answer_again(context, principal, key)
         replayed = result is not None
         if not replayed:
             submit = TiedSubmit(context.submit, key, self._expected(request))
             result = await request.route.handler(self._call(tied(context, submit), request, body))
             replayed = submit.replayed
+        more: Headers = (REPLAYED,) if replayed else ()
+        wait_s = preferred_wait_s(request.sent.prefer)
+        if wait_s is not None and isinstance(result, OperationView):
+            result = await self._awaited(principal, result, wait_s)
+            more = (*more, (b"preference-applied", b"wait=%d" % wait_s))
         answer = _answer(request.route, result, etag_of(context.state, result))
-        if not replayed:
-            return answer
-        return replace(answer, headers=(*answer.headers, REPLAYED))
+        ended = isinstance(result, OperationView) and result.state in OPERATION_ENDS
+        status = 200 if wait_s is not None and ended else answer.status
+        return replace(answer, status=status, headers=(*answer.headers, *more))
+
+    async def _awaited(
+        self, principal: Principal, operation: OperationView, wait_s: int
+    ) -> OperationView:
+        """Return an operation at its end, or after a while; it is accepted, whatever comes."""
+        waiting = await_end(self._context, principal, operation, wait_s)
+        try:
+            return await self._streams.unless_closing(waiting)
+        except Unavailable:
+            return operation
 
     def _call(self, context: Context, request: _Request, body: Struct) -> Call:
         path = request.scope.get("path_params", {})

@@ -11,8 +11,8 @@ from controlplane.api.routes import BASE, ROUTES, Route
 from controlplane.api.schema import Schema, components, input_components
 from controlplane.api.terms import IDEMPOTENCY_KEY, KEY_LENGTH_MAX, KEY_PATTERN, PATCH_TYPES
 from controlplane.services.etags import IF_MATCH
-from controlplane.services.requests import NoBody, NoQuery, PageQuery
-from controlplane.services.views import NodeView, OperationView, VmView
+from controlplane.services.requests import WAIT_MAX_S, DryRunQuery, NoBody, NoQuery, PageQuery
+from controlplane.services.views import NodeView, OperationView, PlanView, VmView
 from shared.model import Problem
 
 VERSION = "3.1.0"
@@ -28,6 +28,14 @@ _WRITE_HEADERS: list[Schema] = [
         "description": "the same key and request again, within 24 hours, is done once and answered "
         "with what it became (Idempotency-Replayed: true)",
         "schema": {"type": "string", "maxLength": KEY_LENGTH_MAX, "pattern": KEY_PATTERN},
+    },
+    {
+        "name": "Prefer",
+        "in": "header",
+        "required": False,
+        "description": f"wait=N: hold the answer back until the operation has ended, for N seconds "
+        f"(at most {WAIT_MAX_S})",
+        "schema": {"type": "string"},
     },
     {
         "name": IF_MATCH,
@@ -64,7 +72,8 @@ _SUMMARIES = {
 
 def build_document(version: str) -> Schema:
     """Return the document; ``version`` is the release that serves it."""
-    views = [route.view for route in ROUTES if route.view is not None]
+    views: list[type[Struct]] = [r.view for r in ROUTES if r.view is not None]
+    views.append(PlanView)
     inputs = [route.body for route in ROUTES if route.body is not NoBody]
     inputs += [route.query for route in ROUTES]
     found = {f"{k}Input": v for k, v in input_components(inputs, _INPUTS).items()}
@@ -97,7 +106,12 @@ def _operation(route: Route, schemas: dict[str, Schema]) -> Schema:
             *(_WRITE_HEADERS if route.changes else ()),
             *(_READ_HEADERS if _has_etag(route) and route.method == "GET" else ()),
         ],
-        "responses": {str(route.status): _success(route), **_unchanged(route), **_problems(route)},
+        "responses": {
+            str(route.status): _success(route),
+            **_done_at_once(route),
+            **_unchanged(route),
+            **_problems(route),
+        },
         "security": [] if route.permission is None else [{"token": []}],
     }
     if route.permission is not None:
@@ -147,7 +161,7 @@ def _success(route: Route) -> Schema:
         if route.text == "application/json":
             content = {route.text: {"schema": {"type": "object"}}}
     else:
-        content = {"application/json": {"schema": {"$ref": _VIEWS.format(name=_name(route.view))}}}
+        content = _json({"$ref": _VIEWS.format(name=_name(route.view))})
     if route.follows:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     response: Schema = {"description": route.summary, "content": content}
@@ -156,6 +170,11 @@ def _success(route: Route) -> Schema:
         headers["Location"] = {"description": "the operation", "schema": {"type": "string"}}
     if _has_etag(route):
         headers["ETag"] = {"description": "of the object as sent", "schema": {"type": "string"}}
+    if route.status == 202:
+        headers["Preference-Applied"] = {
+            "description": "which part of Prefer was followed",
+            "schema": {"type": "string"},
+        }
     if route.changes:
         headers["Idempotency-Replayed"] = {
             "description": "this very request was done before",
@@ -166,10 +185,26 @@ def _success(route: Route) -> Schema:
     return response
 
 
+def _done_at_once(route: Route) -> Schema:
+    """Return what a write answers that waited for its end, or that was only asked for its plan."""
+    if route.status != 202:
+        return {}
+    views = [_VIEWS.format(name=_name(OperationView))]
+    if issubclass(route.query, DryRunQuery):
+        views.append(_VIEWS.format(name=_name(PlanView)))
+    schema = {"oneOf": [{"$ref": ref} for ref in views]}
+    description = "The operation has ended (Prefer: wait), or its plan (dry_run)"
+    return {"200": {**_success(route), "description": description, "content": _json(schema)}}
+
+
 def _unchanged(route: Route) -> Schema:
     if route.method != "GET" or not _has_etag(route):
         return {}
     return {"304": {"description": "It is as If-None-Match says"}}
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
 
 
 def _has_etag(route: Route) -> bool:

@@ -14,13 +14,14 @@ from msgspec import Struct
 
 from controlplane.api.answer import TEXT, Answer, json_answer
 from controlplane.commands.vm_patch import VmPatch
-from controlplane.services import cluster, events, metrics, nodes, operations, placement, vms
+from controlplane.services import cluster, events, metrics, nodes, operations, placement, plans, vms
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
     VM_IMMUTABLE,
     ConsoleQuery,
     CordonOrder,
+    DryRunQuery,
     EventQuery,
     NewVm,
     NoBody,
@@ -124,6 +125,22 @@ def _vm_action(action: VmAction, summary: str) -> Route:
     )
 
 
+def _planned_vm_action(action: VmAction, summary: str) -> Route:
+    """Return the route of a verb that can be asked for its plan first."""
+    return Route(
+        method="POST",
+        path=f"{BASE}/vms/{{vm}}/actions/{action}",
+        handler=lambda c: (plans.plan_action if c.query.dry_run else vms.act_on_vm)(
+            c.context, c.principal, c.path["vm"], action
+        ),
+        permission=Permission.VMS_WRITE,
+        summary=summary,
+        view=OperationView,
+        query=DryRunQuery,
+        status=202,
+    )
+
+
 def _cordon(*, cordoned: bool, summary: str) -> Route:
     return Route(
         method="POST",
@@ -152,11 +169,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path=f"{BASE}/vms",
-        handler=lambda c: vms.create_vm(c.context, c.principal, c.body),
+        handler=lambda c: (plans.plan_create if c.query.dry_run else vms.create_vm)(
+            c.context, c.principal, c.body
+        ),
         permission=Permission.VMS_WRITE,
         summary="Create a VM",
         view=OperationView,
         body=NewVm,
+        query=DryRunQuery,
         status=202,
     ),
     Route(
@@ -180,10 +200,13 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="DELETE",
         path=f"{BASE}/vms/{{vm}}",
-        handler=lambda c: vms.delete_vm(c.context, c.principal, c.path["vm"]),
+        handler=lambda c: (plans.plan_delete if c.query.dry_run else vms.delete_vm)(
+            c.context, c.principal, c.path["vm"]
+        ),
         permission=Permission.VMS_WRITE,
         summary="Delete a VM and its disks",
         view=OperationView,
+        query=DryRunQuery,
         status=202,
     ),
     Route(
@@ -214,17 +237,18 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path=f"{BASE}/vms/{{vm}}/actions/{VmAction.SHUTDOWN}",
-        handler=lambda c: vms.act_on_vm(
+        handler=lambda c: (plans.plan_action if c.query.dry_run else vms.act_on_vm)(
             c.context, c.principal, c.path["vm"], VmAction.SHUTDOWN, c.body.deadline_s
         ),
         permission=Permission.VMS_WRITE,
         summary="Ask the guest to shut down, and stop it at a deadline",
         view=OperationView,
         body=ShutdownOrder,
+        query=DryRunQuery,
         status=202,
     ),
-    _vm_action(VmAction.START, "Start a stopped VM"),
-    _vm_action(VmAction.STOP, "Stop a VM at once"),
+    _planned_vm_action(VmAction.START, "Start a stopped VM"),
+    _planned_vm_action(VmAction.STOP, "Stop a VM at once"),
     _vm_action(VmAction.REBOOT, "Ask the guest to reboot"),
     _vm_action(VmAction.RESET, "Reset a VM as by its button"),
     _vm_action(VmAction.PAUSE, "Pause a running VM"),

@@ -7,6 +7,7 @@ import re
 
 from controlplane.commands.terms import RequestKey
 from controlplane.services.context import Principal
+from controlplane.services.requests import WAIT_MAX_S
 from shared.errors import FieldError, UnsupportedMediaType, ValidationFailed
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -15,6 +16,7 @@ KEY_LENGTH_MAX = 128
 KEY_PATTERN = r"^[\x21-\x7e]+$"
 _KEY = re.compile(KEY_PATTERN.removesuffix("$") + r"\Z")
 _DIGEST_BYTES = 20
+_WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(?P<seconds>[0-9]{1,9})"?\s*(?:[;,]|$)', re.IGNORECASE)
 PATCH_TYPES = ("application/merge-patch+json", "application/json")
 
 
@@ -41,6 +43,15 @@ def request_key(
         principal=principal.name,
         fingerprint=_digest(method.encode(), path.encode("utf-8", "surrogatepass"), query, body),
     )
+
+
+def preferred_wait_s(prefer: bytes | None) -> int | None:
+    """Return how long a client would have its answer held back for the end of an operation.
+
+    A preference that is none of ours, or that makes no sense, is passed over (RFC 7240).
+    """
+    match = None if prefer is None else _WAIT.search(prefer.decode("latin-1"))
+    return None if match is None else min(int(match["seconds"]), WAIT_MAX_S)
 
 
 def check_patch_type(content_type: bytes | None) -> None:

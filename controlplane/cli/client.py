@@ -148,11 +148,12 @@ class Client:
                 break
         return Listing(tuple(items[:at_most]), revision)
 
-    def post(self, path: str, body: object = None) -> Answer:
-        return self.write("POST", path, msgspec.json.encode({} if body is None else body))
+    def post(self, path: str, body: object = None, query: Query = ()) -> Answer:
+        encoded = msgspec.json.encode({} if body is None else body)
+        return self.write("POST", _with_query(path, query), encoded)
 
-    def delete(self, path: str) -> Answer:
-        return self.write("DELETE", path, None)
+    def delete(self, path: str, query: Query = ()) -> Answer:
+        return self.write("DELETE", _with_query(path, query), None)
 
     def patch(self, path: str, body: object) -> Answer:
         return self.write("PATCH", path, msgspec.json.encode(body))

@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from controlplane.state import ClusterState
 from shared.errors import NotFound
-from shared.ids import IdSource
 from shared.model import (
     DEFAULT_TENANT,
     AuditRecord,
@@ -49,6 +48,12 @@ class Command(Protocol[Result_co]):
         ...
 
 
+class Ids(Protocol):
+    """Gives out ids."""
+
+    def new(self, kind: str) -> str: ...
+
+
 class Savepoint(Struct, frozen=True):
     changes: dict[tuple[type[Record], str], Record | None]
     history_length: int
@@ -56,7 +61,7 @@ class Savepoint(Struct, frozen=True):
 
 
 class Draft:
-    def __init__(self, state: ClusterState, ids: IdSource, now: datetime) -> None:
+    def __init__(self, state: ClusterState, ids: Ids, now: datetime) -> None:
         self._state = state
         self._changes: dict[tuple[type[Record], str], Record | None] = {}
         self._history: list[HistoryEntry] = []

@@ -40,6 +40,15 @@ async def get_operation(
     return operation_view(operation)
 
 
+async def await_end(
+    context: Context, principal: Principal, operation: OperationView, wait_s: float
+) -> OperationView:
+    """Return an operation that was just accepted, once it has ended or after ``wait_s`` seconds."""
+    await _ended(context.state, operation.id, wait_s)
+    found = await find_operation(context, principal.scope, operation.id)
+    return operation if found is None else operation_view(found)
+
+
 async def find_operation(context: Context, scope: Scope, operation_id: str) -> Operation | None:
     """Return an operation, open or finished, of the scope's tenant."""
     stored = context.state.operations.get(operation_id)

@@ -66,6 +66,12 @@ class NoQuery(Struct, frozen=True):
     """A route that takes no query parameters."""
 
 
+class DryRunQuery(Struct, frozen=True, kw_only=True):
+    """``dry_run``: tell what the write would do, and change nothing."""
+
+    dry_run: bool = False
+
+
 class PageQuery(Struct, frozen=True, kw_only=True):
     limit: Limit = LIMIT_DEFAULT
     cursor: CursorText | None = None

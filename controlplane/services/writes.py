@@ -45,7 +45,7 @@ class TiedSubmit:
         return decided.result
 
 
-def tied(context: Context, submit: TiedSubmit) -> Context:
+def tied(context: Context, submit: Submit) -> Context:
     return replace(context, submit=submit)
 
 
