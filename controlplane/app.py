@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 REGISTRATION_TTL_S = 15
 REGISTRATION_PERIOD_S = 5.0
 EXPIRE_PERIOD_S = 60.0
+# A person turns pages within minutes. What was is kept for at least this long, and at most twice.
+PAST_PERIOD_S = 300.0
 
 
 class ReplicaSettings(Struct, frozen=True, kw_only=True):
@@ -131,6 +133,7 @@ class ControlPlane:
             self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(self._expire_windows())
+            tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead))
             tasks.create_task(self._stay_registered())
 
@@ -186,6 +189,11 @@ class ControlPlane:
         while True:
             await asyncio.sleep(EXPIRE_PERIOD_S)
             self.windows.expire(self._ports.clock.now().timestamp() - WINDOW_S)
+
+    async def _forget_past(self) -> None:
+        while True:
+            await asyncio.sleep(PAST_PERIOD_S)
+            self.state.past.turn(self.state.revision)
 
     async def _stay_registered(self) -> None:
         """Keep this replica's own record under a lease; write it anew when the lease is gone."""

@@ -22,6 +22,7 @@ from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
@@ -183,6 +184,7 @@ class Leader:
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
             TrimCopiedHistory(applier, parts.state, parts.copy),
+            ForgetOldKeys(applier, parts.state, parts.clock),
             CompactStore(parts.store, parts.state),
         ]
 

@@ -12,11 +12,13 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
 
+from controlplane.past import Past
 from shared.model import (
     ApiKey,
     AttemptState,
     Cluster,
     HistoryEntry,
+    IdempotencyRecord,
     Node,
     Operation,
     Power,
@@ -36,6 +38,30 @@ class Stored(Struct, Generic[R], frozen=True):
 
     record: R
     revision: int
+
+
+# The records that are listed page by page.
+LISTED: frozenset[type[Record]] = frozenset({Vm, Node, Operation})
+
+
+class Then(Struct, Generic[R], frozen=True):
+    """The records of one kind as they were at a revision; good until other tasks get their turn."""
+
+    now: dict[str, Stored[R]]
+    before: dict[str, Stored[R] | None]
+
+    def get(self, record_id: str) -> Stored[R] | None:
+        if record_id in self.before:
+            return self.before[record_id]
+        return self.now.get(record_id)
+
+    def ids(self) -> list[str]:
+        """Return all ids, oldest first."""
+        if not self.before:
+            return sorted(self.now)
+        gone = [i for i, stored in self.before.items() if stored is not None and i not in self.now]
+        there = (i for i in self.now if i not in self.before or self.before[i] is not None)
+        return sorted([*there, *gone])
 
 
 class Changes:
@@ -63,7 +89,7 @@ class Changes:
 
 
 class ClusterState:
-    """All records below ``keys.STATE`` and the part of history that etcd still holds."""
+    """All records, and the part of history that etcd still holds."""
 
     def __init__(self) -> None:
         self.revision = 0
@@ -73,14 +99,17 @@ class ClusterState:
         self.nodes: dict[str, Stored[Node]] = {}
         self.operations: dict[str, Stored[Operation]] = {}
         self.api_keys: dict[str, Stored[ApiKey]] = {}
+        self.idempotency: dict[str, Stored[IdempotencyRecord]] = {}
         self.history: dict[int, HistoryEntry] = {}
         self.last_seq = 0
+        self.past: Past[Stored[Any]] = Past()
         self._tables: dict[type[Record], dict[str, Stored[Any]]] = {
             Cluster: self.clusters,
             Vm: self.vms,
             Node: self.nodes,
             Operation: self.operations,
             ApiKey: self.api_keys,
+            IdempotencyRecord: self.idempotency,
         }
         self._observers: list[Observer] = []
         self._history_observers: list[HistoryObserver] = []
@@ -150,10 +179,15 @@ class ClusterState:
     def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
         return self._table(kind).get(record_id)
 
+    def count(self, kind: type[Record]) -> int:
+        return len(self._table(kind))
+
     def put(self, record: Record, revision: int) -> None:
         """Take one record as etcd has it at ``revision``."""
         table = self._table(type(record))
         before = table.get(record.id)
+        if type(record) in LISTED and (before is None or before.revision != revision):
+            self.past.note(type(record), record.id, before)
         if before is not None:
             self._unindex(before.record)
         table[record.id] = Stored(record, revision)
@@ -163,6 +197,8 @@ class ClusterState:
     def remove(self, kind: type[Record], record_id: str) -> None:
         before = self._table(kind).pop(record_id, None)
         if before is not None:
+            if kind in LISTED:
+                self.past.note(kind, record_id, before)
             self._unindex(before.record)
             self._tell(before.record, None)
 
@@ -182,8 +218,14 @@ class ClusterState:
 
     def advanced(self, revision: int) -> None:
         """Declare that everything up to ``revision`` has been taken, and wake who waits."""
-        self.revision = max(self.revision, revision)
+        since, self.revision = self.revision, max(self.revision, revision)
+        self.past.seal(since, self.revision)
         self.changes.notify()
+
+    def then(self, kind: type[R], revision: int) -> Then[R] | None:
+        """Return the records of a kind as they were at a revision; None when nobody knows."""
+        before = self.past.since(kind, revision)
+        return None if before is None else Then(self._table(kind), before)
 
     def _table(self, kind: type[R]) -> dict[str, Stored[R]]:
         return self._tables[kind]

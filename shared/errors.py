@@ -17,7 +17,10 @@ to do with an error logs it, once.
     │   ├── StateConflict              the action does not fit the object's state
     │   ├── IllegalTransition          a table in shared.states has no such row
     │   └── ChangeTooLarge             more writes than one transaction may hold
-    ├── IdempotencyMismatch       422  the key was used with another body
+    ├── CursorExpired             410  the walk's moment is too long ago: start again
+    ├── PreconditionFailed        412  the object is not the one that If-Match names
+    ├── UnsupportedMediaType      415
+    ├── IdempotencyKeyReused      422  the key came with another request before
     ├── Unavailable               503  retry later; nothing was changed
     │   ├── NoLeader
     │   ├── LeadershipLost
@@ -135,8 +138,23 @@ class ChangeTooLarge(Conflict):
     code = "change_too_large"
 
 
-class IdempotencyMismatch(NovacronError):
-    code = "idempotency_mismatch"
+class CursorExpired(NovacronError):
+    code = "cursor_expired"
+    http_status = 410
+
+
+class PreconditionFailed(NovacronError):
+    code = "precondition_failed"
+    http_status = 412
+
+
+class UnsupportedMediaType(NovacronError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class IdempotencyKeyReused(NovacronError):
+    code = "idempotency_key_reused"
     http_status = 422
 
 

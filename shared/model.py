@@ -467,6 +467,18 @@ class ApiKey(Record, frozen=True, kw_only=True):
     expires_at: datetime | None = None
 
 
+class IdempotencyRecord(Record, frozen=True, kw_only=True):
+    """What a client's request under an idempotency key became: ``result`` is the id answered with.
+
+    Its id is a hash of principal and key. Written in the transaction of the change itself.
+    """
+
+    principal: str
+    fingerprint: str
+    result: str
+    created_at: datetime
+
+
 class Cluster(Record, frozen=True, kw_only=True):
     """The cell's one record about itself. ``epoch`` is a new number after every restore of etcd."""
 

@@ -30,7 +30,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # Pure: what is placed where follows from records alone.
     "controlplane/scheduler": ("shared.model",),
     "controlplane/telemetry": ("shared",),
-    "controlplane/state.py": ("shared.model",),
+    "controlplane/past.py": (),
+    "controlplane/state.py": ("controlplane.past", "shared.model"),
     "controlplane/commands": ("controlplane.state", "shared"),
     "controlplane/store": ("controlplane.commands", "controlplane.state", "shared"),
     "controlplane/sessions": (
@@ -78,6 +79,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shared",
     ),
     "controlplane/api": (
+        # What the headers of a write come to.
+        "controlplane.commands.terms",
+        # A patch is the body of a request and part of a command.
+        "controlplane.commands.vm_patch",
         "controlplane.services",
         # Only to wait for a revision or a change; what is in it is read by the services.
         "controlplane.state",

@@ -39,11 +39,13 @@ def json_answer(status: int, view: object, headers: Headers = ()) -> Answer:
 
 
 async def send_answer(send: Send, answer: Answer, *, with_body: bool = True) -> None:
-    """Send an answer; without its body the header still tells its length (HEAD)."""
-    headers = [
-        (b"content-type", answer.content_type),
-        (b"content-length", b"%d" % len(answer.body)),
-        *answer.headers,
-    ]
+    """Send an answer; without its body the header still tells its length (HEAD).
+
+    One without a type has no body to tell of (304).
+    """
+    headers = list(answer.headers)
+    if answer.content_type:
+        headers.append((b"content-type", answer.content_type))
+        headers.append((b"content-length", b"%d" % len(answer.body)))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body if with_body else b""})

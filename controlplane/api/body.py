@@ -49,8 +49,9 @@ T = TypeVar("T", bound=Struct)
 class Reader(Generic[T]):
     """Checks plain values against one Struct's schema and makes the Struct."""
 
-    def __init__(self, kind: type[T]) -> None:
+    def __init__(self, kind: type[T], immutable: frozenset[str] = frozenset()) -> None:
         self.kind = kind
+        self._immutable = immutable
         schema = input_schema(kind)
         self._validator = _Validator(schema)
         self._properties: dict[str, Schema] = schema["$defs"][kind.__name__]["properties"]
@@ -78,14 +79,13 @@ class Reader(Generic[T]):
             elif name in values:
                 faults.append(FieldError(_pointer([name]), "duplicate", "is given twice"))
             else:
-                whole = schema.get("type") == "integer" and _INTEGER.fullmatch(text)
-                values[name] = int(text) if whole else text
+                values[name] = _plain(text, schema)
         return self._take(values, tuple(faults))
 
     def _take(self, document: Any, faults: tuple[FieldError, ...]) -> T:
         found = dict.fromkeys(faults)
         for error in self._validator.iter_errors(document):
-            found.update(dict.fromkeys(_faults(error)))
+            found.update(dict.fromkeys(map(self._told, _faults(error))))
             if len(found) >= ERRORS_MAX:
                 break
         if found:
@@ -95,6 +95,12 @@ class Reader(Generic[T]):
         except msgspec.ValidationError as error:
             fault = FieldError("", "not_allowed", str(error))
             raise ValidationFailed((fault,)) from error
+
+    def _told(self, fault: FieldError) -> FieldError:
+        """Return a fault as it is, or that what is there cannot be changed."""
+        if fault.code == "unknown_field" and fault.pointer in self._immutable:
+            return FieldError(fault.pointer, "immutable", "cannot be changed")
+        return fault
 
 
 async def read_body(receive: Receive, content_length: bytes | None) -> bytes:
@@ -159,6 +165,15 @@ def _fields(raw: bytes) -> list[tuple[str, str]]:
         )
     except ValueError as error:
         raise MalformedRequest("the query string is not one") from error
+
+
+def _plain(text: str, schema: Schema) -> str | int | bool:
+    """Return a parameter's text as what its schema wants, where it can be read so."""
+    if schema.get("type") == "integer" and _INTEGER.fullmatch(text):
+        return int(text)
+    if schema.get("type") == "boolean" and text in ("true", "false"):
+        return text == "true"
+    return text
 
 
 def _faults(error: Any) -> Iterator[FieldError]:

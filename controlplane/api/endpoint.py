@@ -18,19 +18,27 @@ from controlplane.api.body import Reader, read_body
 from controlplane.api.problems import WrongMethod
 from controlplane.api.routes import BASE, Call, Route
 from controlplane.api.stream import EVENT_STREAM, EventStreams
+from controlplane.api.terms import check_patch_type, preferred_wait_s, request_key
+from controlplane.commands.terms import Expected, RequestKey
 from controlplane.services.context import Context, Principal
 from controlplane.services.context import Scope as Tenancy
-from controlplane.services.requests import EventQuery, WaitQuery
+from controlplane.services.etags import etag_of, expectation, is_known
+from controlplane.services.operations import await_end
+from controlplane.services.rehearsal import Rehearsal
+from controlplane.services.requests import DryRunQuery, EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
+from controlplane.services.writes import TiedSubmit, answer_again, tied
 from controlplane.telemetry.exporter import Metrics
 from shared.errors import MalformedRequest, Unavailable
+from shared.states import OPERATION_ENDS
 
 # How long a read waits for a replica to see a write that the client has seen elsewhere.
 CATCH_UP_S = 2.0
 # Set by the server: cuts the connection without waiting for what is not read.
 ABORT = "novacron.abort"
+REPLAYED = (b"idempotency-replayed", b"true")
 
 
 class _Sent(Struct):
@@ -41,6 +49,11 @@ class _Sent(Struct):
     content_length: bytes | None = None
     min_revision: bytes | None = None
     last_event_id: bytes | None = None
+    content_type: bytes | None = None
+    idempotency_key: bytes | None = None
+    if_match: bytes | None = None
+    if_none_match: bytes | None = None
+    prefer: bytes | None = None
 
 
 _HEADERS = {
@@ -49,6 +62,11 @@ _HEADERS = {
     b"content-length": "content_length",
     b"x-novacron-min-revision": "min_revision",
     b"last-event-id": "last_event_id",
+    b"content-type": "content_type",
+    b"idempotency-key": "idempotency_key",
+    b"if-match": "if_match",
+    b"if-none-match": "if_none_match",
+    b"prefer": "prefer",
 }
 
 
@@ -58,6 +76,24 @@ class _Prepared(Struct, frozen=True):
     route: Route
     query: Reader[Struct]
     body: Reader[Struct]
+
+
+class _Request(Struct, frozen=True):
+    """One request, up to its body."""
+
+    prepared: _Prepared
+    principal: Principal
+    scope: Scope
+    query: Struct
+    sent: _Sent
+
+    @property
+    def route(self) -> Route:
+        return self.prepared.route
+
+    @property
+    def is_dry_run(self) -> bool:
+        return isinstance(self.query, DryRunQuery) and self.query.dry_run
 
 
 class Endpoint:
@@ -76,7 +112,7 @@ class Endpoint:
         self._metrics = metrics
         self._streams = streams
         self._methods = {
-            route.method: _Prepared(route, Reader(route.query), Reader(route.body))
+            route.method: _Prepared(route, Reader(route.query), Reader(route.body, route.immutable))
             for route in routes
         }
         if "GET" in self._methods:
@@ -101,18 +137,79 @@ class Endpoint:
                 query = replace(query, since=sent.last_event_id.decode("latin-1"))
             await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
             return
-        raw = b""
-        if method not in ("GET", "HEAD"):
+        request = _Request(prepared, principal, scope, query, sent)
+        if method in ("GET", "HEAD"):
+            answer = await self._read(request)
+        else:
             raw = await read_body(receive, sent.content_length)
-        body = prepared.body.body(raw)
-        call = Call(
-            self._context, self._metrics, principal, scope.get("path_params", {}), query, body
-        )
-        handling = route.handler(call)
-        if isinstance(query, WaitQuery):
-            handling = self._streams.unless_closing(handling)
-        answer = _answer(route, await handling)
+            answer = await self._write(request, raw)
         await send_answer(send, answer, with_body=method != "HEAD")
+
+    async def _read(self, request: _Request) -> Answer:
+        body = request.prepared.body.body(b"")
+        handling = request.route.handler(self._call(self._context, request, body))
+        if isinstance(request.query, WaitQuery):
+            handling = self._streams.unless_closing(handling)
+        result = await handling
+        etag = etag_of(self._context.state, result)
+        known = request.sent.if_none_match
+        if etag is not None and known is not None and is_known(etag, known.decode("latin-1")):
+            return Answer(304, b"", b"", ((b"etag", etag.encode()),))
+        return _answer(request.route, result, etag)
+
+    async def _write(self, request: _Request, raw: bytes) -> Answer:
+        context, principal = self._context, request.principal
+        if request.route.method == "PATCH":
+            check_patch_type(request.sent.content_type)
+        body = request.prepared.body.body(raw)
+        key = self._key(request, raw)
+        if request.is_dry_run:
+            rehearsal = Rehearsal(context.state, context.clock, self._expected(request))
+            call = self._call(tied(context, rehearsal), request, body)
+            return json_answer(200, await request.route.handler(call))
+        result: object = None if key is None else await answer_again(context, principal, key)
+        replayed = result is not None
+        if not replayed:
+            submit = TiedSubmit(context.submit, key, self._expected(request))
+            result = await request.route.handler(self._call(tied(context, submit), request, body))
+            replayed = submit.replayed
+        more: Headers = (REPLAYED,) if replayed else ()
+        wait_s = preferred_wait_s(request.sent.prefer)
+        if wait_s is not None and isinstance(result, OperationView):
+            result = await self._awaited(principal, result, wait_s)
+            more = (*more, (b"preference-applied", b"wait=%d" % wait_s))
+        answer = _answer(request.route, result, etag_of(context.state, result))
+        ended = isinstance(result, OperationView) and result.state in OPERATION_ENDS
+        status = 200 if wait_s is not None and ended else answer.status
+        return replace(answer, status=status, headers=(*answer.headers, *more))
+
+    async def _awaited(
+        self, principal: Principal, operation: OperationView, wait_s: int
+    ) -> OperationView:
+        """Return an operation at its end, or after a while; it is accepted, whatever comes."""
+        waiting = await_end(self._context, principal, operation, wait_s)
+        try:
+            return await self._streams.unless_closing(waiting)
+        except Unavailable:
+            return operation
+
+    def _call(self, context: Context, request: _Request, body: Struct) -> Call:
+        path = request.scope.get("path_params", {})
+        return Call(context, self._metrics, request.principal, path, request.query, body)
+
+    def _key(self, request: _Request, raw: bytes) -> RequestKey | None:
+        if not request.route.changes:
+            return None
+        target = (request.scope["path"], request.scope["query_string"])
+        header = request.sent.idempotency_key
+        return request_key(header, request.principal, request.route.method, target, raw)
+
+    def _expected(self, request: _Request) -> Expected | None:
+        if not request.route.changes or request.sent.if_match is None:
+            return None
+        path = request.scope.get("path_params", {})
+        if_match = request.sent.if_match.decode("latin-1")
+        return expectation(self._context, request.principal, path, if_match)
 
     def _principal(self, route: Route, sent: _Sent, exchange: Exchange) -> Principal:
         if route.permission is None:
@@ -151,10 +248,10 @@ def _read_headers(scope: Scope) -> _Sent:
     return sent
 
 
-def _answer(route: Route, result: object) -> Answer:
+def _answer(route: Route, result: object, etag: str | None) -> Answer:
     if isinstance(result, Answer):
         return result
-    headers: Headers = ()
+    headers: Headers = () if etag is None else ((b"etag", etag.encode()),)
     if route.status == 202 and isinstance(result, OperationView):
-        headers = ((b"location", f"{BASE}/operations/{result.id}".encode()),)
+        headers = (*headers, (b"location", f"{BASE}/operations/{result.id}".encode()))
     return json_answer(route.status, result, headers)

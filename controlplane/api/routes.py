@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 from controlplane.api.answer import TEXT, Answer, json_answer
+from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
     cluster,
     events,
@@ -21,13 +22,16 @@ from controlplane.services import (
     nodes,
     operations,
     placement,
+    plans,
     vms,
 )
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
+    VM_IMMUTABLE,
     ConsoleQuery,
     CordonOrder,
+    DryRunQuery,
     EventQuery,
     MigrateOrder,
     NewVm,
@@ -78,7 +82,8 @@ class Route(Struct, frozen=True, kw_only=True):
 
     ``permission`` None: open to everyone. ``view`` is what the handler returns, to be sent as JSON
     with ``status``; a handler of a route without one returns an Answer of type ``text``.
-    ``follows``: the same list also comes as an event stream.
+    ``follows``: the same list also comes as an event stream. ``immutable``: pointers of what an
+    object has and its patch may not name.
     """
 
     method: str
@@ -92,6 +97,12 @@ class Route(Struct, frozen=True, kw_only=True):
     query: type[Struct] = NoQuery
     status: int = 200
     follows: bool = False
+    immutable: frozenset[str] = frozenset()
+
+    @property
+    def changes(self) -> bool:
+        """Whether it may change something; a plan that is posted changes nothing."""
+        return self.permission is not None and self.permission.endswith(":write")
 
 
 async def _healthz(call: Call) -> Answer:
@@ -125,6 +136,22 @@ def _vm_action(action: VmAction, summary: str) -> Route:
     )
 
 
+def _planned_vm_action(action: VmAction, summary: str) -> Route:
+    """Return the route of a verb that can be asked for its plan first."""
+    return Route(
+        method="POST",
+        path=f"{BASE}/vms/{{vm}}/actions/{action}",
+        handler=lambda c: (plans.plan_action if c.query.dry_run else vms.act_on_vm)(
+            c.context, c.principal, c.path["vm"], action
+        ),
+        permission=Permission.VMS_WRITE,
+        summary=summary,
+        view=OperationView,
+        query=DryRunQuery,
+        status=202,
+    )
+
+
 def _cordon(*, cordoned: bool, summary: str) -> Route:
     return Route(
         method="POST",
@@ -153,11 +180,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path=f"{BASE}/vms",
-        handler=lambda c: vms.create_vm(c.context, c.principal, c.body),
+        handler=lambda c: (plans.plan_create if c.query.dry_run else vms.create_vm)(
+            c.context, c.principal, c.body
+        ),
         permission=Permission.VMS_WRITE,
         summary="Create a VM",
         view=OperationView,
         body=NewVm,
+        query=DryRunQuery,
         status=202,
     ),
     Route(
@@ -169,12 +199,25 @@ ROUTES: tuple[Route, ...] = (
         view=VmView,
     ),
     Route(
+        method="PATCH",
+        path=f"{BASE}/vms/{{vm}}",
+        handler=lambda c: vms.change_vm(c.context, c.principal, c.path["vm"], c.body),
+        permission=Permission.VMS_WRITE,
+        summary="Change what of a VM can be changed in place (merge patch)",
+        view=VmView,
+        body=VmPatch,
+        immutable=VM_IMMUTABLE,
+    ),
+    Route(
         method="DELETE",
         path=f"{BASE}/vms/{{vm}}",
-        handler=lambda c: vms.delete_vm(c.context, c.principal, c.path["vm"]),
+        handler=lambda c: (plans.plan_delete if c.query.dry_run else vms.delete_vm)(
+            c.context, c.principal, c.path["vm"]
+        ),
         permission=Permission.VMS_WRITE,
         summary="Delete a VM and its disks",
         view=OperationView,
+        query=DryRunQuery,
         status=202,
     ),
     Route(
@@ -205,17 +248,18 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path=f"{BASE}/vms/{{vm}}/actions/{VmAction.SHUTDOWN}",
-        handler=lambda c: vms.act_on_vm(
+        handler=lambda c: (plans.plan_action if c.query.dry_run else vms.act_on_vm)(
             c.context, c.principal, c.path["vm"], VmAction.SHUTDOWN, c.body.deadline_s
         ),
         permission=Permission.VMS_WRITE,
         summary="Ask the guest to shut down, and stop it at a deadline",
         view=OperationView,
         body=ShutdownOrder,
+        query=DryRunQuery,
         status=202,
     ),
-    _vm_action(VmAction.START, "Start a stopped VM"),
-    _vm_action(VmAction.STOP, "Stop a VM at once"),
+    _planned_vm_action(VmAction.START, "Start a stopped VM"),
+    _planned_vm_action(VmAction.STOP, "Stop a VM at once"),
     _vm_action(VmAction.REBOOT, "Ask the guest to reboot"),
     _vm_action(VmAction.RESET, "Reset a VM as by its button"),
     _vm_action(VmAction.PAUSE, "Pause a running VM"),

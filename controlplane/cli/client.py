@@ -1,9 +1,9 @@
 """The HTTPS client: one request at a time, JSON in and out, the cell's CA pinned.
 
-On the standard library alone, because start-up time is part of a command line's manners. Only a GET
-is ever repeated. A write goes out once, on a fresh connection and with an idempotency key: a
-connection that is reused may have been closed by the other side, and nobody could say whether
-the request was read.
+On the standard library alone, because start-up time is part of a command line's manners. A write
+has an idempotency key and keeps it when it is sent again. Where nobody can say whether the first
+one was made it is sent again only to a control plane that keeps keys. It goes out on a fresh
+connection: one that is reused may have been closed by the other side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import http.client
 import random
 import secrets
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import TypeVar
 from urllib.parse import quote, urlencode
@@ -24,13 +24,14 @@ from controlplane.cli.context import Context, Endpoint, parse_endpoint
 from controlplane.cli.errors import (
     ApiProblem,
     CliError,
+    Interrupted,
     NotLoggedIn,
     UnexpectedAnswer,
     Unreachable,
     Untrusted,
 )
 from controlplane.cli.terminal import Terminal
-from controlplane.cli.views import Listing, Page, ProblemView
+from controlplane.cli.views import ClusterView, Listing, Page, ProblemView
 from shared.errors import Unauthenticated
 from shared.retry import Backoff
 from shared.tls import SCHEME, Role, parse_identity
@@ -41,13 +42,17 @@ CONNECT_TIMEOUT_S = 5.0
 # Longer than the API takes for anything but a long poll, whose time is added.
 ANSWER_TIMEOUT_S = 30.0
 # Enough to bridge one election (5 s) before a person sees an error.
-GET_ATTEMPTS = 6
-GET_BACKOFF = Backoff(first_s=0.4, cap_s=4.0)
+ATTEMPTS = 6
+BACKOFF = Backoff(first_s=0.4, cap_s=4.0)
+# The first release that keeps idempotency keys.
+KEYS_SINCE = (0, 2)
 # A page of 500 objects is below 2 MiB; this stops a server that never ends.
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 PAGE_LIMIT = 500
 # 500 pages are 250,000 objects, more than twice what a cell is built for.
 PAGES_MAX = 500
+# A list that cannot be read to its end in so many tries changes faster than it can be read.
+WALKS_MAX = 3
 
 T = TypeVar("T")
 Query = tuple[tuple[str, str | int], ...]
@@ -100,17 +105,10 @@ class Client:
 
         Raises ApiProblem, Unreachable, UnexpectedAnswer.
         """
-        delays = GET_BACKOFF.delays(self._rng)
-        for attempt in range(1, GET_ATTEMPTS + 1):
-            try:
-                return self._exchange("GET", _with_query(path, query), None, extra_timeout_s)
-            except (Unreachable, ApiProblem) as error:
-                if attempt == GET_ATTEMPTS or not _worth_repeating(error):
-                    raise
-                if attempt == 1:
-                    self._terminal.tell(f"{error}; trying again")
-            self._terminal.sleep(next(delays))
-        raise AssertionError("the last attempt returns or raises")
+        target = _with_query(path, query)
+        return self._repeated(
+            lambda: self._exchange("GET", target, None, {}, extra_timeout_s), _worth_repeating
+        )
 
     def get_as(self, kind: type[T], path: str, query: Query = ()) -> T:
         return self.get(path, query).decode(kind)
@@ -128,7 +126,19 @@ class Client:
         raise UnexpectedAnswer(f"{path} goes on after {PAGES_MAX} pages")
 
     def collect(self, path: str, query: Query = (), at_most: int | None = None) -> Listing:
-        """Fetch a whole list, or its first items; they stay as they were sent."""
+        """Fetch a whole list, or its first items; they stay as they were sent.
+
+        A walk that took longer than the control plane remembers its beginning starts again.
+        """
+        for _ in range(WALKS_MAX - 1):
+            try:
+                return self._collect(path, query, at_most)
+            except ApiProblem as error:
+                if error.problem.code != "cursor_expired":
+                    raise
+        return self._collect(path, query, at_most)
+
+    def _collect(self, path: str, query: Query, at_most: int | None) -> Listing:
         items: list[msgspec.Raw] = []
         revision = ""
         for page in self.pages(path, query):
@@ -138,25 +148,70 @@ class Client:
                 break
         return Listing(tuple(items[:at_most]), revision)
 
-    def post(self, path: str, body: object = None) -> Answer:
-        return self.write("POST", path, msgspec.json.encode({} if body is None else body))
+    def post(self, path: str, body: object = None, query: Query = ()) -> Answer:
+        encoded = msgspec.json.encode({} if body is None else body)
+        return self.write("POST", _with_query(path, query), encoded)
 
-    def delete(self, path: str) -> Answer:
-        return self.write("DELETE", path, None)
+    def delete(self, path: str, query: Query = ()) -> Answer:
+        return self.write("DELETE", _with_query(path, query), None)
+
+    def patch(self, path: str, body: object) -> Answer:
+        return self.write("PATCH", path, msgspec.json.encode(body))
 
     def write(self, method: str, path: str, body: bytes | None) -> Answer:
-        """Send a change, once. Raises ApiProblem, Unreachable, UnexpectedAnswer."""
-        self.close()
-        return self._exchange(method, path, body, 0.0)
+        """Send a change; again, under its one key, where that cannot make it twice.
+
+        Raises ApiProblem, Unreachable, UnexpectedAnswer.
+        """
+        key = {"Idempotency-Key": secrets.token_hex(16)}
+
+        def send() -> Answer:
+            self.close()
+            return self._exchange(method, path, body, key, 0.0)
+
+        return self._repeated(send, self._may_send_again)
+
+    def _repeated(self, send: Callable[[], Answer], worth_it: Callable[[CliError], bool]) -> Answer:
+        delays = BACKOFF.delays(self._rng)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return send()
+            except (Unreachable, ApiProblem) as error:
+                if attempt == ATTEMPTS or not worth_it(error):
+                    raise
+                if attempt == 1:
+                    self._terminal.tell(f"{error}; trying again")
+            self._terminal.sleep(next(delays))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _may_send_again(self, error: CliError) -> bool:
+        """Tell whether a write that failed so is worth sending again, and safe to."""
+        if not _worth_repeating(error):
+            return False
+        return not _is_ambiguous(error) or self._keys_are_kept()
+
+    def _keys_are_kept(self) -> bool:
+        """Tell whether the control plane is new enough; when it does not say, it is not."""
+        try:
+            version = self.get_as(ClusterView, f"{BASE}/cluster").version
+            release = tuple(int(part) for part in version.split(".")[:2])
+        except (CliError, ValueError):
+            return False
+        return release >= KEYS_SINCE
 
     def _exchange(
-        self, method: str, target: str, body: bytes | None, extra_timeout_s: float
+        self,
+        method: str,
+        target: str,
+        body: bytes | None,
+        more_headers: dict[str, str],
+        extra_timeout_s: float,
     ) -> Answer:
         connection = self._connected()
         assert connection.sock is not None, "a connected connection has a socket"
         connection.sock.settimeout(ANSWER_TIMEOUT_S + extra_timeout_s)
         try:
-            connection.request(method, target, body, self._headers(method, body))
+            connection.request(method, target, body, self._headers(body) | more_headers)
             response = connection.getresponse()
             data = response.read(ANSWER_BYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -172,12 +227,10 @@ class Client:
             raise ApiProblem(_problem(answer, response.reason))
         return answer
 
-    def _headers(self, method: str, body: bytes | None) -> dict[str, str]:
+    def _headers(self, body: bytes | None) -> dict[str, str]:
         headers = {"Authorization": f"Bearer {self._token}", "Accept": f"{JSON}, */*;q=0.5"}
         if body is not None:
             headers["Content-Type"] = JSON
-        if method == "POST":
-            headers["Idempotency-Key"] = secrets.token_hex(16)
         if self._revision:
             headers["X-Novacron-Min-Revision"] = self._revision
         return headers
@@ -279,10 +332,18 @@ def _lost(method: str, host: str, error: Exception) -> Unreachable:
     message = f"the connection to {host} broke: {_reason(error)}"
     if method == "GET":
         return Unreachable(message)
-    return Unreachable(
+    return Interrupted(
         f"{message}; the change may or may not have been made",
         "look whether it happened before you repeat it",
     )
+
+
+def _is_ambiguous(error: CliError) -> bool:
+    """Tell whether a write that failed so may have been made all the same."""
+    if isinstance(error, ApiProblem):
+        # A proxy in front says 502 or 504 also for what it passed on.
+        return error.problem.code in {"outcome_unknown", ""}
+    return isinstance(error, Interrupted)
 
 
 def _reason(error: Exception) -> str:

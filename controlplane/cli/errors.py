@@ -54,6 +54,10 @@ class Unreachable(CliError):
     exit_code = Exit.UNREACHABLE
 
 
+class Interrupted(Unreachable):
+    """The connection broke after a write went out: it may or may not have been made."""
+
+
 class Untrusted(Unreachable):
     """Whoever answers there cannot prove to be a replica of this cell."""
 

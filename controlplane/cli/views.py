@@ -229,6 +229,23 @@ class PlanView(Struct, frozen=True):
     refusals: dict[str, int] = {}
 
 
+class PlannedVmView(Struct, frozen=True):
+    vm_name: str = ""
+    action: str = ""
+    node: str | None = None
+    node_name: str | None = None
+    target: str | None = None
+    target_name: str | None = None
+    reasons: tuple[ReasonView, ...] = ()
+    placement: PlanView | None = None
+
+
+class DryRunView(Struct, frozen=True):
+    kind: str = ""
+    vms: tuple[PlannedVmView, ...] = ()
+    blocked: int = 0
+
+
 class LeaderView(Struct, frozen=True):
     replica: str = ""
     url: str = ""

@@ -23,6 +23,7 @@ from controlplane.cli.views import DiskView, GroupRuleView, NicView, Reference, 
 from controlplane.cli.vm_actions import ACTIONS, remove
 from controlplane.cli.vm_create import create
 from controlplane.cli.vm_explain import explain
+from controlplane.cli.vm_label import label
 from controlplane.cli.watching import show
 
 LOG_BYTES = 16 * 1024
@@ -137,6 +138,7 @@ def show_vm_usage(
 vm.add_command(create)
 vm.add_command(remove)
 vm.add_command(explain)
+vm.add_command(label)
 for action in ACTIONS:
     vm.add_command(action)
 

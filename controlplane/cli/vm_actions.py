@@ -7,6 +7,7 @@ from collections.abc import Callable
 import click
 
 from controlplane.cli.client import Answer, path_of
+from controlplane.cli.dry_run import DRY_RUN, dry_run_option, show_dry_runs
 from controlplane.cli.invocation import (
     Duration,
     Invocation,
@@ -21,6 +22,8 @@ from controlplane.cli.wait import Waiting, run_operations
 
 DEFAULT_SHUTDOWN_DEADLINE_S = 60.0
 
+# Verbs that the API can be asked for the plan of.
+_PLANNED = frozenset({"start", "stop"})
 # action: (one line of help, what is said when it is done)
 _PLAIN_ACTIONS = {
     "start": ("Start stopped VMs.", "started"),
@@ -44,13 +47,18 @@ def _action_command(name: str, line: str, past: str) -> click.Command:
         form: str | None,
         no_wait: bool,
         timeout: float | None,
+        dry_run: bool = False,
     ) -> None:
         def submit(vm: str) -> Answer:
-            return invocation.client.post(path_of("vms", vm, "actions", name))
+            path = path_of("vms", vm, "actions", name)
+            return invocation.client.post(path, query=DRY_RUN if dry_run else ())
 
-        _change(invocation, vms, form, submit, past, no_wait, timeout)
+        if dry_run:
+            show_dry_runs(invocation, form, distinct(vms), submit)
+        else:
+            _change(invocation, vms, form, submit, past, no_wait, timeout)
 
-    return command
+    return dry_run_option(command) if name in _PLANNED else command
 
 
 @click.command()
@@ -62,6 +70,7 @@ def _action_command(name: str, line: str, past: str) -> click.Command:
     show_default="60s",
     help="After this long without effect the VM is stopped.",
 )
+@dry_run_option
 @output_option
 @wait_options
 @pass_invocation
@@ -69,6 +78,7 @@ def shutdown(
     invocation: Invocation,
     vms: tuple[str, ...],
     deadline: float,
+    dry_run: bool,
     form: str | None,
     no_wait: bool,
     timeout: float | None,
@@ -77,14 +87,19 @@ def shutdown(
 
     def submit(vm: str) -> Answer:
         path = path_of("vms", vm, "actions", "shutdown")
-        return invocation.client.post(path, {"deadline_s": deadline})
+        query = DRY_RUN if dry_run else ()
+        return invocation.client.post(path, {"deadline_s": deadline}, query)
 
-    _change(invocation, vms, form, submit, "shut down", no_wait, timeout)
+    if dry_run:
+        show_dry_runs(invocation, form, distinct(vms), submit)
+    else:
+        _change(invocation, vms, form, submit, "shut down", no_wait, timeout)
 
 
 @click.command("rm")
 @click.argument("vms", metavar="VM...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@dry_run_option
 @output_option
 @wait_options
 @pass_invocation
@@ -92,16 +107,20 @@ def remove(
     invocation: Invocation,
     vms: tuple[str, ...],
     yes: bool,
+    dry_run: bool,
     form: str | None,
     no_wait: bool,
     timeout: float | None,
 ) -> None:
     """Delete VMs and their disks."""
-    confirm(invocation, f"Delete {', '.join(vms)} with all disks?", yes=yes)
 
     def submit(vm: str) -> Answer:
-        return invocation.client.delete(path_of("vms", vm))
+        return invocation.client.delete(path_of("vms", vm), DRY_RUN if dry_run else ())
 
+    if dry_run:
+        show_dry_runs(invocation, form, distinct(vms), submit)
+        return
+    confirm(invocation, f"Delete {', '.join(vms)} with all disks?", yes=yes)
     _change(invocation, vms, form, submit, "deleted", no_wait, timeout)
 
 
@@ -126,6 +145,9 @@ def _change(
     def done(vm: str, operation: OperationView) -> None:
         output.line(vm if output.form is Format.NAME else f"{vm} {past}")
 
-    # A name given twice is one VM: the second request could only be refused.
-    names = tuple(dict.fromkeys(vms))
-    run_operations(invocation, output, names, submit, done, waiting)
+    run_operations(invocation, output, distinct(vms), submit, done, waiting)
+
+
+def distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return each name once: the second request for one VM could only be refused."""
+    return tuple(dict.fromkeys(names))

@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from controlplane.cli.client import BASE, Answer, path_of
+from controlplane.cli.dry_run import DRY_RUN, dry_run_option
 from controlplane.cli.errors import ApiProblem, Unschedulable
 from controlplane.cli.invocation import (
     Invocation,
@@ -24,7 +25,7 @@ from controlplane.cli.invocation import (
     wait_options,
 )
 from controlplane.cli.output import Format, Output
-from controlplane.cli.views import OperationView, PlanView, VmView
+from controlplane.cli.views import DryRunView, OperationView, PlannedVmView, VmView
 from controlplane.cli.vm_explain import refusal_summary, show_plan
 from controlplane.cli.wait import Waiting, run_operations
 
@@ -115,7 +116,7 @@ class GroupOption(click.ParamType[Document]):
 @click.option("--anti-affinity", type=GroupOption(), multiple=True, help="Run apart from it.")
 @click.option("--stopped", is_flag=True, help="Create it without starting it.")
 @click.option("--file", "file", type=Path, help="The body as TOML or JSON; options win over it.")
-@click.option("--dry-run", is_flag=True, help="Only say where it would go, and why.")
+@dry_run_option
 @output_option
 @wait_options
 @pass_invocation
@@ -224,8 +225,15 @@ def _create(
 
 
 def _plan(invocation: Invocation, output: Output, name: str, body: Document) -> None:
-    answer = invocation.client.post(f"{BASE}/placement-plans", body)
-    plan = answer.decode(PlanView)
+    answer = invocation.client.post(f"{BASE}/vms", body, DRY_RUN)
+    (planned,) = answer.decode(DryRunView).vms or (PlannedVmView(),)
+    plan = planned.placement
+    if plan is None:
+        if output.form is Format.JSON:
+            output.json(answer.body)
+        elif output.form is Format.TABLE:
+            output.line(f"{name} would be created stopped, and placed when it is started")
+        return
     if output.form is Format.TABLE and plan.node is not None:
         output.line(f"{name} would go to {plan.node_name or plan.node}")
     show_plan(output, answer.body, plan, name)

@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from controlplane.state import ClusterState
 from shared.errors import NotFound
-from shared.ids import IdSource
 from shared.model import (
     DEFAULT_TENANT,
     AuditRecord,
@@ -51,6 +50,12 @@ class Command(Protocol[Result_co]):
         ...
 
 
+class Ids(Protocol):
+    """Gives out ids."""
+
+    def new(self, kind: str) -> str: ...
+
+
 class Savepoint(Struct, frozen=True):
     changes: dict[tuple[type[Record], str], Record | None]
     history_length: int
@@ -58,7 +63,7 @@ class Savepoint(Struct, frozen=True):
 
 
 class Draft:
-    def __init__(self, state: ClusterState, ids: IdSource, now: datetime) -> None:
+    def __init__(self, state: ClusterState, ids: Ids, now: datetime) -> None:
         self._state = state
         self._changes: dict[tuple[type[Record], str], Record | None] = {}
         self._history: list[HistoryEntry] = []
@@ -77,6 +82,23 @@ class Draft:
             return changed
         stored = self._state.get(kind, record_id)
         return None if stored is None else stored.record
+
+    def revision_of(self, record_id: str) -> int | None:
+        """Return at which revision an object is stored: 0 once this draft has changed it.
+
+        None when there is no VM, node or operation of that id.
+        """
+        for kind in (Vm, Node, Operation):
+            if self.find(kind, record_id) is None:
+                continue
+            stored = self._state.get(kind, record_id)
+            return 0 if stored is None or (kind, record_id) in self._changes else stored.revision
+        return None
+
+    def count(self, kind: type[Record]) -> int:
+        """Return how many records of a kind there are, those that this draft deletes included."""
+        new = sum(self._state.get(k, i) is None for k, i in self._changes if k is kind)
+        return self._state.count(kind) + new
 
     def cluster(self) -> Cluster | None:
         return next(self._changed(Cluster), None) or self._state.cluster()

@@ -80,14 +80,17 @@ class SetNodeState(Struct, frozen=True, kw_only=True):
 
 
 class SetCordon(Struct, frozen=True, kw_only=True):
-    """Cordons or uncordons a node. Raises NotFound, StateConflict when it already is so."""
+    """Cordons or uncordons a node. Returns its id.
+
+    Raises NotFound, StateConflict when it already is so.
+    """
 
     node_id: str
     cordoned: bool
     reason: str
     by: Author
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, draft: Draft) -> str:
         node = draft.node(self.node_id)
         verb = "cordoned" if self.cordoned else "uncordoned"
         if node.cordoned is self.cordoned:
@@ -101,6 +104,7 @@ class SetCordon(Struct, frozen=True, kw_only=True):
                 )
         draft.audit(f"node.{verb}", node.id, self.by)
         put_cordon(draft, node, self.by, cordoned=self.cordoned, reason=self.reason)
+        return node.id
 
 
 def put_cordon(draft: Draft, node: Node, by: Author, *, cordoned: bool, reason: str) -> None:

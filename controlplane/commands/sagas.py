@@ -133,15 +133,15 @@ class EndUndone(Struct, frozen=True, kw_only=True):
 
 
 class CancelOperation(Struct, frozen=True, kw_only=True):
-    """Asks for a saga to be undone. Raises NotFound, StateConflict. Asked again, it does nothing.
+    """Asks for a saga to be undone. Returns its id. Raises StateConflict.
 
-    ``by`` may be the saga that asked for this one.
+    Asked again, it does nothing. ``by`` may be the saga that asked for this one.
     """
 
     operation_id: str
     by: Author
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, draft: Draft) -> str:
         operation = draft.find(Operation, self.operation_id)
         if operation is None:
             raise StateConflict(f"{self.operation_id} has ended already")
@@ -150,7 +150,7 @@ class CancelOperation(Struct, frozen=True, kw_only=True):
                 f"a {operation.kind} cannot be cancelled: ask for the opposite instead"
             )
         if operation.state is OperationState.CANCELLING or operation.undoing:
-            return
+            return operation.id
         if is_past_return(operation):
             raise StateConflict(
                 f"{operation.id} is past its point of no return ({operation.phase}) and will end "
@@ -160,6 +160,7 @@ class CancelOperation(Struct, frozen=True, kw_only=True):
         state = advance(OPERATION_TRANSITIONS, operation.state, OperationEvent.CANCEL_ASKED)
         fault = problem("cancelled", f"cancelled by {self.by.principal}")
         _put(draft, replace(operation, state=state, undoing=True, error=fault))
+        return operation.id
 
 
 class GiveUpSaga(Struct, frozen=True, kw_only=True):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from msgspec import Struct
 
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.pages import walk
 from controlplane.services.requests import EventQuery
-from controlplane.services.revisions import cluster_revision, epoch_of, seq_after
+from controlplane.services.revisions import epoch_of, seq_after
 from controlplane.services.scope import authorize
 from controlplane.services.views import EventList, event_view
 from controlplane.state import ClusterState
@@ -38,15 +38,14 @@ async def list_events(context: Context, principal: Principal, query: EventQuery)
     """Return a page of events, oldest first, those after ``since`` only. Raises as ``start``."""
     authorize(principal, Permission.EVENTS_READ)
     filters = (principal.scope.tenant, query.since, query.object, query.kind)
-    last = read_cursor(query.cursor, *filters)
-    since = _since(context, query) if last is None else int(last)
-    revision = cluster_revision(context.state)
-    stretch = await stretch_after(context, principal, query, since, query.limit)
+    here = walk(context.state, query.cursor, *filters)
+    since = _since(context, query) if here.last is None else int(here.last)
+    stretch = await stretch_after(context, principal, query, since, query.limit, until=here.at.seq)
     epoch = epoch_of(context.state)
     return EventList(
         items=tuple(event_view(event, epoch) for event in stretch.events),
-        next_cursor=None if stretch.complete else write_cursor(str(stretch.seq), *filters),
-        revision=revision,
+        next_cursor=None if stretch.complete else here.cursor(str(stretch.seq)),
+        revision=str(here.at),
     )
 
 
@@ -60,18 +59,28 @@ def start(context: Context, principal: Principal, query: EventQuery) -> int:
 
 
 async def stretch_after(
-    context: Context, principal: Principal, query: EventQuery, since: int, limit: int
+    context: Context,
+    principal: Principal,
+    query: EventQuery,
+    since: int,
+    limit: int,
+    *,
+    until: int | None = None,
 ) -> Stretch:
-    """Return up to ``limit`` matching events after ``since``. Does not check permissions."""
+    """Return up to ``limit`` matching events after ``since``, up to ``until`` or now.
+
+    Does not check permissions.
+    """
     state = context.state
     wanted = EventFilter(
         tenant=principal.scope.tenant,
         since=since,
+        until=until,
         object=_object_id(context, principal, query.object),
         kind=query.kind,
         limit=limit + 1,
     )
-    last_seq = max(state.last_seq, since)
+    last_seq = max(state.last_seq if until is None else until, since)
     found, whole = _in_state(state, wanted)
     if not whole:
         older = await context.history.events(wanted)
@@ -97,7 +106,8 @@ def _in_state(state: ClusterState, wanted: EventFilter) -> tuple[list[Event], bo
     # What was trimmed was the oldest: the numbers are dense at least in the newest part.
     first = max(wanted.since + 1, state.last_seq - len(state.history) + 1)
     whole = first == wanted.since + 1 or wanted.since >= state.last_seq
-    for seq in range(first, state.last_seq + 1):
+    last = state.last_seq if wanted.until is None else min(wanted.until, state.last_seq)
+    for seq in range(first, last + 1):
         entry = state.history.get(seq)
         if entry is None:
             whole = False

@@ -14,9 +14,9 @@ from msgspec.structs import astuple
 
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.nodes import NODES_STEP, allocated
-from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.pages import records, walk
 from controlplane.services.requests import UsageKind, UsageQuery
-from controlplane.services.revisions import cluster_revision
+from controlplane.services.revisions import ClusterRevision
 from controlplane.services.scope import authorize, find_node, find_vm
 from controlplane.services.views import Figures, SeriesView, UsageList, UsageView
 from controlplane.services.vms import SCAN_STEP
@@ -43,18 +43,21 @@ async def node_series(context: Context, principal: Principal, reference: str) ->
 
 
 async def list_usage(context: Context, principal: Principal, query: UsageQuery) -> UsageList:
-    """Return the latest figures of a page of nodes or VMs. Raises Forbidden, ValidationFailed."""
+    """Return the latest figures of a page of nodes or VMs.
+
+    Raises Forbidden, ValidationFailed, CursorExpired, Unavailable.
+    """
     authorize(principal, Permission.METRICS_READ)
-    last = read_cursor(query.cursor, "usage", query.kind)
-    names = _names(context.state, principal, query.kind)
+    here = walk(context.state, query.cursor, "usage", query.kind)
+    names = _names(context.state, principal, query.kind, here.at)
     ids = sorted(names)
-    start = 0 if last is None else bisect_right(ids, last)
+    start = 0 if here.last is None else bisect_right(ids, here.last)
     page = ids[start : start + query.limit]
     more = start + query.limit < len(ids)
     return UsageList(
         items=tuple(_usage(context, object_id, names[object_id]) for object_id in page),
-        next_cursor=write_cursor(page[-1], "usage", query.kind) if more else None,
-        revision=cluster_revision(context.state),
+        next_cursor=here.cursor(page[-1]) if more else None,
+        revision=str(here.at),
     )
 
 
@@ -140,13 +143,17 @@ def _usage(context: Context, object_id: str, name: str) -> UsageView:
     )
 
 
-def _names(state: ClusterState, principal: Principal, kind: UsageKind) -> dict[str, str]:
+def _names(
+    state: ClusterState, principal: Principal, kind: UsageKind, at: ClusterRevision
+) -> dict[str, str]:
     if kind is UsageKind.NODE:
-        return {node_id: stored.record.name for node_id, stored in state.nodes.items()}
+        nodes = records(state, Node, at)
+        return {n.record.id: n.record.name for n in map(nodes.get, nodes.ids()) if n is not None}
+    vms = records(state, Vm, at)
     return {
-        vm_id: stored.record.name
-        for vm_id, stored in state.vms.items()
-        if stored.record.tenant == principal.scope.tenant
+        vm.record.id: vm.record.name
+        for vm in map(vms.get, vms.ids())
+        if vm is not None and vm.record.tenant == principal.scope.tenant
     }
 
 

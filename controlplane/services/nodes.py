@@ -8,9 +8,9 @@ from bisect import bisect_right
 from controlplane.commands.nodes import SetCordon
 from controlplane.scheduler.snapshot import loads_of
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.pages import records, walk
 from controlplane.services.requests import CordonOrder, NodeQuery
-from controlplane.services.revisions import cluster_revision, epoch_of, object_revision
+from controlplane.services.revisions import epoch_of, object_revision
 from controlplane.services.scope import authorize, find_node
 from controlplane.services.selection import carries
 from controlplane.services.views import Allocated, NodeList, NodeView
@@ -31,31 +31,28 @@ async def get_node(context: Context, principal: Principal, reference: str) -> No
 async def list_nodes(context: Context, principal: Principal, query: NodeQuery) -> NodeList:
     """Return a page of the cell's nodes that match, oldest first.
 
-    Raises Forbidden, ValidationFailed.
+    The records are as of the walk's beginning, what their VMs take as of now. Raises Forbidden,
+    ValidationFailed, CursorExpired, Unavailable.
     """
     authorize(principal, Permission.NODES_READ)
     state = context.state
-    revision = cluster_revision(state)
-    last = read_cursor(query.cursor, "nodes", query.label)
-    ids = sorted(
-        node_id
-        for node_id, stored in state.nodes.items()
-        if not query.label or carries(stored.record.labels, query.label)
-    )
-    start = 0 if last is None else bisect_right(ids, last)
-    page = ids[start : start + query.limit]
-    more = start + query.limit < len(ids)
+    here = walk(state, query.cursor, "nodes", query.label)
+    then = records(state, Node, here.at)
+    found = [stored for stored in map(then.get, then.ids()) if stored is not None]
+    if query.label:
+        found = [stored for stored in found if carries(stored.record.labels, query.label)]
+    start = 0 if here.last is None else bisect_right(found, here.last, key=_id)
+    page = found[start : start + query.limit]
+    more = start + query.limit < len(found)
     items: list[NodeView] = []
-    for position, node_id in enumerate(page):
+    for position, stored in enumerate(page):
         if position % NODES_STEP == NODES_STEP - 1:
             await asyncio.sleep(0)
-        stored = state.nodes.get(node_id)
-        if stored is not None:
-            items.append(node_view(state, stored))
+        items.append(node_view(state, stored))
     return NodeList(
         items=tuple(items),
-        next_cursor=write_cursor(page[-1], "nodes", query.label) if more else None,
-        revision=revision,
+        next_cursor=here.cursor(_id(page[-1])) if more else None,
+        revision=str(here.at),
     )
 
 
@@ -93,6 +90,10 @@ def node_view(state: ClusterState, stored: Stored[Node]) -> NodeView:
         foreign_domains=node.foreign_domains,
         allocated=allocated(state, node.id),
     )
+
+
+def _id(stored: Stored[Node]) -> str:
+    return stored.record.id
 
 
 def allocated(state: ClusterState, node_id: str) -> Allocated:

@@ -11,9 +11,9 @@ import asyncio
 from controlplane.commands.draft import Author
 from controlplane.commands.sagas import CancelOperation
 from controlplane.services.context import Context, Permission, Principal, Scope
-from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.pages import records, walk
 from controlplane.services.requests import OperationQuery
-from controlplane.services.revisions import cluster_revision
+from controlplane.services.revisions import ClusterRevision
 from controlplane.services.scope import authorize, shown
 from controlplane.services.views import OperationList, OperationView, operation_view
 from controlplane.state import ClusterState
@@ -58,6 +58,15 @@ async def cancel_operation(
     return operation_view(await find_operation(context, principal.scope, operation_id) or operation)
 
 
+async def await_end(
+    context: Context, principal: Principal, operation: OperationView, wait_s: float
+) -> OperationView:
+    """Return an operation that was just accepted, once it has ended or after ``wait_s`` seconds."""
+    await _ended(context.state, operation.id, wait_s)
+    found = await find_operation(context, principal.scope, operation.id)
+    return operation if found is None else operation_view(found)
+
+
 async def find_operation(context: Context, scope: Scope, operation_id: str) -> Operation | None:
     """Return an operation, open or finished, of the scope's tenant."""
     stored = context.state.operations.get(operation_id)
@@ -72,15 +81,17 @@ async def find_operation(context: Context, scope: Scope, operation_id: str) -> O
 async def list_operations(
     context: Context, principal: Principal, query: OperationQuery
 ) -> OperationList:
-    """Return a page of operations, newest first. Raises Forbidden, ValidationFailed."""
+    """Return a page of operations as they were when the walk began, newest first.
+
+    Raises Forbidden, ValidationFailed, CursorExpired, Unavailable.
+    """
     authorize(principal, Permission.OPERATIONS_READ)
+    state, tenant = context.state, principal.scope.tenant
     target = _target_id(context, principal, query.target)
-    filters = (principal.scope.tenant, query.state, query.target)
-    before = read_cursor(query.cursor, *filters)
-    revision = cluster_revision(context.state)
-    in_memory = _operations_in_state(context.state)
+    here = walk(state, query.cursor, tenant, query.state, query.target)
+    in_memory = _operations_in_state(state, here.at)
     stored = await context.history.operations(
-        principal.scope.tenant, target, HISTORY_SCAN_MAX, before=before
+        tenant, target, HISTORY_SCAN_MAX, before=here.last, until=here.at.seq
     )
     # Below the last row of a full scan SQLite may hold more, which come on a later page.
     floor = stored[-1].id if len(stored) == HISTORY_SCAN_MAX else ""
@@ -88,9 +99,9 @@ async def list_operations(
     found = [
         operation
         for operation_id, operation in sorted(merged.items(), reverse=True)
-        if (before is None or operation_id < before)
+        if (here.last is None or operation_id < here.last)
         and operation_id >= floor
-        and operation.tenant == principal.scope.tenant
+        and operation.tenant == tenant
         and (target is None or operation.target == target)
         and (query.state is None or operation.state is query.state)
     ]
@@ -98,8 +109,8 @@ async def list_operations(
     more = page[-1].id if len(found) > query.limit else floor or None
     return OperationList(
         items=tuple(operation_view(operation) for operation in page),
-        next_cursor=None if more is None else write_cursor(more, *filters),
-        revision=revision,
+        next_cursor=None if more is None else here.cursor(more),
+        revision=str(here.at),
     )
 
 
@@ -124,9 +135,16 @@ def _finished_in_state(state: ClusterState, operation_id: str) -> Operation | No
     return None
 
 
-def _operations_in_state(state: ClusterState) -> list[Operation]:
-    finished = [e.operation for e in state.history.values() if isinstance(e, FinishedOperation)]
-    return [*finished, *(stored.record for stored in state.operations.values())]
+def _operations_in_state(state: ClusterState, at: ClusterRevision) -> list[Operation]:
+    """Return those that were open at a moment, and those that had ended and are in memory."""
+    then = records(state, Operation, at)
+    opened = [stored.record for stored in map(then.get, then.ids()) if stored is not None]
+    ended = [
+        entry.operation
+        for entry in state.history.values()
+        if isinstance(entry, FinishedOperation) and entry.seq <= at.seq
+    ]
+    return [*ended, *opened]
 
 
 def _target_id(context: Context, principal: Principal, reference: str | None) -> str | None:

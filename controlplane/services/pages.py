@@ -1,7 +1,9 @@
-"""Pages of lists: limits and cursors.
+"""Pages of lists: limits, cursors, and the one moment that all pages of a walk show.
 
-A cursor is opaque to clients. It names the last key of its page and the filter it belongs to; with
-another filter it is refused, because the walk would skip or repeat items without anybody noticing.
+A cursor is opaque to clients. It names the last key of its page, the filter it belongs to and the
+revision that the first page was read at: the walk goes on through the records as they were then.
+With another filter it is refused, because the walk would skip or repeat items without anybody
+noticing; where the moment is no longer known it has expired, and the client starts again.
 """
 
 from __future__ import annotations
@@ -9,18 +11,34 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from msgspec import Meta, Struct
 
+from controlplane.services.revisions import (
+    ClusterRevision,
+    epoch_of,
+    parse_cluster_revision,
+    present,
+)
+from controlplane.state import ClusterState, Then
 from shared.codec import pack, unpack
-from shared.errors import FieldError, RecordUnreadable, ValidationFailed
+from shared.errors import (
+    CursorExpired,
+    FieldError,
+    RecordUnreadable,
+    Unavailable,
+    ValidationFailed,
+)
+from shared.model import Record
 
 LIMIT_DEFAULT = 50
 # A page of 500 VMs is 1.2 MB of JSON and takes about 10 ms to make.
 LIMIT_MAX = 500
 _CURSOR_LENGTH_MAX = 400
 _FINGERPRINT_BYTES = 6
+
+R = TypeVar("R", bound=Record)
 
 Limit = Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="how many items a page holds")]
 CursorText = Annotated[
@@ -30,27 +48,60 @@ CursorText = Annotated[
 
 
 class Cursor(Struct, frozen=True, array_like=True):
+    """``at`` is empty in a cursor of release 0.1, which knew no moment."""
+
     last: str
     fingerprint: bytes
+    at: str = ""
 
 
-def write_cursor(last: str, *filters: object) -> str:
-    raw = pack(Cursor(last, _fingerprint(filters)))
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+class Walk(Struct, frozen=True):
+    """Where a client is in a list: behind ``last`` (None: before the first), as of ``at``."""
+
+    at: ClusterRevision
+    last: str | None
+    fingerprint: bytes
+
+    def cursor(self, last: str) -> str:
+        """Return the cursor of a page that ends with ``last``."""
+        raw = pack(Cursor(last, self.fingerprint, str(self.at)))
+        return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def read_cursor(text: str | None, *filters: object) -> str | None:
-    """Return the last key of the page before, None for the first page. Raises ValidationFailed."""
-    if text is None:
-        return None
+def walk(state: ClusterState, cursor: str | None, *filters: object) -> Walk:
+    """Return where a request for a page stands; without a cursor a new walk begins, as of now.
+
+    Raises ValidationFailed, CursorExpired; Unavailable while this replica is behind the walk.
+    """
+    fingerprint = _fingerprint(filters)
+    if cursor is None:
+        return Walk(present(state), None, fingerprint)
     try:
-        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        cursor = unpack(raw, Cursor)
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        read = unpack(raw, Cursor)
     except (binascii.Error, ValueError, RecordUnreadable):
         raise _refused("bad_format", "is not a cursor of this API") from None
-    if cursor.fingerprint != _fingerprint(filters):
+    if read.fingerprint != fingerprint:
         raise _refused("not_allowed", "belongs to a list with another filter")
-    return cursor.last
+    at = parse_cluster_revision(read.at)
+    if at is None or at.epoch != epoch_of(state):
+        raise CursorExpired("the cursor is of before an upgrade or a restore: list from the start")
+    if at.revision > state.revision:
+        raise Unavailable("this replica has not seen the revision of the cursor yet")
+    return Walk(at, read.last, fingerprint)
+
+
+def records(state: ClusterState, kind: type[R], at: ClusterRevision) -> Then[R]:
+    """Return the records as a walk shows them, until other tasks get their turn.
+
+    Raises CursorExpired.
+    """
+    then = state.then(kind, at.revision)
+    if then is None:
+        raise CursorExpired(
+            "this replica no longer knows what the list was when the walk began: list again"
+        )
+    return then
 
 
 def _fingerprint(filters: tuple[object, ...]) -> bytes:

@@ -21,8 +21,22 @@ async def plan_new_vm(context: Context, principal: Principal, new: NewVm) -> Pla
     """Return where a VM would go if it were created now. Raises Forbidden, ValidationFailed."""
     authorize(principal, Permission.VMS_READ)
     check_new_vm(context.state, new)
+    return await planned(context, unborn(context, principal, new))
+
+
+async def explain_vm(context: Context, principal: Principal, reference: str) -> PlacementView:
+    """Return where a VM would go if it were placed now, what it takes itself not counted.
+
+    A VM that is bound can run on its node only; the others say so. Raises Forbidden, NotFound.
+    """
+    authorize(principal, Permission.VMS_READ)
+    return await planned(context, find_vm(context, principal, reference).record)
+
+
+def unborn(context: Context, principal: Principal, new: NewVm) -> Vm:
+    """Return a VM as it would be made: without an id, to plan for and for nothing else."""
     now = context.clock.now()
-    vm = Vm(
+    return Vm(
         id="",
         name=new.name,
         tenant=principal.scope.tenant,
@@ -33,19 +47,10 @@ async def plan_new_vm(context: Context, principal: Principal, new: NewVm) -> Pla
         domain_name="",
         domain_uuid="",
     )
-    return await _planned(context, vm)
 
 
-async def explain_vm(context: Context, principal: Principal, reference: str) -> PlacementView:
-    """Return where a VM would go if it were placed now, what it takes itself not counted.
-
-    A VM that is bound can run on its node only; the others say so. Raises Forbidden, NotFound.
-    """
-    authorize(principal, Permission.VMS_READ)
-    return await _planned(context, find_vm(context, principal, reference).record)
-
-
-async def _planned(context: Context, vm: Vm) -> PlacementView:
+async def planned(context: Context, vm: Vm) -> PlacementView:
+    """Return where a VM would go if it were placed now. Does not check permissions."""
     state = context.state
     revision = cluster_revision(state)
     nodes = [stored.record for stored in state.nodes.values()]

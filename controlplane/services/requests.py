@@ -11,7 +11,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from controlplane.commands.vm_patch import SpecPatch, VmPatch
 from controlplane.services.pages import LIMIT_DEFAULT, CursorText, Limit
+from controlplane.services.views import VmView
 from shared.model import Labels, Name, OperationState, VmPhase, VmSpec
 from shared.units import KIB, MIB
 
@@ -39,6 +41,17 @@ class NewVm(Struct, frozen=True, kw_only=True):
     labels: Labels = {}
 
 
+# What a VM has and a patch of it may not name.
+VM_IMMUTABLE = frozenset(
+    {f"/{name}" for name in VmView.__struct_fields__ if name not in VmPatch.__struct_fields__}
+    | {
+        f"/spec/{name}"
+        for name in VmSpec.__struct_fields__
+        if name not in SpecPatch.__struct_fields__
+    }
+)
+
+
 class ShutdownOrder(Struct, frozen=True, kw_only=True):
     """``deadline_s``: a guest that has not followed by then is stopped."""
 
@@ -64,6 +77,12 @@ class CordonOrder(Struct, frozen=True, kw_only=True):
 
 class NoQuery(Struct, frozen=True):
     """A route that takes no query parameters."""
+
+
+class DryRunQuery(Struct, frozen=True, kw_only=True):
+    """``dry_run``: tell what the write would do, and change nothing."""
+
+    dry_run: bool = False
 
 
 class PageQuery(Struct, frozen=True, kw_only=True):

@@ -39,8 +39,12 @@ def object_revision(epoch: int, revision: int) -> str:
     return f"{epoch}.{revision}" if revision else ""
 
 
+def present(state: ClusterState) -> ClusterRevision:
+    return ClusterRevision(epoch_of(state), state.revision, state.last_seq)
+
+
 def cluster_revision(state: ClusterState) -> str:
-    return f"{epoch_of(state)}.{state.revision}.{state.last_seq}"
+    return str(present(state))
 
 
 def event_id(epoch: int, seq: int) -> str:

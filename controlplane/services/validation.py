@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
+from controlplane.commands.vm_patch import repeated_groups
 from controlplane.services.requests import NewVm
 from controlplane.state import ClusterState
 from shared.errors import FieldError, ValidationFailed
@@ -31,7 +32,7 @@ def check_new_vm(state: ClusterState, new: NewVm) -> None:
         *_name(new.name),
         *_power(new.spec),
         *_duplicates(new.spec),
-        *_group_rules(new.spec),
+        *repeated_groups(new.spec.placement),
         *_known_to_a_node(state, new.spec),
     )
     if faults:
@@ -53,19 +54,6 @@ def _duplicates(spec: VmSpec) -> Iterator[FieldError]:
     yield from _repeated(disks, "is the name of another disk of this VM")
     macs = ((f"/spec/nics/{i}/mac", nic.mac) for i, nic in enumerate(spec.nics) if nic.mac)
     yield from _repeated(macs, "is the address of another NIC of this VM")
-
-
-def _group_rules(spec: VmSpec) -> Iterator[FieldError]:
-    """Name a group once only: a second rule could but repeat the first or contradict it."""
-    placement = spec.placement
-    rules = [
-        (f"/spec/placement/affinity/{i}/group", r.group) for i, r in enumerate(placement.affinity)
-    ]
-    rules += [
-        (f"/spec/placement/anti_affinity/{i}/group", r.group)
-        for i, r in enumerate(placement.anti_affinity)
-    ]
-    yield from _repeated(rules, "has a rule already")
 
 
 def _known_to_a_node(state: ClusterState, spec: VmSpec) -> Iterator[FieldError]:

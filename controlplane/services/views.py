@@ -207,6 +207,36 @@ class MigrationList(Struct, frozen=True, kw_only=True):
     revision: str
 
 
+class PlannedVm(Struct, frozen=True, kw_only=True):
+    """What would become of one VM; ``reasons`` say why it cannot be done, when it cannot.
+
+    ``node`` is where it is bound now, ``target`` where it would be; ``vm`` is null for one that is
+    not made yet.
+    """
+
+    vm: str | None
+    vm_name: str
+    action: str
+    node: str | None
+    node_name: str | None
+    target: str | None
+    target_name: str | None
+    reasons: tuple[ReasonView, ...]
+    placement: PlacementView | None
+
+
+class PlanView(Struct, frozen=True, kw_only=True):
+    """What a write would do (``dry_run=true``); ``kind`` is the operation's it would open.
+
+    ``blocked`` counts the VMs with reasons why it cannot be done.
+    """
+
+    kind: str
+    vms: tuple[PlannedVm, ...]
+    blocked: int
+    revision: str
+
+
 class LeaderView(Struct, frozen=True, kw_only=True):
     replica: str
     url: str

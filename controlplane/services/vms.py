@@ -7,17 +7,18 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from controlplane.commands.draft import Author, Command
+from controlplane.commands.vm_patch import ChangeVm, VmPatch
 from controlplane.commands.vms import ActOnVm, CreateVm, DeleteVm
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.operations import find_operation
-from controlplane.services.pages import read_cursor, write_cursor
+from controlplane.services.pages import records, walk
 from controlplane.services.requests import ConsoleQuery, NewVm, VmQuery
-from controlplane.services.revisions import cluster_revision, epoch_of
+from controlplane.services.revisions import epoch_of
 from controlplane.services.scope import authorize, find_node, find_vm
 from controlplane.services.selection import carries
 from controlplane.services.validation import check_new_vm
 from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
-from controlplane.state import Stored
+from controlplane.state import Stored, Then
 from shared.errors import NotFound, StateConflict
 from shared.model import Vm
 from shared.protocol import Query, QueryKind
@@ -30,37 +31,39 @@ SCAN_STEP = 2000
 async def get_vm(context: Context, principal: Principal, reference: str) -> VmView:
     """Return one VM. Raises Forbidden, NotFound."""
     authorize(principal, Permission.VMS_READ)
-    return _view(context, find_vm(context, principal, reference), epoch_of(context.state))
+    return view(context, find_vm(context, principal, reference), epoch_of(context.state))
 
 
 async def list_vms(context: Context, principal: Principal, query: VmQuery) -> VmList:
-    """Return a page of the VMs that match every filter given, oldest first.
+    """Return a page of the VMs that matched every filter when the walk began, oldest first.
 
-    Raises Forbidden, ValidationFailed; NotFound when the filter names a node that does not exist.
+    Raises Forbidden, ValidationFailed, CursorExpired, Unavailable; NotFound when the filter names
+    a node that does not exist.
     """
     authorize(principal, Permission.VMS_READ)
-    filters = (principal.scope.tenant, query.label, query.node, query.phase, query.name)
-    last = read_cursor(query.cursor, *filters)
     state = context.state
-    revision = cluster_revision(state)
-    ids = _candidate_ids(context, principal, query)
-    start = 0 if last is None else bisect_right(ids, last)
+    filters = (principal.scope.tenant, query.label, query.node, query.phase, query.name)
+    here = walk(state, query.cursor, *filters)
+    node_id = None if query.node is None else find_node(context, query.node).record.id
+    then = records(state, Vm, here.at)
+    ids = _candidate_ids(context, principal, query, node_id, then)
+    start = 0 if here.last is None else bisect_right(ids, here.last)
     page: list[Stored[Vm]] = []
+    more: str | None = None
     for position in range(start, len(ids)):
         if position % SCAN_STEP == SCAN_STEP - 1:
             await asyncio.sleep(0)
-        stored = state.vms.get(ids[position])
-        if stored is None or not _matches(stored.record, principal, query):
+            then = records(state, Vm, here.at)
+        stored = then.get(ids[position])
+        if stored is None or not _matches(stored.record, principal, query, node_id):
             continue
         if len(page) == query.limit:
-            more: str | None = write_cursor(page[-1].record.id, *filters)
+            more = here.cursor(page[-1].record.id)
             break
         page.append(stored)
-    else:
-        more = None
     epoch = epoch_of(state)
-    items = tuple(_view(context, stored, epoch) for stored in page)
-    return VmList(items=items, next_cursor=more, revision=revision)
+    items = tuple(view(context, stored, epoch) for stored in page)
+    return VmList(items=items, next_cursor=more, revision=str(here.at))
 
 
 async def create_vm(context: Context, principal: Principal, new: NewVm) -> OperationView:
@@ -78,6 +81,19 @@ async def create_vm(context: Context, principal: Principal, new: NewVm) -> Opera
         by=author(principal),
     )
     return await accepted(context, principal, command)
+
+
+async def change_vm(
+    context: Context, principal: Principal, reference: str, patch: VmPatch
+) -> VmView:
+    """Change what of a VM can be changed in place, and return it.
+
+    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises.
+    """
+    authorize(principal, Permission.VMS_WRITE)
+    vm_id = find_vm(context, principal, reference).record.id
+    await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
+    return view(context, find_vm(context, principal, vm_id), epoch_of(context.state))
 
 
 async def act_on_vm(
@@ -135,26 +151,35 @@ async def accepted(context: Context, principal: Principal, command: Command[str]
     return operation_view(operation)
 
 
-def _candidate_ids(context: Context, principal: Principal, query: VmQuery) -> Sequence[str]:
-    """Return sorted ids that hold every match, by the narrowest index there is."""
+def _candidate_ids(
+    context: Context,
+    principal: Principal,
+    query: VmQuery,
+    node_id: str | None,
+    then: Then[Vm],
+) -> Sequence[str]:
+    """Return sorted ids that hold every match, by the narrowest index there is.
+
+    The indexes are of now; whatever changed since may have matched then.
+    """
     state = context.state
     if query.name is not None:
         vm_id = state.vm_id_by_name(principal.scope.tenant, query.name)
-        return () if vm_id is None else (vm_id,)
-    if query.node is not None:
-        return sorted(state.vm_ids_on(find_node(context, query.node).record.id))
-    return sorted(state.vms)
+        return sorted({*then.before, *(() if vm_id is None else (vm_id,))})
+    if node_id is not None:
+        return sorted({*then.before, *state.vm_ids_on(node_id)})
+    return then.ids()
 
 
-def _matches(vm: Vm, principal: Principal, query: VmQuery) -> bool:
-    if vm.tenant != principal.scope.tenant:
+def _matches(vm: Vm, principal: Principal, query: VmQuery, node_id: str | None) -> bool:
+    if vm.tenant != principal.scope.tenant or not carries(vm.labels, query.label):
         return False
-    if not carries(vm.labels, query.label):
+    if query.name not in (None, vm.name) or node_id not in (None, vm.status.node):
         return False
     return query.phase is None or vm_phase(vm) is query.phase
 
 
-def _view(context: Context, stored: Stored[Vm], epoch: int) -> VmView:
+def view(context: Context, stored: Stored[Vm], epoch: int) -> VmView:
     node_id = stored.record.status.node
     node = None if node_id is None else context.state.nodes.get(node_id)
     return vm_view(stored, epoch, None if node is None else node.record.name)

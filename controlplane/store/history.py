@@ -39,10 +39,11 @@ CREATE INDEX IF NOT EXISTS history_by_id ON history (id);
 
 
 class EventFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events to return: those after ``since`` that match every part that is given."""
+    """Which events to return: those in (``since``, ``until``] that match all parts given."""
 
     tenant: str
     since: int = 0
+    until: int | None = None
     object: str | None = None
     kind: str | None = None
     limit: int = 100
@@ -77,10 +78,18 @@ class History:
         return entry.operation if isinstance(entry, FinishedOperation) else None
 
     async def operations(
-        self, tenant: str, target: str | None, limit: int, *, before: str | None = None
+        self,
+        tenant: str,
+        target: str | None,
+        limit: int,
+        *,
+        before: str | None = None,
+        until: int | None = None,
     ) -> list[Operation]:
-        """Return finished operations, newest first: those with an id below ``before``."""
-        entries = await self._offload(lambda: self._operations(tenant, target, limit, before))
+        """Return operations ended by ``until``, newest first: those with an id below ``before``."""
+        entries = await self._offload(
+            lambda: self._operations(tenant, target, limit, before, until)
+        )
         return [entry.operation for entry in entries if isinstance(entry, FinishedOperation)]
 
     async def close(self) -> None:
@@ -99,6 +108,9 @@ class History:
     def _events(self, wanted: EventFilter) -> list[HistoryEntry]:
         conditions = ["type = 'event'", "tenant = ?", "seq > ?"]
         values: list[object] = [wanted.tenant, wanted.since]
+        if wanted.until is not None:
+            conditions.append("seq <= ?")
+            values.append(wanted.until)
         if wanted.object is not None:
             conditions.append("object = ?")
             values.append(wanted.object)
@@ -111,12 +123,20 @@ class History:
         )
 
     def _operations(
-        self, tenant: str, target: str | None, limit: int, before: str | None
+        self,
+        tenant: str,
+        target: str | None,
+        limit: int,
+        before: str | None,
+        until: int | None,
     ) -> list[HistoryEntry]:
         # Both bounds of the id keep the walk down the index among operations.
-        condition, values = "id >= 'op-' AND id < ?", ["op." if before is None else before]
+        condition = "id >= 'op-' AND id < ?"
+        values: list[object] = ["op." if before is None else before]
         if target is not None:
             condition, values = condition + " AND object = ?", [*values, target]
+        if until is not None:
+            condition, values = condition + " AND seq <= ?", [*values, until]
         return self._select(
             f"SELECT body FROM history WHERE type = 'operation' AND tenant = ? AND {condition}"
             " ORDER BY id DESC LIMIT ?",

@@ -141,7 +141,7 @@ class Informer:
             if item.key.startswith(keys.HISTORY):
                 keys.history_seq(item.key)
                 self._state.put_history(unpack(item.value, HistoryEntry))  # type: ignore[arg-type]
-            elif item.key.startswith(keys.STATE):
+            elif keys.holds_record(item.key):
                 record: Record = unpack(item.value, keys.record_kind(item.key))
                 self._state.put(record, item.mod_revision)
             elif item.key.startswith(keys.REPLICAS):
@@ -158,7 +158,7 @@ class Informer:
         try:
             if key.startswith(keys.HISTORY):
                 self._state.remove_history(keys.history_seq(key))
-            elif key.startswith(keys.STATE):
+            elif keys.holds_record(key):
                 kind, record_id = keys.record_of(key)
                 self._state.remove(kind, record_id)
         except RecordUnreadable:
@@ -166,7 +166,7 @@ class Informer:
 
     def _audit(self, item: KeyValue) -> None:
         """Compare what the watch shows with the leader's memory, where that is not newer."""
-        if not item.key.startswith(keys.STATE):
+        if not keys.holds_record(item.key):
             return
         try:
             kind, record_id = keys.record_of(item.key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared.errors import RecordUnreadable
-from shared.model import ApiKey, Cluster, Node, Operation, Record, Vm
+from shared.model import ApiKey, Cluster, IdempotencyRecord, Node, Operation, Record, Vm
 
 ROOT = "/novacron/"
 STATE = f"{ROOT}state/"
@@ -12,12 +12,15 @@ REPLICAS = f"{ROOT}replicas/"
 LEADER = f"{ROOT}leader"
 MARK = f"{ROOT}applied"
 CLUSTER = f"{STATE}cluster"
+# Not below STATE, where 0.1 complains of what it does not know; elsewhere it looks past it.
+IDEMPOTENCY = f"{ROOT}idempotency/"
 
 _FOLDERS: dict[type[Record], str] = {
     Vm: f"{STATE}vms/",
     Node: f"{STATE}nodes/",
     Operation: f"{STATE}operations/",
     ApiKey: f"{STATE}api-keys/",
+    IdempotencyRecord: IDEMPOTENCY,
 }
 SEQ_DIGITS = 20
 
@@ -30,8 +33,13 @@ def key_of(kind: type[Record], record_id: str) -> str:
     return CLUSTER if kind is Cluster else _FOLDERS[kind] + record_id
 
 
+def holds_record(key: str) -> bool:
+    """Tell whether a key lies where records do, of this release or of another."""
+    return key.startswith((STATE, IDEMPOTENCY))
+
+
 def record_kind(key: str) -> type[Record]:
-    """Return which Struct a key below STATE holds. Raises RecordUnreadable for a foreign key."""
+    """Return which Struct a record's key holds. Raises RecordUnreadable for a foreign key."""
     if key == CLUSTER:
         return Cluster
     for kind, folder in _FOLDERS.items():
@@ -41,7 +49,7 @@ def record_kind(key: str) -> type[Record]:
 
 
 def record_of(key: str) -> tuple[type[Record], str]:
-    """Return the kind and id of the record below STATE that a key names.
+    """Return the kind and id of the record that a key names.
 
     The cluster's one record has a key without its id; it is never deleted.
     """

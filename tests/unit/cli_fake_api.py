@@ -30,11 +30,12 @@ NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
 class Reply(Struct, frozen=True):
-    """One answer; ``body`` is JSON unless it is bytes."""
+    """One answer; ``body`` is JSON unless it is bytes. ``cut``: the connection breaks instead."""
 
     body: Any
     status: int = 200
     headers: dict[str, str] = {}
+    cut: bool = False
 
 
 class Request(Struct, frozen=True):
@@ -274,6 +275,9 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
             headers = {name.lower(): value for name, value in self.headers.items()}
             reply = api.answer(Request(self.command, url.path, parse_qs(url.query), headers, body))
+            if reply.cut:
+                self.close_connection = True
+                return
             data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             self.send_response(reply.status)
             for name, value in ({"Content-Type": "application/json"} | reply.headers).items():

@@ -213,6 +213,9 @@ SAMPLES: tuple[Struct, ...] = (
         created_at=AT,
         expires_at=AT + timedelta(days=1),
     ),
+    model.IdempotencyRecord(
+        id="4f" * 16, principal="user-1", fingerprint="5e" * 16, result="op-1", created_at=AT
+    ),
     model.Cluster(id="cluster-1", cell="k3f9q2", epoch=2, schema_level=1, created_at=AT),
     model.Event(
         seq=918,

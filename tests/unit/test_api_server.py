@@ -56,7 +56,8 @@ async def answer(connection: Connection, request: str) -> tuple[int, dict[str, s
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         status, *lines = head.splitlines()
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines if line)}
-        length = 0 if request.startswith("HEAD") else int(headers["content-length"])
+        bodiless = request.startswith("HEAD") or " 304 " in status
+        length = 0 if bodiless else int(headers["content-length"])
         return int(status.split()[1]), headers, await reader.readexactly(length)
 
 
@@ -64,6 +65,18 @@ def get(world: World, path: str, method: str = "GET", **headers: str) -> str:
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {world.token}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines) + "\r\n\r\n"
+
+
+async def test_an_answer_without_a_body_leaves_the_connection_in_order() -> None:
+    world = World()
+    world.join("n1")
+    async with serving(world) as server, connected(server) as connection:
+        _, headers, _ = await answer(connection, get(world, "/api/v1/nodes/n1"))
+        known = {"If-None-Match": headers["etag"]}
+        status, headers, _ = await answer(connection, get(world, "/api/v1/nodes/n1", **known))
+        assert status == 304
+        assert not {"content-length", "content-type", "transfer-encoding"} & set(headers)
+        assert (await answer(connection, get(world, "/healthz")))[0] == 200
 
 
 async def closed(connection: Connection) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.cell_files import CellFiles
-from controlplane.cli.client import ANSWER_BYTES_MAX, GET_ATTEMPTS, Client, path_of
+from controlplane.cli.client import ANSWER_BYTES_MAX, ATTEMPTS, Client, path_of
 from controlplane.cli.context import Context
 from controlplane.cli.errors import ApiProblem, UnexpectedAnswer, Unreachable, Untrusted
 from controlplane.cli.views import VmView
@@ -55,20 +55,60 @@ def test_a_get_is_not_repeated_for_ever(api: FakeApi, cell: CellFiles) -> None:
         client.get("/api/v1/vms")
     client.close()
 
-    assert len(api.requests) == GET_ATTEMPTS
+    assert len(api.requests) == ATTEMPTS
 
 
-def test_a_write_is_sent_once_with_its_own_key(api: FakeApi, cell: CellFiles) -> None:
-    api.on("POST", "vms", problem(503, "no_leader", retryable=True))
+NO_LEADER = problem(503, "no_leader", retryable=True)
+UNKNOWN = problem(503, "outcome_unknown", retryable=True)
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "DELETE"])
+def test_a_write_keeps_its_key_when_it_is_sent_again(
+    api: FakeApi, cell: CellFiles, method: str
+) -> None:
+    api.on(method, "vms", NO_LEADER, NO_LEADER, {"id": "op-1"})
     client = client_of(cell, api.url)
 
-    for _ in range(2):
-        with pytest.raises(ApiProblem):
-            client.post("/api/v1/vms", {"name": "a"})
+    client.write(method, "/api/v1/vms", b"{}")
+    client.write(method, "/api/v1/vms", b"{}")
     client.close()
 
-    keys = {request.headers["idempotency-key"] for request in api.sent("POST")}
-    assert len(api.requests) == len(keys) == 2
+    keys = [request.headers["idempotency-key"] for request in api.sent(method)]
+    assert len(keys) == 4
+    assert len(set(keys[:3])) == 1
+    assert keys[3] != keys[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "sent"), [("0.1.0", 1), ("0.2.0", 2), ("1.0.0", 2), ("", 1), ("newest", 1)]
+)
+@pytest.mark.parametrize("lost", [UNKNOWN, Reply(b"", 502), Reply(b"cut", cut=True)])
+def test_what_may_have_been_made_is_sent_again_only_where_keys_are_kept(
+    api: FakeApi, cell: CellFiles, lost: Reply, version: str, sent: int
+) -> None:
+    api.on("POST", "vms", lost, {"id": "op-1"})
+    api.on("GET", "cluster", {"id": "cluster-1", "version": version})
+    client = client_of(cell, api.url)
+
+    if sent == 1:
+        with pytest.raises((ApiProblem, Unreachable)):
+            client.post("/api/v1/vms", {"name": "a"})
+    else:
+        assert client.post("/api/v1/vms", {"name": "a"}).status == 200
+    client.close()
+
+    assert len(api.sent("POST")) == sent
+
+
+def test_a_refused_write_is_not_sent_again(api: FakeApi, cell: CellFiles) -> None:
+    api.on("POST", "vms", problem(409, "name_taken"))
+    client = client_of(cell, api.url)
+
+    with pytest.raises(ApiProblem):
+        client.post("/api/v1/vms", {"name": "a"})
+    client.close()
+
+    assert len(api.requests) == 1
 
 
 def test_another_endpoint_is_tried_and_then_kept(api: FakeApi, cell: CellFiles) -> None:
@@ -136,6 +176,19 @@ def test_lists_are_read_to_their_end(api: FakeApi, cell: CellFiles) -> None:
 
     assert len(found.items) == 2
     assert api.requests[1].query["cursor"] == ["c1"]
+
+
+def test_a_walk_whose_moment_is_forgotten_starts_again(api: FakeApi, cell: CellFiles) -> None:
+    gone = problem(410, "cursor_expired")
+    api.on("GET", "vms", listing(a_vm("a"), cursor="c1"), gone, listing(a_vm("b")))
+    client = client_of(cell, api.url)
+
+    assert len(client.collect("/api/v1/vms").items) == 1
+    assert "cursor" not in api.requests[2].query
+    api.on("GET", "vms", gone)
+    with pytest.raises(ApiProblem, match="Cursor expired"):
+        client.collect("/api/v1/vms")
+    client.close()
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"items": 5}'])

@@ -34,6 +34,8 @@ from shared import errors, model
         (read.ProgressView, sent.Progress),
         (read.EventView, sent.EventView),
         (read.PlanView, sent.PlacementView),
+        (read.DryRunView, sent.PlanView),
+        (read.PlannedVmView, sent.PlannedVm),
         (read.CandidateView, sent.CandidateView),
         (read.ReasonView, sent.ReasonView),
         (read.ClusterView, sent.ClusterView),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,12 +181,17 @@ def test_create_refuses_a_file_that_is_none(cli: Cli, tmp_path: Path, content: s
     assert cli.run("vm", "create", "a", "--file", str(tmp_path / "missing")) == 2
 
 
+def a_plan(action: str, placement: Any = None, **fields: Any) -> dict[str, Any]:
+    vm = {"vm": None, "vm_name": "web-1", "action": action, "reasons": [], **fields}
+    return {"kind": f"vm.{action}", "vms": [{**vm, "placement": placement}], "blocked": 0}
+
+
 def test_a_dry_run_only_plans(cli: Cli, api: FakeApi) -> None:
-    api.on("POST", "placement-plans", PLAN)
+    api.on("POST", "vms", a_plan("create", PLAN))
 
     assert cli.run("vm", "create", "web-1", "--vcpus", "2", "--dry-run") == 0
 
-    assert [request.path for request in api.requests] == ["/api/v1/placement-plans"]
+    assert [request.query for request in api.requests] == [{"dry_run": ["true"]}]
     assert cli.stdout.splitlines() == [
         "web-1 would go to n1",
         "NODE   RESULT                SCORE   DETAIL",
@@ -195,12 +201,52 @@ def test_a_dry_run_only_plans(cli: Cli, api: FakeApi) -> None:
 
 
 def test_a_dry_run_that_fits_nowhere_says_why(cli: Cli, api: FakeApi) -> None:
-    api.on("POST", "placement-plans", NO_PLAN)
+    api.on("POST", "vms", a_plan("create", NO_PLAN))
 
     assert cli.run("vm", "create", "web-1", "--dry-run") == 7
 
     assert "n2     insufficient memory" in cli.stdout
     assert "no node can run web-1 now: 1 insufficient memory" in cli.stderr
+
+
+def test_a_dry_run_of_what_stays_stopped_places_nothing(cli: Cli, api: FakeApi) -> None:
+    api.on("POST", "vms", a_plan("create"))
+
+    assert cli.run("vm", "create", "web-1", "--stopped", "--dry-run") == 0
+
+    assert cli.stdout == "web-1 would be created stopped, and placed when it is started\n"
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "shutdown", "rm"])
+def test_a_dry_run_of_a_change_asks_nobody_and_changes_nothing(
+    cli: Cli, api: FakeApi, action: str
+) -> None:
+    plan = a_plan(action, node="node-1", node_name="n1")
+    for name in ("a", "b"):
+        api.on("POST", f"vms/{name}/actions/{action}", plan)
+        api.on("DELETE", f"vms/{name}", plan)
+
+    assert cli.run("vm", action, "a", "b", "--dry-run") == 0
+
+    assert cli.stdout.splitlines()[0].split() == ["VM", "ACTION", "NODE", "TARGET", "NOTE"]
+    assert cli.stdout.splitlines()[1].split() == ["web-1", action, "n1", "-", "-"]
+    assert [request.query for request in api.requests] == [{"dry_run": ["true"]}] * 2
+    assert cli.run("vm", action, "a", "--dry-run", "-o", "json") == 0
+    assert json.loads(cli.stdout) == plan
+
+
+def test_a_dry_run_that_cannot_be_done_says_why(cli: Cli, api: FakeApi) -> None:
+    reasons = [{"code": "insufficient_memory", "message": "has 1 GiB, needs 2 GiB"}]
+    api.on("POST", "vms/a/actions/start", a_plan("start", NO_PLAN, reasons=reasons))
+    api.on("POST", "vms/b/actions/start", problem(409, "state_conflict", "is Running"))
+
+    assert cli.run("vm", "start", "a", "--dry-run") == 7
+
+    assert "web-1   BLOCKED" in cli.stdout
+    assert "web-1: has 1 GiB, needs 2 GiB" in cli.stderr
+    assert cli.run("vm", "start", "a", "b", "--dry-run") == 9
+    assert "BLOCKED" in cli.stdout
+    assert "b: error: State conflict" in cli.stderr
 
 
 @pytest.mark.parametrize("command", [("explain",), ("vm", "explain")])
@@ -281,3 +327,14 @@ def test_sizes(text: str, unit: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"size|whole number"):
         parse_size(text, "MiB")
+
+
+def test_label_sends_only_what_is_to_be_different(cli: Cli, api: FakeApi) -> None:
+    api.on("PATCH", "vms/web-1", a_vm())
+
+    assert cli.run("vm", "label", "web-1", "tier=gold", "old-") == 0
+
+    assert cli.stdout == "web-1: tier=gold\n"
+    assert api.sent("PATCH")[0].json() == {"labels": {"tier": "gold", "old": None}}
+    assert cli.run("vm", "label", "web-1", "tier") == 2
+    assert "key=value or key-" in cli.stderr

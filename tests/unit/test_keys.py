@@ -6,14 +6,14 @@ import pytest
 
 from controlplane.store import keys
 from shared.errors import RecordUnreadable
-from shared.model import ApiKey, Cluster, Node, Operation, Record, Vm
+from shared.model import ApiKey, Cluster, IdempotencyRecord, Node, Operation, Record, Vm
 
 
-@pytest.mark.parametrize("kind", [Vm, Node, Operation, ApiKey])
+@pytest.mark.parametrize("kind", [Vm, Node, Operation, ApiKey, IdempotencyRecord])
 def test_a_key_names_its_record(kind: type[Record]) -> None:
     key = keys.key_of(kind, "some-id")
 
-    assert key.startswith(keys.STATE)
+    assert keys.holds_record(key)
     assert keys.record_of(key) == (kind, "some-id")
 
 
@@ -28,6 +28,12 @@ def test_history_sorts_as_its_numbers_do() -> None:
 
     assert made == sorted(made)
     assert [keys.history_seq(key) for key in made] == seqs
+
+
+def test_idempotency_keys_lie_where_the_release_before_looks_past_them() -> None:
+    known_to_0_1 = (keys.STATE, keys.HISTORY, keys.REPLICAS, keys.LEADER, keys.MARK)
+
+    assert not keys.IDEMPOTENCY.startswith(known_to_0_1)
 
 
 @pytest.mark.parametrize("key", [f"{keys.STATE}quotas/q", f"{keys.STATE}x", keys.LEADER])
