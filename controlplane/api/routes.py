@@ -16,6 +16,7 @@ from controlplane.api.answer import TEXT, Answer, json_answer
 from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
     cluster,
+    drains,
     events,
     metrics,
     migrations,
@@ -31,6 +32,7 @@ from controlplane.services.requests import (
     VM_IMMUTABLE,
     ConsoleQuery,
     CordonOrder,
+    DrainOrder,
     DryRunQuery,
     EventQuery,
     MigrateOrder,
@@ -47,6 +49,7 @@ from controlplane.services.requests import (
 from controlplane.services.views import (
     ClusterView,
     EventList,
+    MigrationView,
     NodeList,
     NodeView,
     OperationList,
@@ -267,11 +270,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="POST",
         path=f"{BASE}/vms/{{vm}}/actions/migrate",
-        handler=lambda c: migrations.migrate_vm(c.context, c.principal, c.path["vm"], c.body),
+        handler=lambda c: (migrations.plan_migration if c.query.dry_run else migrations.migrate_vm)(
+            c.context, c.principal, c.path["vm"], c.body
+        ),
         permission=Permission.VMS_WRITE,
         summary="Move a running VM to another node, live",
         view=OperationView,
         body=MigrateOrder,
+        query=DryRunQuery,
         status=202,
     ),
     Route(
@@ -301,6 +307,27 @@ ROUTES: tuple[Route, ...] = (
     ),
     _cordon(cordoned=True, summary="Keep new VMs away from a node"),
     _cordon(cordoned=False, summary="Let new VMs go to a node again"),
+    Route(
+        method="POST",
+        path=f"{BASE}/nodes/{{node}}/actions/drain",
+        handler=lambda c: (drains.plan_drain if c.query.dry_run else drains.drain_node)(
+            c.context, c.principal, c.path["node"], c.body
+        ),
+        permission=Permission.NODES_WRITE,
+        summary="Cordon a node and move its VMs away",
+        view=OperationView,
+        body=DrainOrder,
+        query=DryRunQuery,
+        status=202,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/migrations/{{operation}}",
+        handler=lambda c: migrations.get_migration(c.context, c.principal, c.path["operation"]),
+        permission=Permission.OPERATIONS_READ,
+        summary="Get a migration",
+        view=MigrationView,
+    ),
     Route(
         method="GET",
         path=f"{BASE}/operations",

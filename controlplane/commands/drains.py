@@ -123,10 +123,11 @@ def move_vm(vm_id: str, steps: tuple[str, ...], no_return: frozenset[str]) -> Ef
     return effect
 
 
-def release_vm(vm_id: str) -> Effect:
-    """Unbind a VM at rest whose disks (if any) every node sees.
+def release_vm(vm_id: str, new_node: str | None) -> Effect:
+    """Bind a VM at rest to another node that sees its disks; without disks, to none.
 
-    What is left of it on the node is swept; it is placed anew when it is to run.
+    What is left of it on the old node is swept. One with disks is never without a node: somebody
+    has to delete them one day.
     """
 
     def effect(draft: Draft, operation: Operation) -> Operation:
@@ -136,11 +137,15 @@ def release_vm(vm_id: str) -> Effect:
         here = vm.status.node == operation.target
         if not (here and at_rest) or vm.deleting or vm.status.migration is not None:
             raise StateConflict(f"{vm.name!r} is not at rest on the node any more")
+        assert new_node is not None or not vm.spec.disks, "disks need a node"
         generation = 0 if attempt is None else attempt.generation
         left = Leftover(node=operation.target, generation=generation)
-        status = replace(vm.status, node=None, attempt=None, leftovers=(*vm.status.leftovers, left))
+        leftovers = (*vm.status.leftovers, left)
+        status = replace(vm.status, node=new_node, attempt=None, leftovers=leftovers)
         by = Author(operation.by)
-        draft.event("vm.released", vm.id, by, tenant=vm.tenant, node=operation.target)
+        draft.event(
+            "vm.released", vm.id, by, tenant=vm.tenant, node=operation.target, new_node=new_node
+        )
         put_vm(draft, replace(vm, status=status))
         return operation
 

@@ -35,7 +35,9 @@ from controlplane.sagas.context import (
     Writes,
 )
 from controlplane.sagas.migrate import MIGRATION
-from controlplane.scheduler.moves import shared_pools
+from controlplane.scheduler.moves import move_request, shared_pools
+from controlplane.scheduler.place import plan
+from controlplane.scheduler.snapshot import Snapshot
 from shared.errors import FieldError
 from shared.model import AttemptState, FinishedOperation, Node, Operation, Problem, Vm
 from shared.moves import DrainJournal, DrainTry, VmLeft
@@ -73,7 +75,7 @@ async def _evacuate(context: StepContext) -> Outcome:
     under_way = sum(fate.kind is FateKind.WAIT for _, fate in judged)
     for vm, fate in judged:
         if fate.kind is FateKind.RELEASE:
-            return Writes(release_vm(vm.id))
+            return Writes(release_vm(vm.id, fate.new_node))
         if fate.kind is FateKind.MOVE and under_way < MOVES_AT_ONCE:
             return Writes(move_vm(vm.id, MIGRATION.names, MIGRATION.no_return))
     left = tuple(
@@ -121,8 +123,11 @@ class FateKind(enum.Enum):
 
 
 class Fate(Struct, frozen=True):
+    """``new_node``: where a VM with disks is bound once it is let go of."""
+
     kind: FateKind
     reason: str = ""
+    new_node: str | None = None
 
 
 def judge(context: StepContext, node: Node, vm: Vm) -> Fate:
@@ -130,13 +135,13 @@ def judge(context: StepContext, node: Node, vm: Vm) -> Fate:
     journal = journal_of(context.operation)
     if vm.status.node == node.id and vm.id in journal.skip:
         return Fate(FateKind.STAY, "it was to be skipped")
-    fate = fate_at_rest(node, vm)
+    fate = fate_at_rest(node, vm, context.parts.capacity.current())
     if fate is not None:
         return fate
     return _fate_after_tries(context, journal, vm)
 
 
-def fate_at_rest(node: Node, vm: Vm) -> Fate | None:
+def fate_at_rest(node: Node, vm: Vm, snapshot: Snapshot) -> Fate | None:
     """Return what becomes of a VM that is not running there; None for one that is to be moved."""
     if vm.status.node != node.id or vm.status.migration is not None or vm.deleting:
         return Fate(FateKind.WAIT)
@@ -153,7 +158,12 @@ def fate_at_rest(node: Node, vm: Vm) -> Fate | None:
             f"it is {vm_phase(vm).value} and has its disk {local[0]} on this node: start it, so "
             "that it can be moved live, or delete it",
         )
-    return Fate(FateKind.RELEASE)
+    if not vm.spec.disks:
+        return Fate(FateKind.RELEASE)
+    new_node = plan(snapshot.without(vm), move_request(vm, node)).node
+    if new_node is None:
+        return Fate(FateKind.STAY, "no other node that sees its disks can take it")
+    return Fate(FateKind.RELEASE, new_node=new_node)
 
 
 def _fate_after_tries(context: StepContext, journal: DrainJournal, vm: Vm) -> Fate:

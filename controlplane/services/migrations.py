@@ -1,17 +1,35 @@
-"""Use cases of migrations: ask for one, list them, read one.
+"""Use cases of migrations: ask for one, plan one, read one.
 
 A migration is an operation; what is shown under ``/migrations`` are the same records.
 """
 
 from __future__ import annotations
 
-from controlplane.commands.migrations import RequestMigration
+from msgspec.structs import replace
+
+from controlplane.commands.migrations import MIGRATE, RequestMigration
 from controlplane.sagas.migrate import MIGRATION
+from controlplane.scheduler.moves import move_request
+from controlplane.scheduler.place import Candidate, Plan, plan
 from controlplane.services.context import Context, Permission, Principal
+from controlplane.services.operations import find_operation
+from controlplane.services.placement import placement_view, snapshot_now
+from controlplane.services.plans import plan_view, planned_vm
+from controlplane.services.rehearsal import rehearse
 from controlplane.services.requests import MigrateOrder
-from controlplane.services.scope import authorize, find_node, find_vm
-from controlplane.services.views import OperationView
+from controlplane.services.revisions import cluster_revision
+from controlplane.services.scope import authorize, find_node, find_vm, shown
+from controlplane.services.views import (
+    MigrationView,
+    OperationView,
+    PlanView,
+    operation_view,
+)
 from controlplane.services.vms import accepted, author
+from controlplane.state import ClusterState
+from shared.errors import NotFound
+from shared.model import Vm
+from shared.moves import MigrationJournal
 
 
 async def migrate_vm(
@@ -22,13 +40,94 @@ async def migrate_vm(
     Raises Forbidden, NotFound, StateConflict, and what committing raises.
     """
     authorize(principal, Permission.VMS_WRITE)
-    vm_id = find_vm(context, principal, reference).record.id
+    vm = find_vm(context, principal, reference).record
+    return await accepted(context, principal, _request(context, principal, vm, order))
+
+
+async def plan_migration(
+    context: Context, principal: Principal, reference: str, order: MigrateOrder
+) -> PlanView:
+    """Return where a VM would be moved to, and why not elsewhere. Raises what moving it raises.
+
+    What only the two nodes know (a device in use, a name taken) is found when it is asked for.
+    """
+    authorize(principal, Permission.VMS_WRITE)
+    vm = find_vm(context, principal, reference).record
+    revision = cluster_revision(context.state)
+    await rehearse(context, _request(context, principal, vm, order))
+    assert vm.status.node is not None, "the rehearsal asked for that"
+    source = find_node(context, vm.status.node).record
+    snapshot = (await snapshot_now(context)).without(vm)
+    decision = await context.offload(lambda: plan(snapshot, move_request(vm, source)))
     wanted = None if order.destination is None else find_node(context, order.destination)
-    command = RequestMigration(
-        vm_id=vm_id,
+    if wanted is not None:
+        decision = _only(decision, wanted.record.id)
+    planned = planned_vm(context, vm, "migrate", placement_view(decision, revision))
+    return plan_view(MIGRATE, (planned,), revision)
+
+
+async def get_migration(context: Context, principal: Principal, operation_id: str) -> MigrationView:
+    """Return one migration. Raises Forbidden, NotFound."""
+    authorize(principal, Permission.OPERATIONS_READ)
+    operation = await find_operation(context, principal.scope, operation_id)
+    if operation is None or operation.kind != MIGRATE:
+        raise NotFound(f"there is no migration {shown(operation_id)}")
+    return migration_view(context.state, operation_view(operation))
+
+
+def migration_view(state: ClusterState, operation: OperationView) -> MigrationView:
+    """Return a migration's operation from the VM's side."""
+    journal = operation.details
+    assert isinstance(journal, MigrationJournal), "a migration's journal"
+    vm = state.vms.get(operation.target)
+    return MigrationView(
+        id=operation.id,
+        vm=operation.target,
+        vm_name=None if vm is None else vm.record.name,
+        tenant=operation.tenant,
+        source=journal.source,
+        source_name=_node_name(state, journal.source),
+        destination=journal.destination,
+        destination_name=_node_name(state, journal.destination),
+        generation=journal.generation,
+        state=operation.state,
+        phase=operation.phase,
+        steps=operation.steps,
+        progress=operation.progress,
+        figures=journal.figures,
+        error=operation.error,
+        by=operation.by,
+        parent=operation.parent,
+        created_at=operation.created_at,
+        updated_at=operation.updated_at,
+    )
+
+
+def _request(
+    context: Context, principal: Principal, vm: Vm, order: MigrateOrder
+) -> RequestMigration:
+    wanted = None if order.destination is None else find_node(context, order.destination)
+    return RequestMigration(
+        vm_id=vm.id,
         destination=None if wanted is None else wanted.record.id,
         steps=MIGRATION.names,
         no_return=MIGRATION.no_return,
         by=author(principal),
     )
-    return await accepted(context, principal, command)
+
+
+def _only(decision: Plan, node_id: str) -> Plan:
+    """Return a plan as if there were this node only."""
+    candidates = tuple(each for each in decision.candidates if each.node == node_id)
+    chosen: Candidate | None = next((each for each in candidates if each.fits), None)
+    return replace(
+        decision,
+        node=None if chosen is None else chosen.node,
+        node_name=None if chosen is None else chosen.node_name,
+        candidates=candidates,
+    )
+
+
+def _node_name(state: ClusterState, node_id: str | None) -> str | None:
+    stored = None if node_id is None else state.nodes.get(node_id)
+    return None if stored is None else stored.record.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from controlplane.scheduler.place import Candidate, Plan, plan
 from controlplane.scheduler.request import request_of
-from controlplane.scheduler.snapshot import build_snapshot
+from controlplane.scheduler.snapshot import Snapshot, build_snapshot
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.requests import NewVm
 from controlplane.services.revisions import cluster_revision
@@ -60,10 +60,18 @@ async def planned(context: Context, vm: Vm) -> PlacementView:
     def work() -> Plan:
         return plan(build_snapshot(nodes, vms, settings), request_of(vm))
 
-    return _view(await context.offload(work), revision)
+    return placement_view(await context.offload(work), revision)
 
 
-def _view(planned: Plan, revision: str) -> PlacementView:
+async def snapshot_now(context: Context) -> Snapshot:
+    """Return the cluster as it is now, made off the event loop."""
+    nodes = [stored.record for stored in context.state.nodes.values()]
+    vms = [stored.record for stored in context.state.vms.values()]
+    return await context.offload(lambda: build_snapshot(nodes, vms, context.scheduler))
+
+
+def placement_view(planned: Plan, revision: str) -> PlacementView:
+    """Return a plan as a client sees it."""
     return PlacementView(
         node=planned.node,
         node_name=planned.node_name,

@@ -23,16 +23,19 @@ from shared.model import (
     OperationState,
     OperationStep,
     Problem,
+    StepState,
     Vm,
     VmPhase,
     VmSpec,
     attempt_generation,
 )
-from shared.moves import MigrationFigures
-from shared.states import vm_phase
+from shared.moves import DrainJournal, MigrationFigures, MigrationJournal
+from shared.states import OPERATION_ENDS, vm_phase
 
 
 class VmStatusView(Struct, frozen=True, kw_only=True):
+    """``migration`` is the operation that moves it; ``left_on`` are nodes not swept of it yet."""
+
     phase: VmPhase
     node: str | None
     node_name: str | None
@@ -41,6 +44,8 @@ class VmStatusView(Struct, frozen=True, kw_only=True):
     observed_revision: str
     conditions: tuple[Condition, ...]
     fault: Problem | None
+    migration: str | None
+    left_on: tuple[str, ...]
 
 
 class VmView(Struct, frozen=True, kw_only=True):
@@ -105,7 +110,10 @@ class Progress(Struct, frozen=True, kw_only=True):
 
 
 class OperationView(Struct, frozen=True, kw_only=True):
-    """``target`` is the id of what the operation works on; ``by`` asked for it."""
+    """``target`` is the id of what the operation works on; ``by`` asked for it.
+
+    ``details`` are a migration's or a drain's; ``parent`` is the drain that asked for a migration.
+    """
 
     id: str
     kind: str
@@ -120,6 +128,9 @@ class OperationView(Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime
     deadline_at: datetime
+    cancellable: bool
+    parent: str | None
+    details: MigrationJournal | DrainJournal | None
 
 
 class OperationList(Struct, frozen=True, kw_only=True):
@@ -341,6 +352,8 @@ def vm_view(stored: Stored[Vm], epoch: int, node_name: str | None) -> VmView:
             observed_revision=object_revision(epoch, status.observed_revision),
             conditions=status.conditions,
             fault=status.fault,
+            migration=None if status.migration is None else status.migration.operation,
+            left_on=tuple(leftover.node for leftover in status.leftovers),
         ),
     )
 
@@ -360,7 +373,17 @@ def operation_view(operation: Operation) -> OperationView:
         created_at=operation.created_at,
         updated_at=operation.updated_at,
         deadline_at=operation.deadline_at,
+        cancellable=is_cancellable(operation),
+        parent=operation.parent,
+        details=operation.saga,
     )
+
+
+def is_cancellable(operation: Operation) -> bool:
+    """Whether it can still be undone: a saga that has not passed its point of no return."""
+    past = any(step.no_return and step.state is StepState.DONE for step in operation.steps)
+    open_ = operation.saga is not None and operation.state not in OPERATION_ENDS
+    return open_ and not operation.undoing and not past
 
 
 def event_view(event: Event, epoch: int) -> EventView:

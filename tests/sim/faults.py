@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from agent.simulated_fabric import SimulatedRelay
 from tests.sim.cluster import SimCluster
 from tests.sim.ledger import Ledger
 from tests.sim.node import SimNode
@@ -24,6 +25,10 @@ AT_REST_SHARE = 0.3
 MOMENT_LIMIT_S = 10.0
 MOMENT_LOOK_S = 0.02
 MOMENT_LENGTH_S = 0.6
+# How many of the relays that break do so in the few milliseconds in which libvirt runs two guests.
+CRITICAL_SHARE = 0.5
+SWITCH_LOOK_S = 0.002
+SWITCH_LIMIT_S = 5.0
 # How many effects a process that dies "somewhere" still has.
 DIE_IN_MAX = 25
 # How long such a process may live before it is killed anyway.
@@ -119,6 +124,45 @@ class Faults:
     async def cut_member(self) -> None:
         await self._cut(self._replica().name, self._cluster.etcd.members[self._member()].host)
 
+    async def cut_nodes(self) -> None:
+        """Two nodes do not hear each other: what is moved between them stands still."""
+        one, other = self._rng.sample(list(self._cluster.nodes), 2)
+        await self._cut(one, other)
+
+    async def break_relay(self) -> None:
+        """End a migration's relay; now and then right after the destination has resumed."""
+        relays = [each for each in self._cluster.fabric.relays.values() if each.travel is not None]
+        if not relays:
+            return
+        relay = self._rng.choice(relays)
+        if self._rng.random() < CRITICAL_SHARE:
+            await self._until_switched(relay)
+        self._cluster.trace.note(f"break the relay to {relay.destination}")
+        relay.end()
+
+    async def fail_libvirtd_at_switch(self) -> None:
+        """End a libvirtd between the destination's resume and the source's end."""
+        relays = [each for each in self._cluster.fabric.relays.values() if each.travel is not None]
+        if not relays:
+            return
+        relay = self._rng.choice(relays)
+        await self._until_switched(relay)
+        await self._while(0.0, 0.2)
+        names = [relay.destination, *self._cluster.nodes]
+        node = self._cluster.nodes[self._rng.choice(names)]
+        libvirtd = node.libvirtd
+        libvirtd.go_away()
+        await self._while(0.2, 20.0)
+        if node.libvirtd is libvirtd and node.powered:
+            libvirtd.come_back()
+
+    async def _until_switched(self, relay: SimulatedRelay) -> None:
+        travel = relay.travel
+        for _ in range(round(SWITCH_LIMIT_S / SWITCH_LOOK_S)):
+            if travel is None or travel.done.done() or travel.switched:
+                return
+            await asyncio.sleep(SWITCH_LOOK_S)
+
     async def break_streams(self) -> None:
         self._cluster.network.break_streams(self._node().name, self._replica().name)
 
@@ -204,4 +248,7 @@ FAULTS: tuple[Callable[[Faults], Coroutine[Any, Any, None]], ...] = (
     Faults.cut_node,
     Faults.cut_member,
     Faults.break_streams,
+    Faults.cut_nodes,
+    Faults.break_relay,
+    Faults.fail_libvirtd_at_switch,
 )

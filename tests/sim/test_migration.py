@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 
 from controlplane.services.context import Permission, Principal, Scope
+from controlplane.services.drains import drain_node, plan_drain
 from controlplane.services.migrations import migrate_vm
+from controlplane.services.nodes import get_node, set_cordon
 from controlplane.services.operations import get_operation
-from controlplane.services.requests import MigrateOrder, NewVm
+from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm
 from controlplane.services.views import OperationView
-from controlplane.services.vms import create_vm, get_vm
-from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, VmSpec
+from controlplane.services.vms import act_on_vm, create_vm, delete_vm, get_vm
+from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, Power, VmSpec
+from shared.states import VmAction
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.invariants import Judge, everything_settles
+from tests.sim.ledger import DeleteAsked
 from tests.sim.process import adopt_by_context
 from tests.sim.virtual_loop import run_virtual
 
@@ -43,6 +47,21 @@ class Bench:
         ended = await self.ended(operation)
         assert ended.state is OperationState.SUCCEEDED
         return operation.target
+
+    async def create_on(
+        self, node_name: str, name: str, pools: tuple[str, ...], power: Power
+    ) -> None:
+        """Make a VM that comes to be bound to a node, and then has the power asked for."""
+        context = self.cluster.context()
+        other = next(each for each in self.cluster.nodes if each != node_name)
+        cordon = CordonOrder()
+        await set_cordon(context, ADMIN, other, cordon, cordoned=True)
+        disks = tuple(DiskSpec(name=f"d{i}", size_gib=1, pool=p) for i, p in enumerate(pools))
+        spec = VmSpec(vcpus=1, memory_mib=256, boot=BootSpec(kernel="tiny-kernel"), disks=disks)
+        await self.ended(await create_vm(context, ADMIN, NewVm(name=name, spec=spec)))
+        if power is Power.STOPPED:
+            await self.ended(await act_on_vm(context, ADMIN, name, VmAction.STOP))
+        await set_cordon(context, ADMIN, other, cordon, cordoned=False)
 
     async def ended(self, operation: OperationView, wait_s: float = 120) -> OperationView:
         return await get_operation(self.cluster.context(), ADMIN, operation.id, wait_s)
@@ -72,6 +91,38 @@ def run(story: Callable[[Bench], Awaitable[None]], nodes: int = 2) -> None:
             await bench.cluster.stop()
 
     run_virtual(main(), adopt_by_context)
+
+
+def test_a_drain_empties_a_node_and_tells_beforehand() -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        node_name = await bench.where()
+        assert node_name is not None
+        context = bench.cluster.context()
+        for number, disks in enumerate(((), ("shared",), ("default",))):
+            await bench.create_on(node_name, f"rest-{number}", disks, Power.STOPPED)
+        plan = await plan_drain(context, ADMIN, node_name, DrainOrder())
+        assert {v.vm_name: v.action for v in plan.vms} == {
+            "web-1": "migrate",
+            "rest-0": "release",
+            "rest-1": "release",
+            "rest-2": "stay",
+        }
+        assert plan.blocked == 1
+        ended = await bench.ended(await drain_node(context, ADMIN, node_name, DrainOrder()))
+        assert ended.state is OperationState.FAILED
+        assert ended.error is not None
+        assert (ended.error.code, len(ended.error.errors)) == ("drain_incomplete", 1)
+        assert (await get_node(context, ADMIN, node_name)).cordoned, "it stays closed"
+        left = await get_vm(context, ADMIN, "rest-2")
+        bench.cluster.observe(DeleteAsked(left.id))
+        await bench.ended(await delete_vm(context, ADMIN, "rest-2"))
+        ended = await bench.ended(await drain_node(context, ADMIN, node_name, DrainOrder()))
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        assert (await get_node(context, ADMIN, node_name)).allocated.vms == 0
+        await bench.settled()
+
+    run(story)
 
 
 SPECS: dict[str, dict[str, Any]] = {

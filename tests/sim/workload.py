@@ -8,20 +8,26 @@ deletion, and when an operation was acknowledged.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from controlplane.services.context import Context, Permission, Principal, Scope
-from controlplane.services.operations import get_operation
-from controlplane.services.requests import NewVm
+from controlplane.services.drains import drain_node
+from controlplane.services.migrations import migrate_vm
+from controlplane.services.nodes import set_cordon
+from controlplane.services.operations import cancel_operation, get_operation
+from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm
 from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm, create_vm, delete_vm
 from shared.errors import NotFound, NovacronError, OutcomeUnknown, Unavailable
-from shared.model import BootSpec, DiskSpec, Power, VmSpec
+from shared.model import BootSpec, DiskSpec, MigrationSpec, Power, VmSpec
 from shared.states import OPERATION_ENDS, VmAction
 from tests.sim.cluster import SimCluster
 from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger
+from tests.sim.node import SHARED_POOL
 
 # How long a client goes on trying, and how long it follows what was accepted.
 PATIENCE_S = 30.0
@@ -30,6 +36,8 @@ CLIENTS = 4
 # More VMs than this would not fit on the nodes, and creates would wait for ever.
 VMS_MAX = 8
 
+ANYWHERE = MigrateOrder()
+T = TypeVar("T")
 Work = Callable[[Context, Principal], Awaitable[OperationView]]
 
 _ACTIONS: tuple[VmAction, ...] = (
@@ -65,6 +73,26 @@ class Client:
             action.value, lambda context, who: act_on_vm(context, who, vm_id, action, deadline_s)
         )
 
+    async def migrate(self, vm_id: str) -> None:
+        await self._ask("migrate", lambda context, who: migrate_vm(context, who, vm_id, ANYWHERE))
+
+    async def drain(self, node_name: str) -> None:
+        await self._ask(
+            "drain", lambda context, who: drain_node(context, who, node_name, DrainOrder())
+        )
+
+    async def cancel(self, operation_id: str) -> None:
+        await self._ask("cancel", lambda context, who: cancel_operation(context, who, operation_id))
+
+    async def uncordon(self, node_name: str) -> None:
+        """Open a node again; one that is open, or is being drained, says so."""
+
+        async def uncordon(context: Context, who: Principal) -> None:
+            await set_cordon(context, who, node_name, CordonOrder(), cordoned=False)
+
+        with contextlib.suppress(NovacronError):
+            await self._patiently(uncordon)
+
     async def delete(self, vm_id: str) -> None:
         self._cluster.observe(DeleteAsked(vm_id))
         await self._ask("delete", lambda context, who: delete_vm(context, who, vm_id))
@@ -79,7 +107,7 @@ class Client:
         self._cluster.observe(Acknowledged(operation.id, operation.target))
         self.outcomes[f"{verb} {await self._follow(operation)}"] += 1
 
-    async def _patiently(self, work: Work) -> OperationView:
+    async def _patiently(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
         """Try until there is an answer that says more than "later". Raises what then remains."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + PATIENCE_S
@@ -107,7 +135,7 @@ class Client:
                 return seen.state.value
         return "open"
 
-    async def _once(self, work: Work) -> OperationView:
+    async def _once(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
         """Call a replica; one that dies meanwhile leaves the outcome unknown."""
         names = list(self._cluster.replicas)
         chosen = self._cluster.replicas[self._rng.choice(names)]
@@ -118,7 +146,7 @@ class Client:
         if process is None or control_plane is None:
             raise Unavailable(f"{chosen.name} does not accept connections")
 
-        async def serve() -> OperationView:
+        async def serve() -> T:
             return await work(control_plane.context(), self._principal)
 
         call = process.spawn(serve(), f"{chosen.name}-request")
@@ -174,19 +202,39 @@ class Workload:
             await self.client.create(f"vm-{self._made}", self._spec())
         elif draw < 0.5:
             await self.client.delete(self._rng.choice(vms))
-        elif draw < 0.6:
+        elif draw < 0.58:
             self._surprise()
+        elif draw < 0.78:
+            await self.client.migrate(self._rng.choice(vms))
+        elif draw < 0.84:
+            await self._drain()
+        elif draw < 0.88:
+            await self._cancel()
         else:
             await self.client.act(self._rng.choice(vms), self._rng.choice(_ACTIONS))
 
+    async def _drain(self) -> None:
+        """Drain a node, and open it again some time later, however the drain went."""
+        node_name = self._rng.choice(list(self._cluster.nodes))
+        await self.client.drain(node_name)
+        await self.client.uncordon(node_name)
+
+    async def _cancel(self) -> None:
+        sagas = [op.id for op in self._ledger.operations.values() if op.saga is not None]
+        if sagas:
+            await self.client.cancel(self._rng.choice(sorted(sagas)))
+
     def _spec(self) -> VmSpec:
-        disks = (DiskSpec(name="root", size_gib=1),) if self._rng.random() < 0.5 else ()
+        pools = self._rng.choice(((), ("default",), (SHARED_POOL,), ("default", SHARED_POOL)))
+        disks = tuple(DiskSpec(name=f"d{i}", size_gib=1, pool=p) for i, p in enumerate(pools))
+        strict = self._rng.random() < 0.3
         ends = self._rng.choice(("", "", "", "nova.exit=poweroff@20", "nova.exit=reboot@5"))
         return VmSpec(
             vcpus=self._rng.choice((1, 2)),
             memory_mib=self._rng.choice((512, 1024, 2048)),
             boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline=ends),
             disks=disks,
+            migration=MigrationSpec(strict=strict),
             power=self._rng.choice((Power.RUNNING,) * 8 + (Power.PAUSED,)),
         )
 
