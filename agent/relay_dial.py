@@ -38,8 +38,9 @@ def main() -> None:
         _relay(order, socket_file(directory, order.name))
     except OSError as error:
         say("warning", "a relay failed", relay=order.name, peer=order.peer, reason=str(error))
+        mark.unlink(missing_ok=True)  # before the agent hears of it, which ends the process
         answer(str(error))
-    finally:
+    else:
         mark.unlink(missing_ok=True)
 
 

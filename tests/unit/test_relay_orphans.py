@@ -27,6 +27,7 @@ from tests.unit.relay_world import (
     connected,
     exchange,
     short_directory,
+    the_rest,
     until,
 )
 
@@ -36,8 +37,10 @@ BULK = os.urandom(1 << 20)
 class Agents:
     """Two processes, each with the relays of a node, and the pipe that is their standard error."""
 
-    def __init__(self, world: RelayWorld) -> None:
+    def __init__(self, world: RelayWorld, redirection: str) -> None:
+        """``redirection`` is the shell's, of the agents' standard descriptors."""
         self.world = world
+        self._shell = f'exec "$0" -m tests.unit.relay_parent "$1" {redirection}'
         self.stderr, self._given = os.pipe()
         self._processes: list[subprocess.Popen[bytes]] = []
         self.uri = ""
@@ -104,7 +107,7 @@ class Agents:
 
     def _start(self, part: Part) -> Told:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.relay_parent", encode(part)],
+            ["sh", "-c", self._shell, sys.executable, encode(part)],
             env=self.world.environment,
             stdout=subprocess.PIPE,
             stderr=self._given,
@@ -116,10 +119,10 @@ class Agents:
 
 
 @pytest.fixture
-async def agents() -> AsyncIterator[Agents]:
+async def agents(request: pytest.FixtureRequest) -> AsyncIterator[Agents]:
     with short_directory() as root:
         world = RelayWorld(root)
-        made = Agents(world)
+        made = Agents(world, getattr(request, "param", ""))
         try:
             await asyncio.to_thread(made.start)
             yield made
@@ -155,6 +158,13 @@ async def test_nobody_reading_the_logs_holds_nothing_up(agents: Agents) -> None:
         assert await exchange(reader, writer, BULK) == BULK
 
 
+@pytest.mark.parametrize("agents", ["2>&-"], indirect=True)
+async def test_an_agent_without_standard_error_has_relays_that_work(agents: Agents) -> None:
+    """Their log lines must not go into whatever they open first."""
+    async with connected(agents.uri) as (reader, writer):
+        assert await exchange(reader, writer, BULK) == BULK
+
+
 async def test_relays_hold_nothing_of_their_agents(agents: Agents) -> None:
     """Neither in their groups, nor with a descriptor of theirs but standard error."""
     async with connected(agents.uri) as (reader, writer):
@@ -171,18 +181,25 @@ def kinds_open(pid: int) -> list[str]:
     return sorted(str(link.readlink()).split(":")[0] for link in links)
 
 
-async def test_a_later_agent_ends_what_an_earlier_one_left(agents: Agents) -> None:
-    world = agents.world
+@pytest.mark.parametrize("side", [SOURCE, DESTINATION])
+async def test_a_later_agent_ends_what_an_earlier_one_left(agents: Agents, side: str) -> None:
+    later = agents.world.relays(agents.world.settings(side))
     async with connected(agents.uri) as (reader, writer):
         assert await exchange(reader, writer, b"x") == b"x"
         dial, used = agents.relays()
         await asyncio.to_thread(agents.signal_groups, signal.SIGKILL)
+        assert lives(dial)
         assert lives(used)
 
-        await world.relays(world.settings(DESTINATION)).revoke(NAME)
-        assert not lives(used)
-        await world.relays(world.settings(SOURCE)).close(NAME)
-        assert not lives(dial)
+        if side == SOURCE:
+            await later.close(NAME)
+            assert not lives(dial)
+        else:
+            await later.revoke(NAME)
+            assert not lives(used)
+
+        assert await the_rest(reader) == b""
+        await until(lambda: not lives(dial) and not lives(used))
 
 
 async def test_a_destinations_end_ends_the_sources_without_any_agent(agents: Agents) -> None:
