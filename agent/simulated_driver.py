@@ -455,9 +455,8 @@ class SimulatedDriver:
     def _facts(self) -> HypervisorFacts:
         facts = self._state.facts
         pools = tuple(
-            PoolFacts(
-                name=pool.name,
-                capacity_gib=pool.capacity_gib,
+            msgspec.structs.replace(
+                pool,
                 free_gib=pool.capacity_gib - sum(self._state.pools[pool.name].values()),
                 shared=pool.shared,
             )

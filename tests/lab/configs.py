@@ -77,6 +77,8 @@ driver = "libvirt"
 uri = "qemu:///system"
 artefact_dir = {artefact_dir}
 qemu_tls_dir = {qemu_tls_dir}
+pools = ["default", "shared"]
+shared_pools = ["shared"]
 
 [networks]
 lan = {bridge}
