@@ -1,9 +1,9 @@
 """The link to libvirtd: opened, watched, given up and opened again.
 
 Owns libvirt's event loop (one thread per process), the connection that carries events and tells of
-libvirtd's death, and three lanes of calls: acts, reads, statistics. Nothing here blocks the asyncio
-loop. While libvirtd is away every call raises HypervisorUnavailable at once, also those under way;
-after each reconnection the listener is told that events were lost.
+libvirtd's death, and four lanes of calls: acts, reads, jobs, statistics. Nothing here blocks the
+asyncio loop. While libvirtd is away every call raises HypervisorUnavailable at once, also those
+under way; after each reconnection the listener is told that events were lost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ T = TypeVar("T")
 # More at once would only queue inside libvirtd, whose workers are 20; a hung QEMU holds one each.
 CALLS_AT_ONCE_MAX = 5
 STATISTICS_AT_ONCE_MAX = 4
+# A node moves two guests out and two in at a time. Not more: libvirtd 9.0 starts its workers one by
+# one, and with all of them held by a hung QEMU, whatever else is asked waits for the next request.
+JOBS_AT_ONCE_MAX = 4
 # libvirt itself gives up on a busy domain after 30 s; past this only a hung QEMU is left.
 CALL_TIMEOUT_S = 60.0
 # Opening and closing take milliseconds; only a stopped libvirtd lets a client wait.
@@ -82,6 +85,7 @@ class LibvirtLink:
         self._acts = Lane("act", uri, CALLS_AT_ONCE_MAX)
         self._reads = Lane("read", uri, CALLS_AT_ONCE_MAX)
         self._statistics = Lane("statistics", uri, STATISTICS_AT_ONCE_MAX)
+        self._jobs = Lane("job", uri, JOBS_AT_ONCE_MAX)
 
     async def run(self) -> None:
         """Keep the link up until cancelled or closed, and close it then."""
@@ -114,7 +118,7 @@ class LibvirtLink:
         self._closed = True
         if self._opening is not None:
             self._opening.add_done_callback(_close_late)
-        for lane in (self._acts, self._reads, self._statistics):
+        for lane in self._lanes():
             lane.end()
         await self._give_up(asyncio.get_running_loop())
         self._opener.shutdown(wait=False, cancel_futures=True)
@@ -135,14 +139,18 @@ class LibvirtLink:
         """Run ``work`` in a thread; it never waits behind an act."""
         return await self._call(self._reads, work, CALL_TIMEOUT_S)
 
+    async def read_job(self, work: Work[T]) -> T:
+        """Run ``work`` in a thread, which asks a QEMU: one that hangs holds up no other read."""
+        return await self._call(self._jobs, work, CALL_TIMEOUT_S)
+
     async def statistics(self, work: Work[T], timeout_s: float) -> T:
         """Run ``work`` in a thread; it may be left hanging."""
         return await self._call(self._statistics, work, timeout_s)
 
     async def run_long(self, work: Work[T]) -> T:
-        """Run ``work`` for as long as it takes; it goes on when the caller is cancelled.
+        """Run ``work`` for as long as it takes; once begun it goes on without its caller.
 
-        Raises HypervisorUnavailable when libvirtd died while it was under way.
+        Raises HypervisorUnavailable when libvirtd died, or fell silent, while it was under way.
         """
         watched = self._watched
         if watched is None or watched.lost.is_set():
@@ -159,6 +167,10 @@ class LibvirtLink:
         finally:
             lost.cancel()
             answer.add_done_callback(_forget)
+            answer.cancel()
+
+    def _lanes(self) -> tuple[Lane, ...]:
+        return (self._acts, self._reads, self._jobs, self._statistics)
 
     async def _call(self, lane: Lane, work: Work[T], timeout_s: float) -> T:
         watched = self._watched
@@ -243,7 +255,7 @@ class LibvirtLink:
 
     def _close_blocking(self, watched: Watched) -> None:
         _close_watched(watched)
-        for lane in (self._acts, self._reads, self._statistics):
+        for lane in self._lanes():
             lane.close_idle()
 
 

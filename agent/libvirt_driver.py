@@ -46,6 +46,8 @@ T = TypeVar("T")
 SAMPLES_TIMEOUT_S = 2.0
 # The first call may be held by a newly hung QEMU; from then on libvirt leaves that one out.
 SAMPLES_ATTEMPTS = 2
+# Figures are asked for right after a migration, and a node moves two guests out at a time.
+FIGURES_KEPT_MAX = 64
 
 
 class LibvirtDriver:
@@ -178,10 +180,10 @@ class LibvirtDriver:
         return await self._link.statistics(read, SAMPLES_TIMEOUT_S)
 
     async def migration_end(self, name: str) -> MigrationEnd | None:
-        return await self._link.read(functools.partial(migration.migration_end, name=name))
+        return await self._link.read_job(functools.partial(migration.migration_end, name=name))
 
     async def check_source(self, name: str, generation: int) -> SourceCheck:
-        return await self._link.read(
+        return await self._link.read_job(
             functools.partial(migration.check_source, name=name, generation=generation)
         )
 
@@ -222,7 +224,7 @@ class LibvirtDriver:
         await self._link.act(functools.partial(migration.abort, name=name, generation=generation))
 
     async def transfer(self, name: str) -> Transfer | None:
-        return await self._link.read(functools.partial(migration.transfer, name=name))
+        return await self._link.read_job(functools.partial(migration.transfer, name=name))
 
     async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None:
         await self._link.act(
@@ -252,7 +254,12 @@ class LibvirtDriver:
             listener(name)
 
     def _job_completed(self, name: str, figures: dict[str, Any]) -> None:
+        if not migration.has_left(figures):
+            return
+        self._figures.pop(name, None)
         self._figures[name] = migration.figures_of(figures)
+        while len(self._figures) > FIGURES_KEPT_MAX:
+            self._figures.pop(next(iter(self._figures)))
 
     async def _act(self, name: str, generation: int, act: libvirt_domains.DomainAct) -> None:
         await self._link.act(

@@ -86,22 +86,40 @@ def run_detached(uri: str, work: Work[T]) -> Future[T]:
     """Run ``work`` in a thread, with a connection, that may outlive this process's interest in it.
 
     A thread pool's threads would be waited for at the process's end; a migration goes on without.
+    An answer that is cancelled while the connection is still being opened never begins: a libvirtd
+    that was held up would else begin what has been given up.
     """
     answer: Future[T] = Future()
 
     def run() -> None:
         try:
             connection = open_connection(uri)
-            try:
-                answer.set_result(work(connection))
-            finally:
-                close_quietly(connection)
-        except BaseException as error:
-            if not answer.done():
+        except HypervisorUnavailable as error:
+            if answer.set_running_or_notify_cancel():
                 answer.set_exception(error)
+            return
+        try:
+            if answer.set_running_or_notify_cancel():
+                _answer(answer, work, connection)
+        finally:
+            close_quietly(connection)
 
     threading.Thread(target=run, name="libvirt-migration", daemon=True).start()
     return answer
+
+
+def _answer(answer: Future[T], work: Work[T], connection: libvirt.virConnect) -> None:
+    try:
+        result = work(connection)
+    except libvirt.libvirtError as error:
+        if is_alive(connection):
+            answer.set_exception(error)
+        else:
+            answer.set_exception(HypervisorUnavailable(f"libvirtd is out of reach: {error}"))
+    except BaseException as error:
+        answer.set_exception(error)
+    else:
+        answer.set_result(result)
 
 
 def open_connection(uri: str) -> libvirt.virConnect:

@@ -46,13 +46,14 @@ def migration_end(connection: libvirt.virConnect, name: str) -> MigrationEnd | N
         metadata = metadata_of(domain)
         if metadata is None:
             return None
+        # In this order: a guest that goes on between the two questions is one that runs.
+        operation = _operation(domain)
         state, reason = domain.state()
-        end = _end_state(domain, state, reason)
+        end = _end_state(state, reason, operation)
+        if end in (EndState.DOWN, EndState.INCOMING) and not _is_kept(domain):
+            return None
     except libvirt.libvirtError as error:
-        if error.get_error_code() not in (
-            libvirt.VIR_ERR_NO_DOMAIN,
-            libvirt.VIR_ERR_OPERATION_INVALID,
-        ):
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise
         return None
     returned = end is EndState.RUNNING and reason == libvirt.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED
@@ -150,8 +151,13 @@ def migrate(connection: libvirt.virConnect, name: str, generation: int, outgoing
 
 def abort(connection: libvirt.virConnect, name: str, generation: int) -> None:
     domain = _domain(connection, name, generation)
-    if _operation(domain) == _OUT:
+    if _operation(domain) != _OUT:
+        return
+    try:
         domain.abortJob()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+            raise  # else it has ended meanwhile
 
 
 def set_max_downtime(
@@ -164,8 +170,8 @@ def transfer(connection: libvirt.virConnect, name: str) -> Transfer | None:
     domain = find_domain(connection, name)
     if domain is None:
         return None
-    stats = domain.jobStats(0)
-    if stats.get("type") not in _ACTIVE_JOBS or stats.get("operation", _OUT) != _OUT:
+    stats = _job(domain)
+    if stats is None or stats.get("operation") != _OUT:
         return None
     return Transfer(
         bytes_done=int(stats.get("data_processed", 0)),
@@ -174,6 +180,11 @@ def transfer(connection: libvirt.virConnect, name: str) -> Transfer | None:
         iteration=int(stats.get("memory_iteration", 0)),
         bytes_per_s=float(stats.get("memory_bps", 0) + stats.get("disk_bps", 0)),
     )
+
+
+def has_left(stats: Mapping[str, Any]) -> bool:
+    """Whether a completed job, as libvirt's event tells of it, has moved a domain away."""
+    return stats.get("operation") == _OUT
 
 
 def figures_of(stats: Mapping[str, Any]) -> MigrationFigures:
@@ -185,37 +196,43 @@ def figures_of(stats: Mapping[str, Any]) -> MigrationFigures:
     )
 
 
-def _end_state(domain: libvirt.virDomain, state: int, reason: int) -> EndState:
-    if state == libvirt.VIR_DOMAIN_SHUTOFF or not domain.isActive():
-        if not domain.isPersistent():
-            return EndState.ABSENT
+def _end_state(state: int, reason: int, operation: int | None) -> EndState:
+    if state == libvirt.VIR_DOMAIN_SHUTOFF:
         # It was to begin here and could not: nothing of it has run.
         failed = reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED
         return EndState.INCOMING if failed else EndState.DOWN
-    operation = _operation(domain)
-    if operation == _OUT:
-        return EndState.MOVING
-    if operation == _IN and state == libvirt.VIR_DOMAIN_PAUSED:
-        return EndState.INCOMING
-    if state == libvirt.VIR_DOMAIN_PAUSED:
-        return _PAUSED.get(reason, EndState.RUNNING)
     if state == libvirt.VIR_DOMAIN_CRASHED:
         return EndState.DOWN
-    return EndState.RUNNING
+    if operation == _OUT:
+        return EndState.MOVING
+    if state != libvirt.VIR_DOMAIN_PAUSED:
+        return EndState.RUNNING
+    return EndState.INCOMING if operation == _IN else _PAUSED.get(reason, EndState.RUNNING)
+
+
+def _is_kept(domain: libvirt.virDomain) -> bool:
+    """Whether there is a definition, or a process: one without either is gone in a moment."""
+    return bool(domain.isActive() or domain.isPersistent())
 
 
 def _operation(domain: libvirt.virDomain) -> int | None:
-    """Return what libvirt is doing with a running domain; None when it is at rest."""
+    """Return what libvirt is doing with a domain; None when it is at rest."""
+    stats = _job(domain)
+    return None if stats is None else int(stats["operation"])
+
+
+def _job(domain: libvirt.virDomain) -> dict[str, Any] | None:
+    """Return libvirt's figures of what it is doing with a domain; None when it is at rest."""
     try:
-        stats = domain.jobStats(0)
+        stats: dict[str, Any] = domain.jobStats(0)
     except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
+            return None  # it does not run
         # The one job that libvirt tells nothing about is one that comes in.
-        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
-            raise
-        return _IN
-    if stats.get("type") not in _ACTIVE_JOBS:
-        return None
-    return int(stats["operation"])
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+            return {"operation": _IN}
+        raise
+    return stats if stats.get("type") in _ACTIVE_JOBS else None
 
 
 def _domain(connection: libvirt.virConnect, name: str, generation: int) -> libvirt.virDomain:

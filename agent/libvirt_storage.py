@@ -149,11 +149,14 @@ def _volume(pool: libvirt.virStoragePool, name: str) -> libvirt.virStorageVol | 
 
 def _known_volume(pool: libvirt.virStoragePool, name: str) -> libvirt.virStorageVol | None:
     try:
-        return pool.storageVolLookupByName(name)
+        volume = pool.storageVolLookupByName(name)
+        # In a shared pool another node may have deleted it; only a look at its file tells.
+        volume.info()
     except libvirt.libvirtError as error:
         if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
             raise
         return None
+    return volume
 
 
 def _download(

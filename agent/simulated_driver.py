@@ -25,7 +25,7 @@ from agent.hypervisor import (
     volume_name,
 )
 from agent.simulated_fabric import SimulatedFabric, Travel
-from agent.simulated_guest import SimulatedDomain
+from agent.simulated_guest import ConsoleLog, SimulatedDomain
 from shared.clock import Clock
 from shared.errors import (
     ArtefactMissing,
@@ -38,7 +38,6 @@ from shared.errors import (
 from shared.model import CpuFacts, NumaCell, ObservedPower, PoolFacts, Sample, VmSpec
 from shared.moves import MigrationFigures
 from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
-from shared.units import MIB
 
 T = TypeVar("T")
 
@@ -114,6 +113,8 @@ class SimulatedNodeState:
             pool.name: self.fabric.shared_pool(pool.name) if pool.shared else {}
             for pool in facts.pools
         }
+        self.consoles: dict[str, ConsoleLog] = {}
+        self.figures: dict[str, MigrationFigures] = {}
         self.libvirtd_runs = True
         self._observer: Callable[[str], None] = _nobody
 
@@ -149,16 +150,21 @@ class SimulatedNodeState:
         self.libvirtd_runs = True
         self.changed("")
 
-    def receive(self, definition: DomainDefinition) -> SimulatedDomain:
-        """Make the domain that a migration fills."""
-        domain = SimulatedDomain(
+    def make(self, definition: DomainDefinition) -> SimulatedDomain:
+        """Make a domain that is not there yet; it writes on its name's console log."""
+        return SimulatedDomain(
             definition.name,
             definition.uuid,
             definition.vm_id,
             definition.generation,
             definition.spec,
+            self.consoles.setdefault(definition.name, ConsoleLog()),
             self.changed,
         )
+
+    def receive(self, definition: DomainDefinition) -> SimulatedDomain:
+        """Make the domain that a migration fills."""
+        domain = self.make(definition)
         domain.incoming = True
         domain.power = ObservedPower.PAUSED
         self.domains[domain.name] = domain
@@ -184,7 +190,7 @@ class SimulatedNodeState:
 
     def add_foreign(self, name: str, uuid: str) -> None:
         """Add a domain that somebody else has defined and started."""
-        domain = SimulatedDomain(name, uuid, None, 0, None, self.changed)
+        domain = SimulatedDomain(name, uuid, None, 0, None, ConsoleLog(), self.changed)
         self.domains[name] = domain
         domain.start()
 
@@ -212,6 +218,7 @@ class SimulatedDriver:
 
     async def run(self) -> None:
         """Run until cancelled, as the libvirt driver does; there is nothing to keep up."""
+        self._notify("")
         await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
@@ -259,7 +266,12 @@ class SimulatedDriver:
         await self._act("reset", name, generation, lambda d: _active(d).reset())
 
     async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
-        await self._call("undefine", name, lambda: self._undefine(name, generation))
+        def undefine() -> None:
+            self._undefine(name, generation)
+            if not keep_log:
+                self._state.consoles.pop(name, None)
+
+        await self._call("undefine", name, undefine)
 
     async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
         def ensure() -> None:
@@ -282,11 +294,12 @@ class SimulatedDriver:
 
     async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
         def read() -> bytes:
-            domain = self._state.domains.get(name)
-            if domain is None:
+            domain, console = self._state.domains.get(name), self._state.consoles.get(name)
+            if console is None:
                 return b""
-            domain.catch_up()
-            log = domain.console
+            if domain is not None:
+                domain.catch_up()
+            log = console.text
             start = max(0, len(log) + offset) if offset < 0 else offset
             return log[start : start + limit_bytes]
 
@@ -334,6 +347,9 @@ class SimulatedDriver:
             here = state.domains.get(name)
             if here is not None and (here.is_active() or here.vm_id is None):
                 blockers.append(FieldError("", "name_taken", f"a domain {name!r} is here already"))
+            for other in state.domains.values():
+                if other.uuid == question.domain_uuid and other.name != name:
+                    blockers.append(FieldError("", "uuid_taken", f"{other.name!r} has its UUID"))
             blockers += check_volumes(state.pools, question)
             return tuple(blockers)
 
@@ -358,6 +374,7 @@ class SimulatedDriver:
             state, domain = self._state, self._state.domains[name]
             if not domain.is_active() or domain.travel is not None:
                 raise HypervisorError(f"domain {name!r} cannot be moved now")
+            state.figures.pop(name, None)
             relay = state.fabric.relay(outgoing.uri, state.address)
             return Travel(state.fabric, state, domain, relay, outgoing)
 
@@ -375,19 +392,9 @@ class SimulatedDriver:
     async def transfer(self, name: str) -> Transfer | None:
         def read() -> Transfer | None:
             domain = self._state.domains.get(name)
-            if domain is None or domain.travel is None or domain.spec is None:
+            if domain is None or domain.travel is None or domain.incoming or domain.arrived:
                 return None
-            total = domain.spec.memory_mib * MIB
-            elapsed_s = asyncio.get_running_loop().time() - domain.travel.began_s
-            share = min(1.0, elapsed_s / self._state.fabric.times.transfer_s)
-            done = int(total * share)
-            return Transfer(
-                bytes_done=done,
-                bytes_total=total,
-                bytes_remaining=total - done,
-                iteration=1,
-                bytes_per_s=total / self._state.fabric.times.transfer_s,
-            )
+            return domain.travel.transfer()
 
         return await self._call("transfer", name, read)
 
@@ -395,7 +402,7 @@ class SimulatedDriver:
         await self._act("set_max_downtime", name, generation, lambda domain: None)
 
     async def figures(self, name: str) -> MigrationFigures | None:
-        return None
+        return await self._call("figures", name, lambda: self._state.figures.get(name))
 
     async def hold(self, name: str, generation: int) -> bool:
         def look() -> bool:
@@ -470,21 +477,10 @@ class SimulatedDriver:
     def _define(self, definition: DomainDefinition) -> None:
         state, spec = self._state, definition.spec
         self._check_parts(spec)
-        console = b""
         existing = state.domains.get(definition.name)
         if existing is not None:
             _check_redefinable(existing)
-            console = existing.console
-        defined = SimulatedDomain(
-            definition.name,
-            definition.uuid,
-            definition.vm_id,
-            definition.generation,
-            spec,
-            state.changed,
-        )
-        defined.console = console
-        state.domains[definition.name] = defined
+        state.domains[definition.name] = state.make(definition)
         state.changed(definition.name)
 
     def _check_parts(self, spec: VmSpec) -> None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from agent.hypervisor import Outgoing
+from agent.hypervisor import Outgoing, Transfer
 from agent.relay import RelayTarget
 from agent.simulated_guest import SimulatedDomain
 from shared.errors import HypervisorError, StateConflict, Unavailable
 from shared.model import ObservedPower
+from shared.moves import MigrationFigures
+from shared.units import MIB
 
 if TYPE_CHECKING:
     from agent.simulated_driver import SimulatedNodeState
@@ -156,6 +158,25 @@ class Travel:
         """Whether the guest has gone on on the destination."""
         return self._arrival is not None and not self._arrival.incoming
 
+    def transfer(self) -> Transfer:
+        """Return how far it is; nothing is known before the destination is ready."""
+        spec = self._outgoing.definition.spec
+        if self._arrival is None:
+            return Transfer(
+                bytes_done=0, bytes_total=0, bytes_remaining=0, iteration=0, bytes_per_s=0.0
+            )
+        times, total = self._fabric.times, spec.memory_mib * MIB
+        elapsed_s = asyncio.get_running_loop().time() - self.began_s - times.prepare_s
+        # What changes meanwhile is sent once more: one byte is left until the switch.
+        done = min(total - 1, int(total * elapsed_s / times.transfer_s))
+        return Transfer(
+            bytes_done=done,
+            bytes_total=total,
+            bytes_remaining=total - done,
+            iteration=1,
+            bytes_per_s=total / times.transfer_s,
+        )
+
     def abort(self, why: str) -> None:
         """End it, as far as it can be ended; from the switch on it cannot."""
         if not self.switched:
@@ -224,6 +245,12 @@ class Travel:
 
     def _confirm(self) -> None:
         """The source forgets the domain, as it was asked to."""
+        total_s = asyncio.get_running_loop().time() - self.began_s
+        self._source.figures[self._domain.name] = MigrationFigures(
+            total_ms=round(total_s * 1000),
+            downtime_ms=round(self._fabric.times.switch_s * 1000),
+            transferred_bytes=self._outgoing.definition.spec.memory_mib * MIB,
+        )
         self._finish(None)
         self._source.forget(self._domain)
 

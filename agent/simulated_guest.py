@@ -43,6 +43,16 @@ class HeldFor(enum.Enum):
     REFLEX = "reflex"
 
 
+class ConsoleLog:
+    """What a domain's guests have said: a file of the node's, which outlives the domain."""
+
+    def __init__(self) -> None:
+        self.text = b""
+
+    def append(self, text: str) -> None:
+        self.text = (self.text + text.encode())[-CONSOLE_BYTES_MAX:]
+
+
 class SimulatedDomain:
     """One domain and its guest; ``changed(name)`` is called after each change of power.
 
@@ -56,6 +66,7 @@ class SimulatedDomain:
         vm_id: str | None,
         generation: int,
         spec: VmSpec | None,
+        console: ConsoleLog,
         changed: Callable[[str], None],
     ) -> None:
         self.name = name
@@ -64,7 +75,7 @@ class SimulatedDomain:
         self.generation = generation
         self.spec = spec
         self.power = ObservedPower.STOPPED
-        self.console = b""
+        self.console = console
         self._changed = changed
         self._guest_s = 0.0
         self._resumed_at: float | None = None
@@ -108,7 +119,9 @@ class SimulatedDomain:
             return EndState.MOVING
         if self.power is ObservedPower.RUNNING:
             return EndState.RUNNING
-        return EndState.AWAY if self.held_for is HeldFor.SWITCH else EndState.HELD
+        # One that a user had paused before stays paused for that reason.
+        away = self.held_for is HeldFor.SWITCH and not self.was_paused
+        return EndState.AWAY if away else EndState.HELD
 
     def start(self) -> None:
         self._boot()
@@ -203,7 +216,7 @@ class SimulatedDomain:
         first = max(self._counted + 1, total - _LINES_MAX + 1)
         lines += [f"count {number}\n" for number in range(first, total + 1)]
         self._counted = max(self._counted, total)
-        self.console = (self.console + "".join(lines).encode())[-CONSOLE_BYTES_MAX:]
+        self.console.append("".join(lines))
 
     def sample(self, at: float) -> Sample:
         assert self.vm_id is not None, "a domain of ours"

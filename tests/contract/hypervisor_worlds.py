@@ -10,6 +10,7 @@ import contextlib
 import random
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Protocol
 
 from agent.hypervisor import Hypervisor
@@ -23,7 +24,7 @@ from tests.lab.guest_image import ensure_guest_artefacts
 FOREIGN_UUID = "0f0f0f0f-1111-4222-8333-444444444444"
 _CONNECT_LIMIT_S = 30
 
-_FOREIGN_XML = """
+FOREIGN_XML = """
 <domain type='qemu'>
   <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory><vcpu>1</vcpu>
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os>
@@ -54,8 +55,8 @@ class World(Protocol):
 
 
 class SimulatedWorld:
-    def __init__(self) -> None:
-        self.state = SimulatedNodeState(
+    def __init__(self, state: SimulatedNodeState | None = None) -> None:
+        self.state = state or SimulatedNodeState(
             simulated_facts(pools=("default", "shared"), shared_pools=("shared",))
         )
         self.driver: Hypervisor = SimulatedDriver(self.state, SystemClock())
@@ -90,7 +91,7 @@ class LibvirtWorld:
 
     def add_foreign(self, name: str) -> None:
         path = self.process.root / f"{name}.xml"
-        path.write_text(_FOREIGN_XML.format(name=name, uuid=FOREIGN_UUID))
+        path.write_text(FOREIGN_XML.format(name=name, uuid=FOREIGN_UUID))
         self.process.virsh("define", str(path))
         self.process.virsh("start", name)
 
@@ -109,14 +110,21 @@ class LibvirtWorld:
 
 
 def libvirt_settings(
-    process: LibvirtProcess, *, probe_kvm: bool = False, known: str | None = None
+    process: LibvirtProcess,
+    *,
+    probe_kvm: bool = False,
+    known: str | None = None,
+    shared_dir: Path | None = None,
 ) -> LibvirtSettings:
+    pool_dirs = {"default": process.pool_dir}
+    if shared_dir is not None:
+        pool_dirs["shared"] = shared_dir
     return LibvirtSettings(
         uri=process.uri,
         artefact_dir=ensure_guest_artefacts(),
         pools=("default", "shared"),
         shared_pools=("shared",),
-        pool_dirs={"default": process.pool_dir},
+        pool_dirs=pool_dirs,
         console_dir=process.console_dir,
         networks={"lan": BRIDGE, "gone": "br-none"},
         network_dir=process.network_dir,

@@ -15,10 +15,14 @@ import socket
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 BRIDGE = "br-test"
+# For documentation only (RFC 5737): never a network that the machine is in.
+PAIR_ADDRESSES = ("192.0.2.1", "192.0.2.2")
+_CABLE = "cable"
 
 _START_TIMEOUT_S = 30
 _END_TIMEOUT_S = 20
@@ -41,6 +45,8 @@ if [ -e /dev/kvm ]; then
     chgrp kvm "$1/kvm"
     mount --bind "$1/kvm" /dev/kvm
 fi
+mount --bind "$1/hosts" /etc/hosts
+hostname "$2"
 mount -t sysfs sysfs /sys
 ip link set lo up
 ip link add {BRIDGE} type bridge
@@ -50,6 +56,7 @@ exec env --ignore-signal=CHLD cat
 """
 
 _LIBVIRTD_CONF = """\
+host_uuid = "{uuid}"
 auth_unix_rw = "none"
 unix_sock_rw_perms = "0770"
 log_filters = "3:util"
@@ -76,7 +83,10 @@ class LibvirtProcess:
         self.pool_dir = root / "images"
         self.console_dir = root / "console"
         self.network_dir = Path(f"/proc/{first}/root/sys/class/net")
-        self._inside = (*("nsenter", "--mount", "--net", "--pid", "--target", str(first), "--"),)
+        self._first = first
+        self._inside = (
+            *("nsenter", "--mount", "--uts", "--net", "--pid", "--target", str(first), "--"),
+        )
         self._entered: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -119,6 +129,14 @@ class LibvirtProcess:
         pid = int((self.root / f"run/libvirt/qemu/{domain}.pid").read_text())
         subprocess.run([*self._inside, "kill", f"-{number.value}", str(pid)], check=True)
 
+    def plug_into(self, other: LibvirtProcess) -> None:
+        """Lay a cable to another one's network: PAIR_ADDRESSES are on its two ends."""
+        peer = ("peer", "name", _CABLE, "netns", str(other._first))
+        self._ip("link", "add", _CABLE, "type", "veth", *peer)
+        for end, address in zip((self, other), PAIR_ADDRESSES, strict=True):
+            end._ip("address", "add", f"{address}/24", "dev", _CABLE)
+            end._ip("link", "set", _CABLE, "up")
+
     def virsh(self, *arguments: str) -> str:
         """Do something behind the driver's back."""
         done = subprocess.run(
@@ -129,20 +147,27 @@ class LibvirtProcess:
         )
         return done.stdout.decode()
 
+    def _ip(self, *arguments: str) -> None:
+        entering = ("nsenter", "--net", "--target", str(self._first), "--")
+        subprocess.run([*entering, "ip", *arguments], check=True)
+
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
 
 
 @contextlib.contextmanager
-def libvirt_process() -> Iterator[LibvirtProcess]:
-    """Run a private libvirtd for the length of the block; nothing of it is left afterwards."""
+def libvirt_process(name: str = "node") -> Iterator[LibvirtProcess]:
+    """Run a private libvirtd for the length of the block; nothing of it is left afterwards.
+
+    ``name`` is its node's: libvirt moves nothing between two nodes of one name.
+    """
     # Short and outside any test's own directory: a unix socket's path holds 107 bytes only, and
     # QEMU's user must be able to pass through.
     root = Path(tempfile.mkdtemp(prefix="ncv"))
     root.chmod(0o755)
     try:
-        holder = _hold_namespaces(root)
+        holder = _hold_namespaces(root, name)
         process = LibvirtProcess(root, holder)
         try:
             process.start()
@@ -154,15 +179,24 @@ def libvirt_process() -> Iterator[LibvirtProcess]:
         shutil.rmtree(root)
 
 
-def _hold_namespaces(root: Path) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def libvirt_pair() -> Iterator[tuple[LibvirtProcess, LibvirtProcess]]:
+    """Run two libvirtds whose QEMUs reach each other: under PAIR_ADDRESSES, over a cable."""
+    with libvirt_process("one") as one, libvirt_process("two") as two:
+        one.plug_into(two)
+        yield one, two
+
+
+def _hold_namespaces(root: Path, name: str) -> subprocess.Popen[bytes]:
     for directory in ("run/lock", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt"):
         (root / directory).mkdir(parents=True)
     (root / "etc/libvirt/qemu").mkdir(parents=True)
-    (root / "etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF)
+    (root / "etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
     (root / "etc/libvirt/qemu.conf").write_text(_QEMU_CONF)
-    command = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc"]
+    (root / "hosts").write_text(f"127.0.0.1 localhost {name}\n")
+    command = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc"]
     holder = subprocess.Popen(
-        [*command, "sh", "-c", _ENTER, "sh", str(root)],
+        [*command, "sh", "-c", _ENTER, "sh", str(root), name],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
