@@ -37,7 +37,7 @@ from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
 from shared.codec import pack, unpack
 from shared.errors import FieldError, NodeUnreachable
-from shared.model import Node, ObservedPower, Operation, Problem, Vm
+from shared.model import Node, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
 from shared.protocol import (
@@ -192,14 +192,19 @@ async def _switch(context: StepContext) -> Outcome:
 
 
 async def _finalize(context: StepContext) -> Outcome:
-    """Wait until the source has nothing left; one that cannot be asked is swept later."""
+    """Wait until the source has nothing left, and the guest is seen to go on.
+
+    A source that cannot be asked is swept later.
+    """
     vm, claim = _claimed(context)
     report = _report(context, vm, claim, claim.source)
-    if report is not None and report.stage is MigrationStage.FINALIZE and report.settled:
-        return Done(close_claim(report.figures, swept=True))
-    if _is_over_limit(context, FINALIZE_LIMIT):
-        return Done(close_claim(None, swept=False))
-    return Waits("the source cleans up")
+    swept = report is not None and report.stage is MigrationStage.FINALIZE and report.settled
+    figures = None if report is None else report.figures
+    # A strict one is resumed by its new owner, which has just been told.
+    goes_on = vm.spec.power is not Power.RUNNING or vm.status.power_seen is not ObservedPower.PAUSED
+    if (swept and goes_on) or _is_over_limit(context, FINALIZE_LIMIT):
+        return Done(close_claim(figures, swept=swept))
+    return Waits("the source cleans up, and the guest goes on")
 
 
 async def _undo_admit(context: StepContext) -> Outcome:
