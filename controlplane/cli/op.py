@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import click
 
 from controlplane.cli import output as out
-from controlplane.cli.client import Query, path_of
+from controlplane.cli.client import Answer, Query, path_of
 from controlplane.cli.invocation import (
     Duration,
     Invocation,
     output_option,
     pass_invocation,
+    wait_options,
     watch_options,
 )
 from controlplane.cli.listing import show_list
@@ -118,6 +119,48 @@ def wait_for_operations(
     )
 
 
+def cancel_operations(metavar: str) -> click.Command:
+    """Return the command that cancels operations, under the name its group has for them."""
+
+    @click.command("cancel")
+    @click.argument("operation_ids", metavar=f"{metavar}...", nargs=-1, required=True)
+    @output_option
+    @wait_options
+    @pass_invocation
+    def cancel(
+        invocation: Invocation,
+        operation_ids: tuple[str, ...],
+        form: str | None,
+        no_wait: bool,
+        timeout: float | None,
+    ) -> None:
+        """Undo migrations or drains that are under way, and wait until that is done."""
+        output = invocation.output(form)
+
+        def submit(operation_id: str) -> Answer:
+            return invocation.client.post(path_of("operations", operation_id, "actions", "cancel"))
+
+        def done(operation_id: str, operation: OperationView) -> None:
+            named = output.form is Format.NAME
+            output.line(operation_id if named else f"{operation_id} {operation.state}")
+
+        waiting = Waiting.begin(invocation.terminal, no_wait=no_wait, timeout=timeout)
+        run_operations(
+            invocation,
+            output,
+            tuple(dict.fromkeys(operation_ids)),
+            submit,
+            done,
+            waiting,
+            wanted=frozenset({"cancelled", "succeeded"}),
+        )
+
+    return cancel
+
+
+op.add_command(cancel_operations("OPERATION"))
+
+
 def _operation_table(invocation: Invocation, operations: Sequence[OperationView]) -> Table:
     now = invocation.terminal.now()
     rows = tuple(
@@ -160,6 +203,7 @@ def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
         ("Phase", seen.phase or out.NOTHING),
         ("Steps", steps or out.NOTHING),
         ("Error", told),
+        ("Part of", seen.parent or out.NOTHING),
         ("By", seen.by or out.NOTHING),
         ("Created", out.stamp(seen.created_at)),
         ("Changed", out.stamp(seen.updated_at)),

@@ -193,10 +193,37 @@ class OperationView(Struct, frozen=True):
     created_at: datetime | None = None
     updated_at: datetime | None = None
     deadline_at: datetime | None = None
+    parent: str | None = None
 
     @property
     def ended(self) -> bool:
         return self.state in {"succeeded", "failed", "cancelled"}
+
+
+class MigrationFiguresView(Struct, frozen=True):
+    total_ms: int = 0
+    downtime_ms: int = 0
+    transferred_bytes: int = 0
+
+
+class MigrationView(Struct, frozen=True):
+    id: str
+    vm: str = ""
+    vm_name: str | None = None
+    source: str = ""
+    source_name: str | None = None
+    destination: str | None = None
+    destination_name: str | None = None
+    state: str = "unknown"
+    phase: str = ""
+    steps: tuple[StepView, ...] = ()
+    progress: ProgressView | None = None
+    figures: MigrationFiguresView | None = None
+    error: ProblemView | None = None
+    parent: str | None = None
+    by: str = ""
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
 
 
 class EventView(Struct, frozen=True):
