@@ -25,6 +25,7 @@ from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
 from controlplane.telemetry.exporter import Metrics
+from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
 from shared.clock import Clock
 from shared.codec import pack
@@ -85,6 +86,7 @@ class ControlPlane:
         self.state = ClusterState()
         self.informer = Informer(ports.store, self.state)
         self.windows = ports.windows
+        self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
         self._copy = CopyHistory(self.state, ports.history)
         self._me = LeaderKey(
@@ -161,6 +163,7 @@ class ControlPlane:
             ask=self.leader.ask,
             history=self._ports.history,
             windows=self.windows,
+            progress=self.progress,
             store=self._ports.store,
             clock=self._ports.clock,
             scheduler=self._settings.scheduler,
@@ -179,6 +182,7 @@ class ControlPlane:
     def _entry_added(self, entry: HistoryEntry) -> None:
         if isinstance(entry, FinishedOperation):
             self._ports.metrics.operation_entered(entry.operation.kind, entry.operation.state)
+            self.progress.forget(entry.operation.id)
 
     async def _expire_windows(self) -> None:
         """Drop objects whose agent has sent nothing for as long as a window reaches back."""

@@ -14,11 +14,22 @@ from msgspec import Struct
 
 from controlplane.api.answer import TEXT, Answer, json_answer
 from controlplane.commands.vm_patch import VmPatch
-from controlplane.services import cluster, events, metrics, nodes, operations, placement, plans, vms
+from controlplane.services import (
+    audit,
+    cluster,
+    events,
+    metrics,
+    nodes,
+    operations,
+    placement,
+    plans,
+    vms,
+)
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
     VM_IMMUTABLE,
+    AuditQuery,
     ConsoleQuery,
     CordonOrder,
     DryRunQuery,
@@ -34,6 +45,7 @@ from controlplane.services.requests import (
     WaitQuery,
 )
 from controlplane.services.views import (
+    AuditList,
     ClusterView,
     EventList,
     NodeList,
@@ -309,6 +321,15 @@ ROUTES: tuple[Route, ...] = (
         view=EventList,
         query=EventQuery,
         follows=True,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/audit-records",
+        handler=lambda c: audit.list_audit_records(c.context, c.principal, c.query),
+        permission=Permission.AUDIT_READ,
+        summary="List who asked for which change, oldest first",
+        view=AuditList,
+        query=AuditQuery,
     ),
     Route(
         method="POST",
