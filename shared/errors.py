@@ -18,6 +18,7 @@ to do with an error logs it, once.
     │   ├── IllegalTransition          a table in shared.states has no such row
     │   └── ChangeTooLarge             more writes than one transaction may hold
     ├── CursorExpired             410  the walk's moment is too long ago: start again
+    ├── HistoryGone               410  what came after that is not all here: list again
     ├── PreconditionFailed        412  the object is not the one that If-Match names
     ├── UnsupportedMediaType      415
     ├── IdempotencyKeyReused      422  the key came with another request before
@@ -140,6 +141,11 @@ class ChangeTooLarge(Conflict):
 
 class CursorExpired(NovacronError):
     code = "cursor_expired"
+    http_status = 410
+
+
+class HistoryGone(NovacronError):
+    code = "history_gone"
     http_status = 410
 
 

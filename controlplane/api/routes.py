@@ -15,6 +15,7 @@ from msgspec import Struct
 from controlplane.api.answer import TEXT, Answer, json_answer
 from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
+    audit,
     cluster,
     drains,
     events,
@@ -30,12 +31,14 @@ from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
     VM_IMMUTABLE,
+    AuditQuery,
     ConsoleQuery,
     CordonOrder,
     DrainOrder,
     DryRunQuery,
     EventQuery,
     MigrateOrder,
+    MigrationQuery,
     NewVm,
     NoBody,
     NodeQuery,
@@ -47,8 +50,10 @@ from controlplane.services.requests import (
     WaitQuery,
 )
 from controlplane.services.views import (
+    AuditList,
     ClusterView,
     EventList,
+    MigrationList,
     MigrationView,
     NodeList,
     NodeView,
@@ -322,6 +327,15 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="GET",
+        path=f"{BASE}/migrations",
+        handler=lambda c: migrations.list_migrations(c.context, c.principal, c.query),
+        permission=Permission.OPERATIONS_READ,
+        summary="List migrations, newest first",
+        view=MigrationList,
+        query=MigrationQuery,
+    ),
+    Route(
+        method="GET",
         path=f"{BASE}/migrations/{{operation}}",
         handler=lambda c: migrations.get_migration(c.context, c.principal, c.path["operation"]),
         permission=Permission.OPERATIONS_READ,
@@ -366,6 +380,15 @@ ROUTES: tuple[Route, ...] = (
         view=EventList,
         query=EventQuery,
         follows=True,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/audit-records",
+        handler=lambda c: audit.list_audit_records(c.context, c.principal, c.query),
+        permission=Permission.AUDIT_READ,
+        summary="List who asked for which change, oldest first",
+        view=AuditList,
+        query=AuditQuery,
     ),
     Route(
         method="POST",

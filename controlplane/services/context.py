@@ -13,6 +13,7 @@ from controlplane.scheduler.request import SchedulerSettings
 from controlplane.state import ClusterState
 from controlplane.store.history import History
 from controlplane.store.port import Store
+from controlplane.telemetry.progress import Progress, ProgressFrame
 from controlplane.telemetry.windows import Windows
 from shared.clock import Clock
 from shared.model import DEFAULT_TENANT, Replica
@@ -34,6 +35,7 @@ class Permission(enum.StrEnum):
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
     METRICS_READ = "metrics:read"
+    AUDIT_READ = "audit:read"
 
 
 ROLES: dict[str, frozenset[Permission]] = {"admin": frozenset(Permission)}
@@ -66,6 +68,28 @@ class Ask(Protocol):
     async def __call__(self, node_id: str, query: Query) -> bytes: ...
 
 
+class ProgressReader(Protocol):
+    """One follower's view of progress: the latest figure of each operation that moved."""
+
+    async def wait(self) -> None:
+        """Return once there is something to take."""
+        ...
+
+    def take(self) -> tuple[ProgressFrame, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressFeed(Protocol):
+    """How far operations are that this replica runs."""
+
+    def latest(self, operation_id: str) -> Progress | None: ...
+
+    def subscribe(self) -> ProgressReader:
+        """Return a reader of all figures from now on, which its user closes."""
+        ...
+
+
 class Leadership(Struct, frozen=True):
     """Who leads, as this replica sees it; ``term`` is empty while nobody is known to."""
 
@@ -86,6 +110,7 @@ class Context(Struct, frozen=True):
     ask: Ask
     history: History
     windows: Windows
+    progress: ProgressFeed
     store: Store
     clock: Clock
     scheduler: SchedulerSettings

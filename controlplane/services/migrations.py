@@ -12,18 +12,18 @@ from controlplane.sagas.migrate import MIGRATION
 from controlplane.scheduler.moves import move_request
 from controlplane.scheduler.place import Candidate, Plan, plan
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.operations import find_operation
+from controlplane.services.operations import find_operation, list_operations, show_operation
 from controlplane.services.placement import placement_view, snapshot_now
 from controlplane.services.plans import plan_view, planned_vm
 from controlplane.services.rehearsal import rehearse
-from controlplane.services.requests import MigrateOrder
+from controlplane.services.requests import MigrateOrder, MigrationQuery, OperationQuery
 from controlplane.services.revisions import cluster_revision
 from controlplane.services.scope import authorize, find_node, find_vm, shown
 from controlplane.services.views import (
+    MigrationList,
     MigrationView,
     OperationView,
     PlanView,
-    operation_view,
 )
 from controlplane.services.vms import accepted, author
 from controlplane.state import ClusterState
@@ -66,13 +66,32 @@ async def plan_migration(
     return plan_view(MIGRATE, (planned,), revision)
 
 
+async def list_migrations(
+    context: Context, principal: Principal, query: MigrationQuery
+) -> MigrationList:
+    """Return a page of migrations, newest first. Raises as ``list_operations``."""
+    wanted = OperationQuery(
+        limit=query.limit,
+        cursor=query.cursor,
+        state=query.state,
+        target=query.vm,
+        kind=(MIGRATE,),
+    )
+    found = await list_operations(context, principal, wanted)
+    return MigrationList(
+        items=tuple(migration_view(context.state, each) for each in found.items),
+        next_cursor=found.next_cursor,
+        revision=found.revision,
+    )
+
+
 async def get_migration(context: Context, principal: Principal, operation_id: str) -> MigrationView:
     """Return one migration. Raises Forbidden, NotFound."""
     authorize(principal, Permission.OPERATIONS_READ)
     operation = await find_operation(context, principal.scope, operation_id)
     if operation is None or operation.kind != MIGRATE:
         raise NotFound(f"there is no migration {shown(operation_id)}")
-    return migration_view(context.state, operation_view(operation))
+    return migration_view(context.state, show_operation(context, operation))
 
 
 def migration_view(state: ClusterState, operation: OperationView) -> MigrationView:

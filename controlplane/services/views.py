@@ -13,7 +13,10 @@ from msgspec import Struct
 
 from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
+from controlplane.telemetry.progress import Progress as Progress
+from controlplane.telemetry.progress import ProgressFrame
 from shared.model import (
+    AuditRecord,
     Condition,
     Event,
     Inventory,
@@ -101,14 +104,6 @@ class NodeList(Struct, frozen=True, kw_only=True):
     revision: str
 
 
-class Progress(Struct, frozen=True, kw_only=True):
-    """Where a long step is; kept in the memory of the replica that runs it only."""
-
-    percent: float
-    eta_s: float | None
-    as_of: datetime
-
-
 class OperationView(Struct, frozen=True, kw_only=True):
     """``target`` is the id of what the operation works on; ``by`` asked for it.
 
@@ -154,6 +149,35 @@ class EventView(Struct, frozen=True, kw_only=True):
 
 class EventList(Struct, frozen=True, kw_only=True):
     items: tuple[EventView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class ProgressFrameView(Struct, frozen=True, kw_only=True):
+    """One frame of progress on the event stream: no part of history, and without an id."""
+
+    operation: str
+    kind: str
+    target: str
+    detail: str
+    progress: Progress
+
+
+class AuditView(Struct, frozen=True, kw_only=True):
+    """``id`` is where to go on from (``since``); ``action`` is what was asked for, by whom."""
+
+    id: str
+    seq: int
+    action: str
+    object: str
+    tenant: str
+    at: datetime
+    by: str
+    request_id: str
+
+
+class AuditList(Struct, frozen=True, kw_only=True):
+    items: tuple[AuditView, ...]
     next_cursor: str | None
     revision: str
 
@@ -358,7 +382,7 @@ def vm_view(stored: Stored[Vm], epoch: int, node_name: str | None) -> VmView:
     )
 
 
-def operation_view(operation: Operation) -> OperationView:
+def operation_view(operation: Operation, progress: Progress | None = None) -> OperationView:
     return OperationView(
         id=operation.id,
         kind=operation.kind,
@@ -367,7 +391,7 @@ def operation_view(operation: Operation) -> OperationView:
         state=operation.state,
         phase=operation.phase,
         steps=operation.steps,
-        progress=None,
+        progress=progress,
         error=operation.error,
         by=operation.by,
         created_at=operation.created_at,
@@ -396,4 +420,27 @@ def event_view(event: Event, epoch: int) -> EventView:
         at=event.at,
         by=event.by,
         data=event.data,
+    )
+
+
+def audit_view(record: AuditRecord, epoch: int) -> AuditView:
+    return AuditView(
+        id=event_id(epoch, record.seq),
+        seq=record.seq,
+        action=record.action,
+        object=record.object,
+        tenant=record.tenant,
+        at=record.at,
+        by=record.by,
+        request_id=record.request_id,
+    )
+
+
+def progress_frame_view(frame: ProgressFrame, operation: Operation) -> ProgressFrameView:
+    return ProgressFrameView(
+        operation=operation.id,
+        kind=operation.kind,
+        target=operation.target,
+        detail=frame.detail,
+        progress=frame.progress,
     )
