@@ -185,7 +185,7 @@ class ControlPlane:
             self.windows.forget(before.id)
 
     def _note_progress(self, told: MigrationProgress) -> None:
-        """Take what an agent tells of a migration under way; others' and ended ones' are dropped."""
+        """Take what an agent tells of a migration, unless that has ended meanwhile."""
         if told.operation in self.state.operations:
             self.progress.put(
                 told.operation,

@@ -194,6 +194,7 @@ class OperationView(Struct, frozen=True):
     updated_at: datetime | None = None
     deadline_at: datetime | None = None
     parent: str | None = None
+    cancellable: bool = False
 
     @property
     def ended(self) -> bool:

@@ -105,8 +105,11 @@ def await_operation(invocation: Invocation, started: Started, until_s: float | N
     try:
         return _until_ended(invocation, started, until_s, progress)
     except KeyboardInterrupt:
-        operation_id = started.operation.id
-        raise Detached(f"detached; {_title(started)} goes on", resume(operation_id)) from None
+        raise Detached(
+            f"detached; {_title(started)} goes on",
+            resume(started.operation.id),
+            undo((started.operation,)),
+        ) from None
     finally:
         progress.close()
 
@@ -121,6 +124,12 @@ def check_ended_in(name: str, operation: OperationView, wanted: frozenset[str]) 
 
 def resume(*operation_ids: str) -> str:
     return f"novacron op wait {' '.join(operation_ids)}"
+
+
+def undo(operations: Sequence[OperationView]) -> str:
+    """Return the command that undoes those of the operations that can be; empty for none."""
+    ids = [operation.id for operation in operations if operation.cancellable]
+    return f"novacron op cancel {' '.join(ids)}" if ids else ""
 
 
 def _await_all(
@@ -142,8 +151,9 @@ def _await_all(
             if output.form is not Format.JSON:
                 done(each.name, operation)
         except Detached as error:
-            rest = [later.operation.id for later in started[index:]]
-            raise Detached(str(error), resume(*rest)) from None
+            rest = [later.operation for later in started[index:]]
+            again = resume(*(operation.id for operation in rest))
+            raise Detached(str(error), again, undo(rest)) from None
         except CliError as error:
             failures.append((each.name, error))
     return bodies

@@ -37,6 +37,8 @@ class HaPatch(Struct, frozen=True, kw_only=True):
 
 class MigrationPatch(Struct, frozen=True, kw_only=True):
     policy: MigrationPolicy | UnsetType | None = UNSET
+    strict: bool | UnsetType | None = UNSET
+    max_downtime_ms: Annotated[int, Meta(ge=50, le=10_000)] | UnsetType | None = UNSET
 
 
 class SpecPatch(Struct, frozen=True, kw_only=True):
