@@ -109,6 +109,7 @@ class Agents:
         process = subprocess.Popen(
             ["sh", "-c", self._shell, sys.executable, encode(part)],
             env=self.world.environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._given,
             start_new_session=True,
