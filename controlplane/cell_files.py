@@ -1,11 +1,16 @@
-"""The directory that ``novacron init`` makes: who the cell is, its CA, and everyone's certificates.
+"""The directory that ``novacron init`` makes: who the cell is, its CAs, and all certificates.
 
     cluster.json                 id, cell, created_at
     ca.crt  ca.key               the CA; the key leaves this directory only as a copy to replicas
+    qemu-ca.crt  qemu-ca.key     the CA of the nodes' QEMUs; nothing else trusts it
     admin.token                  the first admin's token, as text
     admin-key.json               shared.model.ApiKey of that token
     replicas/NAME/controlplane.{crt,key}
     nodes/NAME/agent.{crt,key}
+    nodes/NAME/qemu/             what the node's /etc/pki/qemu is to hold, by QEMU's own file names
+
+Agents know a replica by its address and our CA. A node's address is in its QEMU's certificate too,
+and a guest may break out into QEMU: so QEMU's certificates are of a CA that agents never see.
 
 Every step adds what is missing and changes nothing that exists, so that a run that was cut off, or
 one with more names, is simply run again. A key is always written before what is derived from it.
@@ -29,6 +34,8 @@ from shared.model import ApiKey
 from shared.tls import Identity, Role
 
 ADMIN = "admin"
+_CA = "ca"
+_QEMU_CA = "qemu-ca"
 
 
 class ClusterFile(Struct, frozen=True):
@@ -50,28 +57,41 @@ class CellFiles:
 
     @property
     def ca_file(self) -> Path:
-        return self.root / "ca.crt"
+        return self.root / f"{_CA}.crt"
 
     @property
     def token_file(self) -> Path:
         return self.root / "admin.token"
 
     def ensure_cell(self, token_ttl: timedelta | None = None) -> ClusterFile:
-        """Make the cell itself: its name, its CA and the first admin's token.
+        """Make the cell itself: its name, its CAs and the first admin's token.
 
         Raises ValidationFailed when files are there that do not fit each other.
         """
         pki.make_directory(self.root)
         cluster = self._cluster()
-        self._ensure_authority(cluster.cell)
+        self._ensure_authority(_CA, f"NovaCron cell {cluster.cell}")
+        self._ensure_authority(_QEMU_CA, f"NovaCron cell {cluster.cell} QEMU")
         self._ensure_admin(cluster.cell, token_ttl)
         return cluster
 
     def add_replica(self, name: str, address: str) -> None:
-        self._enrol(Role.REPLICA, name, address, self.root / "replicas" / name, "controlplane")
+        place = self.root / "replicas" / name
+        certificate, key = place / "controlplane.crt", place / "controlplane.key"
+        self._enrol(Role.REPLICA, name, address, certificate, key)
 
     def add_node(self, name: str, address: str) -> None:
-        self._enrol(Role.AGENT, name, address, self.root / "nodes" / name, "agent")
+        place = self.root / "nodes" / name
+        self._enrol(Role.AGENT, name, address, place / "agent.crt", place / "agent.key")
+        self._add_qemu(name, address, place / "qemu")
+
+    def _add_qemu(self, name: str, address: str, directory: Path) -> None:
+        certificate, key = directory / "server-cert.pem", directory / "server-key.pem"
+        self._enrol(Role.QEMU, name, address, certificate, key)
+        # A node's QEMU receives and sends as the same one.
+        self._copy(key, directory / "client-key.pem", pki.KEY_MODE)
+        self._copy(certificate, directory / "client-cert.pem", pki.PUBLIC_MODE)
+        self._copy(self.root / f"{_QEMU_CA}.crt", directory / "ca-cert.pem", pki.PUBLIC_MODE)
 
     def _cluster(self) -> ClusterFile:
         path = self.root / "cluster.json"
@@ -84,11 +104,12 @@ class CellFiles:
         except msgspec.DecodeError as error:
             raise _unfit(path, f"is not a cluster file: {error}") from error
 
-    def _ensure_authority(self, cell: str) -> None:
-        key = self._key(self.root / "ca.key", self.ca_file)
-        if not self.ca_file.exists():
-            authority = pki.make_authority(cell, key, self._clock.now())
-            self._write(self.ca_file, authority.certificate_pem(), pki.PUBLIC_MODE)
+    def _ensure_authority(self, stem: str, title: str) -> None:
+        certificate_file = self.root / f"{stem}.crt"
+        key = self._key(self.root / f"{stem}.key", certificate_file)
+        if not certificate_file.exists():
+            authority = pki.make_authority(title, key, self._clock.now())
+            self._write(certificate_file, authority.certificate_pem(), pki.PUBLIC_MODE)
 
     def _ensure_admin(self, cell: str, ttl: timedelta | None) -> None:
         record_file = self.root / "admin-key.json"
@@ -109,17 +130,24 @@ class CellFiles:
         )
         self._write(record_file, _json(record), pki.SECRET_MODE)
 
-    def _enrol(self, role: Role, name: str, address: str, directory: Path, stem: str) -> None:
-        certificate_file = directory / f"{stem}.crt"
+    def _enrol(
+        self, role: Role, name: str, address: str, certificate_file: Path, key_file: Path
+    ) -> None:
+        directory = certificate_file.parent
         pki.make_directory(directory.parent)
         pki.make_directory(directory)
-        key = self._key(directory / f"{stem}.key", certificate_file)
+        key = self._key(key_file, certificate_file)
         if certificate_file.exists():
             return
         identity = Identity(self._cluster().cell, role, name)
-        authority = pki.load_authority(self.ca_file, self.root / "ca.key")
+        stem = self.root / (_QEMU_CA if role is Role.QEMU else _CA)
+        authority = pki.load_authority(stem.with_suffix(".crt"), stem.with_suffix(".key"))
         pem = pki.issue(authority, identity, [address], key, self._clock.now())
         self._write(certificate_file, pem, pki.PUBLIC_MODE)
+
+    def _copy(self, source: Path, target: Path, mode: int) -> None:
+        if not target.exists():
+            self._write(target, source.read_bytes(), mode)
 
     def _key(self, path: Path, certificate_file: Path) -> ec.EllipticCurvePrivateKey:
         if not path.exists():

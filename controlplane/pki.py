@@ -1,4 +1,4 @@
-"""The cell's certificate authority: makes its key, and certificates for replicas and agents.
+"""The cell's certificate authorities: their keys, and certificates for replicas, agents, QEMUs.
 
 Owns every private key that is ever written here and the way it is written: complete or not at
 all, with its final mode, never over something that exists. It never holds a key longer than a call
@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Struct
 
 from shared.errors import FieldError, ValidationFailed
-from shared.tls import Identity
+from shared.tls import Identity, Role
 
 CA_LIFETIME = timedelta(days=3653)
 # The longest that common TLS stacks accept; nothing renews a certificate yet.
@@ -36,7 +36,7 @@ KEY_DIRECTORY_MODE = 0o700
 
 
 class Authority(Struct, frozen=True):
-    """The CA of one cell."""
+    """A CA of one cell."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
@@ -68,9 +68,9 @@ def load_key(pem: bytes, source: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def make_authority(cell: str, key: ec.EllipticCurvePrivateKey, now: datetime) -> Authority:
-    """Return a new CA for ``cell`` around ``key``."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"NovaCron cell {cell}")])
+def make_authority(title: str, key: ec.EllipticCurvePrivateKey, now: datetime) -> Authority:
+    """Return a new CA around ``key`` that calls itself ``title``."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title)])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -108,9 +108,11 @@ def issue(
 ) -> bytes:
     """Return the PEM certificate that lets the holder of ``key`` speak as ``identity``.
 
-    ``addresses`` are host names or IP addresses under which peers reach it, beside its name and the
-    loopback. Both roles are server and client: replicas dial replicas, and agents dial agents.
+    ``addresses`` are host names or IP addresses under which peers reach it, beside its name and,
+    but for QEMU, the loopback. Every role is server and client: replicas dial replicas, agents dial
+    agents, and QEMUs send guests to QEMUs.
     """
+    is_qemu = identity.role is Role.QEMU
     issuer_key_id = authority.certificate.extensions.get_extension_for_class(
         x509.SubjectKeyIdentifier
     ).value
@@ -123,7 +125,7 @@ def issue(
         .not_valid_before(now - BACKDATED)
         .not_valid_after(min(now + LEAF_LIFETIME, authority.certificate.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(_usage(signs_certificates=False, enciphers_keys=is_qemu), critical=True)
         .add_extension(
             x509.ExtendedKeyUsage(
                 [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -169,7 +171,8 @@ def _alternative_names(identity: Identity, addresses: Iterable[str]) -> list[x50
     names: dict[str, x509.GeneralName] = {
         str(identity): x509.UniformResourceIdentifier(str(identity)),
     }
-    for address in (identity.name, "localhost", "127.0.0.1", *addresses):
+    loopback = () if identity.role is Role.QEMU else ("localhost", "127.0.0.1")
+    for address in (identity.name, *loopback, *addresses):
         names.setdefault(address, _host_name(address))
     return list(names.values())
 
@@ -181,13 +184,14 @@ def _host_name(address: str) -> x509.GeneralName:
         return x509.DNSName(address)
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def _usage(*, signs_certificates: bool, enciphers_keys: bool = False) -> x509.KeyUsage:
+    """``enciphers_keys`` means nothing for an EC key, but QEMUs before its newest fixes insist."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
         crl_sign=signs_certificates,
         content_commitment=False,
-        key_encipherment=False,
+        key_encipherment=enciphers_keys,
         data_encipherment=False,
         key_agreement=False,
         encipher_only=False,

@@ -29,10 +29,14 @@ _PEM_BYTES_MAX = 1024 * 1024
 
 
 class Role(enum.StrEnum):
-    """What a certificate's holder may be; there is no third kind."""
+    """What a certificate's holder may be; there is no fourth kind.
+
+    A node's QEMU speaks to other nodes' QEMUs only: whoever talks to agents or replicas refuses it.
+    """
 
     AGENT = "agent"
     REPLICA = "replica"
+    QEMU = "qemu"
 
 
 class Identity(Struct, frozen=True):

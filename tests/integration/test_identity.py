@@ -81,8 +81,8 @@ async def test_a_client_of_another_ca_does_not_get_past_tls(
 
 @pytest.mark.parametrize(
     ("cell", "role"),
-    [(None, Role.REPLICA), ("vvvvvv", Role.AGENT)],
-    ids=["a replica's", "another cell's name under our CA"],
+    [(None, Role.REPLICA), (None, Role.QEMU), ("vvvvvv", Role.AGENT)],
+    ids=["a replica's", "a QEMU's", "another cell's name under our CA"],
 )
 async def test_a_certificate_of_ours_that_is_no_agents_here_is_refused(
     shared_world: World, cell: str | None, role: Role

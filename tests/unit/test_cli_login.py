@@ -139,10 +139,10 @@ def test_init_makes_a_cell_and_says_how_to_log_in(fresh: Cli, tmp_path: Path) ->
     assert str(root / "replicas" / "r1" / "controlplane.crt") in fresh.stdout.splitlines()
 
     assert fresh.run("init", "--dir", str(root), "--node", "n1=10.88.0.11") == 0
-    assert fresh.stdout.split() == [
-        str(root / "nodes" / "n1" / "agent.key"),
-        str(root / "nodes" / "n1" / "agent.crt"),
-    ]
+    node = root / "nodes" / "n1"
+    printed = fresh.stdout.split()
+    assert printed[:2] == [str(node / "agent.key"), str(node / "agent.crt")]
+    assert sorted(printed[2:]) == sorted(str(path) for path in (node / "qemu").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def certificate_of(path: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(path.read_bytes())
 
 
-def issued(addresses: list[str]) -> x509.Certificate:
+def issued(addresses: list[str], identity: Identity = REPLICA) -> x509.Certificate:
     authority = pki.make_authority("k3f9q2", pki.new_key(), NOW)
-    pem = pki.issue(authority, REPLICA, addresses, pki.new_key(), NOW)
+    pem = pki.issue(authority, identity, addresses, pki.new_key(), NOW)
     return x509.load_pem_x509_certificate(pem)
 
 
@@ -67,6 +67,16 @@ def test_a_leaf_names_its_holder_and_where_it_is_reached() -> None:
         ipaddress.ip_address("127.0.0.1"),
         ipaddress.ip_address("10.88.0.1"),
     ]
+
+
+def test_a_qemu_is_reached_from_elsewhere_only() -> None:
+    leaf = issued(["10.88.0.11"], Identity("k3f9q2", Role.QEMU, "n1"))
+
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["n1"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("10.88.0.11")]
+    # Older QEMUs refuse a certificate without it, although no EC key enciphers anything.
+    assert leaf.extensions.get_extension_for_class(x509.KeyUsage).value.key_encipherment
 
 
 def test_a_leaf_is_back_dated_limited_and_no_authority() -> None:
@@ -123,14 +133,22 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
         "cluster.json": "0o644",
         "ca.key": "0o400",
         "ca.crt": "0o644",
+        "qemu-ca.key": "0o400",
+        "qemu-ca.crt": "0o644",
         "admin.token": "0o600",
         "admin-key.json": "0o600",
         "replicas/r1/controlplane.key": "0o400",
         "replicas/r1/controlplane.crt": "0o644",
         "nodes/n1/agent.key": "0o400",
         "nodes/n1/agent.crt": "0o644",
+        "nodes/n1/qemu/server-key.pem": "0o400",
+        "nodes/n1/qemu/server-cert.pem": "0o644",
+        "nodes/n1/qemu/client-key.pem": "0o400",
+        "nodes/n1/qemu/client-cert.pem": "0o644",
+        "nodes/n1/qemu/ca-cert.pem": "0o644",
     }
-    assert {mode(p) for p in (root, root / "replicas" / "r1", root / "nodes" / "n1")} == {0o700}
+    directories = (root, *(root / d for d in ("replicas/r1", "nodes/n1", "nodes/n1/qemu")))
+    assert {mode(d) for d in directories} == {0o700}
     assert cluster == msgspec.json.decode((root / "cluster.json").read_bytes(), type=ClusterFile)
     assert cluster.id.startswith(f"cluster-{cluster.cell}")
 
@@ -151,6 +169,27 @@ def test_certificates_are_of_the_ca_and_fit_their_keys(tmp_path: Path) -> None:
     assert parse_identity(uri) == Identity(cell, Role.AGENT, "n1")
     material = load_material(tmp_path / "ca.crt", directory / "agent.crt", directory / "agent.key")
     assert "PRIVATE" not in repr(material)
+
+
+def test_what_qemu_shows_is_nothing_to_whoever_trusts_the_cell(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    cell = files.ensure_cell().cell
+    files.add_node("n1", "10.88.0.11")
+    directory = tmp_path / "nodes" / "n1" / "qemu"
+    authority = certificate_of(directory / "ca-cert.pem")
+
+    for side in ("server", "client"):
+        leaf = certificate_of(directory / f"{side}-cert.pem")
+        leaf.verify_directly_issued_by(authority)
+        key = pki.load_key((directory / f"{side}-key.pem").read_bytes(), directory)
+        assert key.public_key() == leaf.public_key()
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+        assert parse_identity(uri) == Identity(cell, Role.QEMU, "n1")
+        with pytest.raises(ValueError, match="Issuer"):
+            leaf.verify_directly_issued_by(certificate_of(tmp_path / "ca.crt"))
+    agents = certificate_of(tmp_path / "nodes" / "n1" / "agent.crt")
+    assert agents.public_key() != leaf.public_key()
 
 
 def test_the_admin_key_is_the_digest_of_the_token(tmp_path: Path) -> None:
@@ -179,10 +218,33 @@ def test_a_second_run_adds_and_changes_nothing(tmp_path: Path) -> None:
 
     after = everything(tmp_path)
     assert before.items() <= after.items()
-    assert [p.name for p in again.made] == ["agent.key", "agent.crt"]
+    assert again.made[:2] == [tmp_path / "nodes/n2/agent.key", tmp_path / "nodes/n2/agent.crt"]
+    assert {p.parent for p in again.made[2:]} == {tmp_path / "nodes/n2/qemu"}
 
 
-@pytest.mark.parametrize("lost", ["ca.crt", "admin-key.json", "nodes/n1/agent.crt"])
+def test_a_cell_from_before_qemu_had_certificates_gets_them(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    files.ensure_cell()
+    files.add_node("n1", "10.88.0.11")
+    qemu = [tmp_path / "qemu-ca.key", tmp_path / "qemu-ca.crt"]
+    qemu += sorted((tmp_path / "nodes" / "n1" / "qemu").iterdir())
+    for path in qemu:
+        path.unlink()
+    kept = everything(tmp_path)
+
+    again = cell_files(tmp_path)
+    again.ensure_cell()
+    again.add_node("n1", "10.88.0.11")
+
+    assert sorted(again.made) == sorted(qemu)
+    assert kept.items() <= everything(tmp_path).items()
+
+
+QEMU_FILES = ("server-cert.pem", "client-key.pem", "client-cert.pem", "ca-cert.pem")
+LOST = ("ca.crt", "admin-key.json", "nodes/n1/agent.crt", "qemu-ca.crt")
+
+
+@pytest.mark.parametrize("lost", [*LOST, *(f"nodes/n1/qemu/{name}" for name in QEMU_FILES)])
 def test_a_run_that_was_cut_off_is_completed(tmp_path: Path, lost: str) -> None:
     files = cell_files(tmp_path)
     files.ensure_cell()
@@ -210,7 +272,10 @@ def test_a_token_that_was_removed_on_purpose_stays_away(tmp_path: Path) -> None:
     assert not files.token_file.exists()
 
 
-@pytest.mark.parametrize("key", ["ca.key", "nodes/n1/agent.key"])
+KEYS = ("ca.key", "qemu-ca.key", "nodes/n1/agent.key", "nodes/n1/qemu/server-key.pem")
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_lost_key_is_not_quietly_replaced(tmp_path: Path, key: str) -> None:
     files = cell_files(tmp_path)
     files.ensure_cell()
