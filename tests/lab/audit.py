@@ -7,11 +7,13 @@ console logs. Changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from controlplane.cli.views import VmView
 from tests.lab.api import LabApi
 from tests.lab.cluster import Lab
 from tests.lab.commands import run
+from tests.lab.layout import SHARED_POOL_DIR
 from tests.lab.nodes import POOLS, LightNode
 
 CONSOLE_POOL = "novacron-console"
@@ -28,6 +30,7 @@ def differences(lab: Lab, api: LabApi) -> list[str]:
     for view in api.nodes():
         bound = [vm for vm in vms if vm.status.node == view.id]
         found += [f"{view.name}: {line}" for line in _on_node(lab.node(view.name), bound)]
+        found += [f"{view.name}: {line}" for line in _in_shared_pool(lab.node(view.name), vms)]
         if view.allocated.vms != len(bound):
             found.append(f"{view.name}: {view.allocated.vms} VMs counted, {len(bound)} bound")
         if view.inventory is None or view.state != "ready":
@@ -48,17 +51,42 @@ def volumes(node: LightNode, pool: str) -> list[str]:
 
 def _on_node(node: LightNode, bound: Sequence[VmView]) -> list[str]:
     running = {vm.id for vm in bound if vm.status.phase in ("Running", "Paused")}
-    disks = sorted(f"{vm.id}-{disk.name}.qcow2" for vm in bound for disk in vm.spec.disks)
+    disks = _disks(bound, "default")
     logs = sorted(f"{vm.id}{LOG_SUFFIX}" for vm in bound)
-    compared = {
-        "domains": (sorted(vm.id for vm in bound), _names(node, "--all")),
-        "running domains": (sorted(running), _names(node)),
-        "disks": (disks, volumes(node, "default")),
-        "console logs": (logs, volumes(node, CONSOLE_POOL)),
-    }
-    for pool, path in POOLS.items():
-        on_disk = sorted(p.name for p in node.inside(path).iterdir())
-        compared[f"files of pool {pool}"] = (logs if pool == CONSOLE_POOL else disks, on_disk)
+    return _unequal(
+        {
+            "domains": (sorted(vm.id for vm in bound), _names(node, "--all")),
+            "running domains": (sorted(running), _names(node)),
+            "disks": (disks, volumes(node, "default")),
+            "console logs": (logs, volumes(node, CONSOLE_POOL)),
+            "files of pool default": (disks, _files(node.inside(POOLS["default"]))),
+            f"files of pool {CONSOLE_POOL}": (logs, _files(node.inside(POOLS[CONSOLE_POOL]))),
+        }
+    )
+
+
+def _in_shared_pool(node: LightNode, vms: Sequence[VmView]) -> list[str]:
+    """Compare what every node sees, whoever put it there."""
+    disks = _disks(vms, "shared")
+    return _unequal(
+        {
+            "shared disks": (disks, volumes(node, "shared")),
+            "files of pool shared": (disks, _files(SHARED_POOL_DIR)),
+        }
+    )
+
+
+def _disks(vms: Sequence[VmView], pool: str) -> list[str]:
+    return sorted(
+        f"{vm.id}-{disk.name}.qcow2" for vm in vms for disk in vm.spec.disks if disk.pool == pool
+    )
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _unequal(compared: dict[str, tuple[list[str], list[str]]]) -> list[str]:
     return [
         f"{what}: recorded {recorded}, found {found}"
         for what, (recorded, found) in compared.items()

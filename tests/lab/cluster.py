@@ -47,7 +47,10 @@ Say = Callable[[str], None]
 
 
 class LabPlan(Struct, frozen=True, kw_only=True):
-    """How large a lab is; ``cpus`` and ``memory_mib`` are what each node says it has."""
+    """How large a lab is; ``cpus`` and ``memory_mib`` are what each node says it has.
+
+    ``disk_leases``: a virtlockd on each node keeps two nodes from running guests on one disk.
+    """
 
     nodes: int = 3
     replicas: int = 1
@@ -55,6 +58,7 @@ class LabPlan(Struct, frozen=True, kw_only=True):
     cpus: int = 4
     memory_mib: int = 2048
     artefacts: bool = True
+    disk_leases: bool = False
 
     def check(self) -> None:
         """Raise LabError for a size that the lab cannot have."""
@@ -194,11 +198,15 @@ class Lab:
                 address=layout.node_address(i),
                 zone="abc"[i % 3],
                 artefact_dir=artefact_dir,
+                disk_leases=self.plan.disk_leases,
             )
             for i in range(self.plan.nodes)
         )
+        self._issue_certificates()
+        _make_shared_pool()
         for node in self.nodes:
             node.prepare()
+            configs.give_qemu_certificates(node)
             share_capabilities(node)
             node.boot(self.link)
         for node in self.nodes:
@@ -206,7 +214,6 @@ class Lab:
 
     def _start_control_plane(self) -> None:
         with _Step(self._say, f"control plane ({len(self.replicas)})"):
-            self._issue_certificates()
             etcd.wait_for(self.members, self.link)
             for node in self.nodes:
                 configs.write_agent(
@@ -297,6 +304,13 @@ def take_down(link: SupervisorLink | None = None) -> None:
         keep_capabilities()
         (link or SupervisorLink()).shut_down()
         leftovers.clear()
+
+
+def _make_shared_pool() -> None:
+    qemu = pwd.getpwnam(layout.QEMU_USER)
+    layout.SHARED_POOL_DIR.mkdir()
+    layout.SHARED_POOL_DIR.chmod(0o711)
+    os.chown(layout.SHARED_POOL_DIR, qemu.pw_uid, qemu.pw_gid)
 
 
 def _leftover_text(found: list[str]) -> str:

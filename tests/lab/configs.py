@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from tests.lab.layout import (
     GUEST_BRIDGE,
     NODE_ARTEFACT_DIR,
     NODE_CONFIG_DIR,
+    NODE_QEMU_PKI_DIR,
     NODE_STATE_DIR,
+    QEMU_USER,
     REPLICA_UID,
     STATE_DIR,
 )
@@ -155,6 +158,14 @@ def write_agent(
             memory_mib=memory_mib,
         )
     )
+
+
+def give_qemu_certificates(node: LightNode) -> None:
+    """Put the certificates of a node's QEMU where its qemu.conf says."""
+    pki = node.directory / "etc-libvirt" / NODE_QEMU_PKI_DIR.name
+    pki.mkdir()
+    issued = CELL_DIR / "nodes" / node.name / "qemu"
+    _hand_over(sorted(issued.iterdir()), pki, pwd.getpwnam(QEMU_USER).pw_uid)
 
 
 def _hand_over(sources: Sequence[Path], target: Path, uid: int) -> dict[str, Path]:

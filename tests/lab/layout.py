@@ -19,6 +19,9 @@ CACHE_DIR = REPOSITORY / ".cache"
 # The logs of the last lab, for whoever wonders what happened in it.
 KEPT_LOG_DIR = CACHE_DIR / "lab" / "logs"
 
+# The directory behind every node's pool "shared": one file system that all of them see.
+SHARED_POOL_DIR = STATE_DIR / "shared-pool"
+
 BRIDGE = "nclab0"
 SUBNET = "10.88.0"
 PREFIX_LENGTH = 24
@@ -49,6 +52,9 @@ QEMU_USER = "libvirt-qemu"
 NODE_CONFIG_DIR = Path("/var/lib/novacron/config")
 NODE_ARTEFACT_DIR = Path("/var/lib/novacron/artefacts")
 NODE_STATE_DIR = Path("/var/lib/novacron/agent")
+# For QEMU's certificates. /etc/pki/qemu, where QEMU looks by itself, would need a mount point that
+# the machine may not have.
+NODE_QEMU_PKI_DIR = Path("/etc/libvirt/pki")
 
 
 def replica_address(index: int) -> str:

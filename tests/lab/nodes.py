@@ -23,18 +23,26 @@ from tests.lab.layout import (
     LIBVIRT_GROUP,
     NODE_ARTEFACT_DIR,
     NODE_CONFIG_DIR,
+    NODE_QEMU_PKI_DIR,
     NODE_STATE_DIR,
     QEMU_USER,
+    SHARED_POOL_DIR,
     STATE_DIR,
 )
 from tests.lab.link import SupervisorLink
 from tests.lab.processes import ProcessKey, find_by_mount, kill_all
-from tests.lab.state import agent_program, anchor_program, libvirtd_program
+from tests.lab.state import (
+    agent_program,
+    anchor_program,
+    libvirtd_program,
+    virtlockd_program,
+)
 from tests.lab.supervisor import Program
 
 POOLS = {
     "default": "/var/lib/libvirt/images",
     "novacron-console": "/var/lib/libvirt/novacron-console",
+    "shared": "/var/lib/libvirt/shared",
 }
 READY_FILE = "novacron-lab-ready"
 # libvirtd asks every QEMU binary for its capabilities at its first start; slow disks take a while.
@@ -50,7 +58,8 @@ auth_unix_rw = "none"
 log_level = 3
 """
 # Namespaces, cgroups and AppArmor profiles belong to the machine, not to a node of the lab; the
-# log daemon would be one more process for each node.
+# log daemon would be one more process for each node. Whoever connects to a migration port has to
+# show a certificate: that is the default's meaning of `verify`, written down since all rests on it.
 QEMU_CONF = """\
 user = "{user}"
 group = "{group}"
@@ -59,7 +68,14 @@ cgroup_controllers = []
 namespaces = []
 security_driver = "none"
 stdio_handler = "file"
+default_tls_x509_cert_dir = "{pki}"
+default_tls_x509_verify = 1
+migrate_tls_x509_cert_dir = "{pki}"
+migrate_tls_x509_verify = 1
 """
+# Locks go to the disks' files themselves: two paths to one file are then one lock, and equal paths
+# on two nodes without a file system in common are two.
+LOCKD_CONF = "auto_disk_leases = 1\n"
 POOL_XML = "<pool type='dir'><name>{name}</name><target><path>{path}</path></target></pool>\n"
 
 # /dev/kvm becomes what udev makes of it. Where root alone may open it, libvirtd (which asks as
@@ -83,6 +99,7 @@ mount --bind {dir}/var-cache-libvirt /var/cache/libvirt
 mount --bind {runtime} {dir}/var-lib{runtime_in_var_lib}
 {runtime_mounts}
 {artefacts}
+mount --bind {shared_pool} {shared_pool_in_node}
 mount --bind {run} /run
 mount --rbind {dir}/var-lib /var/lib
 mount -t sysfs sysfs /sys
@@ -101,6 +118,7 @@ class LightNode(Struct, frozen=True, kw_only=True):
     address: str
     zone: str = "a"
     artefact_dir: Path | None = None
+    disk_leases: bool = False
 
     @property
     def directory(self) -> Path:
@@ -153,7 +171,14 @@ class LightNode(Struct, frozen=True, kw_only=True):
             f"node {self.name} to mount its files",
         )
         network.plug_node(self.name, self.address, anchor)
-        self._start_libvirtd(link, anchor)
+        if self.disk_leases:
+            self._start_daemon(link, anchor, virtlockd_program(self.name), "/usr/sbin/virtlockd")
+            link.wait_for(
+                virtlockd_program(self.name),
+                (run_dir / "libvirt" / "virtlockd-sock").exists,
+                f"node {self.name}'s virtlockd",
+            )
+        self._start_daemon(link, anchor, libvirtd_program(self.name), "/usr/sbin/libvirtd")
 
     def wait_for_libvirtd(self, link: SupervisorLink) -> None:
         """Return once the node's libvirtd listens; raises LabError."""
@@ -183,7 +208,7 @@ class LightNode(Struct, frozen=True, kw_only=True):
     def crash(self, link: SupervisorLink) -> None:
         """Fail the node as its power supply would: nothing in it gets to say goodbye."""
         network.unplug_node(self.name)
-        for program in (agent_program, libvirtd_program, anchor_program):
+        for program in (agent_program, libvirtd_program, virtlockd_program, anchor_program):
             link.stop(program(self.name), grace_s=0.0)
         kill_all(self.processes)
 
@@ -195,11 +220,13 @@ class LightNode(Struct, frozen=True, kw_only=True):
         """Return the boot id of the node's last start."""
         return (self.directory / "boot_id").read_text().strip()
 
-    def _start_libvirtd(self, link: SupervisorLink, anchor: int) -> None:
+    def _start_daemon(
+        self, link: SupervisorLink, anchor: int, program: str, executable: str
+    ) -> None:
         link.start(
             Program(
-                name=libvirtd_program(self.name),
-                arguments=(*_entering(anchor), "/usr/sbin/libvirtd"),
+                name=program,
+                arguments=(*_entering(anchor), executable),
                 environment=runtime.environment(Path("/")),
             )
         )
@@ -212,7 +239,11 @@ class LightNode(Struct, frozen=True, kw_only=True):
             LIBVIRTD_CONF.format(uuid=own, group=LIBVIRT_GROUP)
         )
         group = grp.getgrgid(qemu.pw_gid).gr_name
-        etc.joinpath("qemu.conf").write_text(QEMU_CONF.format(user=QEMU_USER, group=group))
+        conf = QEMU_CONF.format(user=QEMU_USER, group=group, pki=NODE_QEMU_PKI_DIR)
+        if self.disk_leases:
+            conf += 'lock_manager = "lockd"\n'
+            etc.joinpath("qemu-lockd.conf").write_text(LOCKD_CONF)
+        etc.joinpath("qemu.conf").write_text(conf)
         autostart = etc / "storage" / "autostart"
         autostart.mkdir(parents=True)
         for name, path in POOLS.items():
@@ -246,6 +277,8 @@ class LightNode(Struct, frozen=True, kw_only=True):
             runtime_in_var_lib="/" + str(runtime.RUNTIME_DIR.relative_to("/var/lib")),
             runtime_mounts="\n".join(runtime.mounts(inside_runtime)),
             artefacts=artefacts,
+            shared_pool=SHARED_POOL_DIR,
+            shared_pool_in_node=self.inside(POOLS["shared"]),
             bridge=GUEST_BRIDGE,
             run=self.directory / "run",
             ready=READY_FILE,

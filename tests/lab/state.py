@@ -116,5 +116,9 @@ def libvirtd_program(node: str) -> str:
     return f"{node}.libvirtd"
 
 
+def virtlockd_program(node: str) -> str:
+    return f"{node}.virtlockd"
+
+
 def anchor_program(node: str) -> str:
     return f"{node}.anchor"

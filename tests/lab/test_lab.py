@@ -15,7 +15,7 @@ from tests.lab.cluster import Lab, LabPlan
 from tests.lab.commands import attempt, run
 from tests.lab.layout import AGENT_UID, LIBVIRT_GROUP, QEMU_USER, LabError
 from tests.lab.link import wait_until
-from tests.lab.nodes import LightNode
+from tests.lab.nodes import POOLS, LightNode
 from tests.lab.processes import ProcessKey, is_alive
 from tests.lab.runtime import unprivileged
 from tests.lab.state import anchor_program, libvirtd_program
@@ -44,7 +44,7 @@ def test_each_node_has_a_libvirtd_of_its_own(lab: Lab) -> None:
     for node in lab.nodes:
         capabilities = _virsh(node, "capabilities")
         uuids.add(capabilities.partition("<uuid>")[2].partition("</uuid>")[0])
-        assert _virsh(node, "pool-list", "--name").split() == ["default", "novacron-console"]
+        assert _virsh(node, "pool-list", "--name").split() == sorted(POOLS)
     assert len(uuids) == len(lab.nodes)
 
 

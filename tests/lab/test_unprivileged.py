@@ -101,6 +101,7 @@ def test_keys_are_their_owners_alone(trial: Trial) -> None:
     keys = {
         node.inside(NODE_CONFIG_DIR) / "agent.key": AGENT_UID,
         trial.lab.replicas[0].directory / "controlplane.key": REPLICA_UID,
+        node.directory / "etc-libvirt/pki/server-key.pem": pwd.getpwnam(QEMU_USER).pw_uid,
     }
     for path, uid in keys.items():
         facts = path.stat()
