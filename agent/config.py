@@ -16,6 +16,7 @@ class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``driver`` is ``libvirt`` or ``simulated``.
 
+    ``shared_pools``: which of ``pools`` are on storage that other nodes see as well.
     ``probe_kvm``: boot a tiny guest once per boot of the node to learn whether KVM works here;
     without it guests run under emulation.
     """
@@ -24,6 +25,7 @@ class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     uri: str = "qemu:///system"
     artefact_dir: Path = Path("/var/lib/novacron/artefacts")
     pools: tuple[str, ...] = ("default",)
+    shared_pools: tuple[str, ...] = ()
     console_pool: str = "novacron-console"
     probe_kvm: bool = True
 

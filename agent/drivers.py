@@ -15,7 +15,7 @@ from agent.hypervisor import Hypervisor
 from agent.libvirt_driver import LibvirtDriver
 from agent.libvirt_settings import LibvirtSettings
 from shared.clock import Clock
-from shared.errors import HypervisorError
+from shared.errors import ConfigInvalid, FieldError, HypervisorError
 
 # libvirtd may be away when the agent starts.
 RETRY_S = 5.0
@@ -37,11 +37,19 @@ class ProbeResult(Struct, frozen=True):
 
 
 def open_driver(config: AgentConfig, boot_id: str, clock: Clock, rng: random.Random) -> Driver:
+    """Raises ConfigInvalid for a pool that is called shared and is none of the node's."""
     hypervisor = config.hypervisor
+    strangers = sorted(set(hypervisor.shared_pools) - set(hypervisor.pools))
+    if strangers:
+        message = f"{', '.join(strangers)}: not among pools"
+        raise ConfigInvalid(
+            "of the agent", (FieldError("/hypervisor/shared_pools", "unknown_pool", message),)
+        )
     settings = LibvirtSettings(
         uri=hypervisor.uri,
         artefact_dir=hypervisor.artefact_dir,
         pools=hypervisor.pools,
+        shared_pools=hypervisor.shared_pools,
         console_pool=hypervisor.console_pool,
         networks=config.networks,
         cpus=config.capacity.cpus,

@@ -147,7 +147,14 @@ def _pools(connection: libvirt.virConnect, settings: LibvirtSettings) -> list[Po
             if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
                 raise
             continue
-        facts.append(PoolFacts(name=name, capacity_gib=capacity / GIB, free_gib=available / GIB))
+        facts.append(
+            PoolFacts(
+                name=name,
+                capacity_gib=capacity / GIB,
+                free_gib=available / GIB,
+                shared=name in settings.shared_pools,
+            )
+        )
     return facts
 
 

@@ -22,6 +22,7 @@ class LibvirtSettings(Struct, frozen=True, kw_only=True):
     uri: str = "qemu:///system"
     artefact_dir: Path = Path("/var/lib/novacron/artefacts")
     pools: tuple[str, ...] = (_DEFAULT_POOL,)
+    shared_pools: tuple[str, ...] = ()
     pool_dirs: Mapping[str, Path] = {}
     console_pool: str = "novacron-console"
     console_dir: Path = Path("/var/lib/novacron/console")

@@ -64,6 +64,7 @@ def simulated_facts(
     networks: tuple[str, ...] = ("lan",),
     artefacts: tuple[str, ...] = ("tiny-initrd", "tiny-kernel"),
     pools: tuple[str, ...] = ("default",),
+    shared_pools: tuple[str, ...] = (),
     pool_gib: float = 1024.0,
 ) -> HypervisorFacts:
     """Return the facts of a plain node; every simulated node has the same CPU."""
@@ -73,7 +74,10 @@ def simulated_facts(
         cpu=CpuFacts(model="qemu64", cores=cpus, models=("qemu64",)),
         numa=(NumaCell(id=0, memory_mib=memory_mib, cpus=tuple(range(cpus))),),
         pools=tuple(
-            PoolFacts(name=name, capacity_gib=pool_gib, free_gib=pool_gib) for name in sorted(pools)
+            PoolFacts(
+                name=name, capacity_gib=pool_gib, free_gib=pool_gib, shared=name in shared_pools
+            )
+            for name in sorted(pools)
         ),
         networks=tuple(sorted(networks)),
         artefacts=tuple(sorted(artefacts)),
@@ -284,9 +288,8 @@ class SimulatedDriver:
     def _facts(self) -> HypervisorFacts:
         facts = self._state.facts
         pools = tuple(
-            PoolFacts(
-                name=pool.name,
-                capacity_gib=pool.capacity_gib,
+            msgspec.structs.replace(
+                pool,
                 free_gib=pool.capacity_gib - sum(self._state.pools[pool.name].values()),
             )
             for pool in facts.pools

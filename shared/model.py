@@ -310,9 +310,12 @@ class NumaCell(Struct, frozen=True, kw_only=True):
 
 
 class PoolFacts(Struct, frozen=True, kw_only=True):
+    """``shared``: other nodes see the same volumes under this name, as the configuration says."""
+
     name: str
     capacity_gib: float
     free_gib: float
+    shared: bool = False
 
 
 class VersionFacts(Struct, frozen=True, kw_only=True):

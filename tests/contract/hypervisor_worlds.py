@@ -55,7 +55,9 @@ class World(Protocol):
 
 class SimulatedWorld:
     def __init__(self) -> None:
-        self.state = SimulatedNodeState(simulated_facts())
+        self.state = SimulatedNodeState(
+            simulated_facts(pools=("default", "shared"), shared_pools=("shared",))
+        )
         self.driver: Hypervisor = SimulatedDriver(self.state, SystemClock())
 
     def crash_guest(self, name: str) -> None:
@@ -112,6 +114,8 @@ def libvirt_settings(
     return LibvirtSettings(
         uri=process.uri,
         artefact_dir=ensure_guest_artefacts(),
+        pools=("default", "shared"),
+        shared_pools=("shared",),
         pool_dirs={"default": process.pool_dir},
         console_dir=process.console_dir,
         networks={"lan": BRIDGE, "gone": "br-none"},

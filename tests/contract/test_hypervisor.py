@@ -442,8 +442,8 @@ async def test_facts_say_what_can_be_run_here(world: World) -> None:
     assert facts.memory_mib >= 192
     assert facts.artefacts == ("tiny-initrd", "tiny-kernel")
     assert facts.networks == ("lan",), "a network without its bridge is not offered"
-    assert [pool.name for pool in facts.pools] == ["default"]
-    assert facts.pools[0].capacity_gib >= facts.pools[0].free_gib > 0
+    assert [(p.name, p.shared) for p in facts.pools] == [("default", False), ("shared", True)]
+    assert all(pool.capacity_gib >= pool.free_gib > 0 for pool in facts.pools)
     assert "pc-q35-7.2" in facts.machine_types
     assert "q35" not in facts.machine_types
     assert "qemu64" in facts.cpu.models

@@ -76,6 +76,8 @@ key = {key}
 driver = "libvirt"
 uri = "qemu:///system"
 artefact_dir = {artefact_dir}
+pools = ["default", "shared"]
+shared_pools = ["shared"]
 
 [networks]
 lan = {bridge}
