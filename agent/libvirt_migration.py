@@ -195,9 +195,10 @@ def _end_state(domain: libvirt.virDomain, state: int, reason: int) -> EndState:
     operation = _operation(domain)
     if operation == _OUT:
         return EndState.MOVING
-    if operation == _IN and state == libvirt.VIR_DOMAIN_PAUSED:
-        return EndState.INCOMING
     if state == libvirt.VIR_DOMAIN_PAUSED:
+        # What comes in is paused for one of the last two reasons, until it has arrived.
+        if operation == _IN and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
+            return EndState.INCOMING
         return _PAUSED.get(reason, EndState.RUNNING)
     if state == libvirt.VIR_DOMAIN_CRASHED:
         return EndState.DOWN
@@ -210,7 +211,7 @@ def _operation(domain: libvirt.virDomain) -> int | None:
         stats = domain.jobStats(0)
     except libvirt.libvirtError as error:
         # The one job that libvirt tells nothing about is one that comes in.
-        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
             raise
         return _IN
     if stats.get("type") not in _ACTIVE_JOBS:

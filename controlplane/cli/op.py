@@ -33,6 +33,7 @@ def op() -> None:
 
 @op.command("ls")
 @click.option("--state", help="Only in this state, such as running.")
+@click.option("--kind", "kinds", multiple=True, help="Only such as vm.start, or vm.* for all.")
 @click.option("--target", metavar="VM", help="Only on this VM.")
 @click.option(
     "--limit",
@@ -47,6 +48,7 @@ def op() -> None:
 def list_operations(
     invocation: Invocation,
     state: str | None,
+    kinds: tuple[str, ...],
     target: str | None,
     limit: int,
     form: str | None,
@@ -56,7 +58,10 @@ def list_operations(
     """List operations, newest first."""
     output = invocation.output(form)
     given = (("state", state), ("target", target))
-    query: Query = tuple((key, value) for key, value in given if value is not None)
+    query: Query = (
+        *((key, value) for key, value in given if value is not None),
+        *(("kind", kind) for kind in kinds),
+    )
     show(
         invocation.terminal,
         lambda: show_list(

@@ -236,6 +236,11 @@ class EventView(Struct, frozen=True):
     data: dict[str, Any] = {}
 
 
+class PlaceView(Struct, frozen=True):
+    id: str = ""
+    detail: str = ""
+
+
 class ReasonView(Struct, frozen=True):
     code: str = ""
     message: str = ""
