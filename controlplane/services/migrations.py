@@ -14,7 +14,7 @@ from controlplane.scheduler.place import Candidate, Plan, plan
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.operations import find_operation, list_operations, show_operation
 from controlplane.services.placement import placement_view, snapshot_now
-from controlplane.services.plans import plan_view, planned_vm
+from controlplane.services.plans import MOVE, plan_view, planned_vm
 from controlplane.services.rehearsal import rehearse
 from controlplane.services.requests import MigrateOrder, MigrationQuery, OperationQuery
 from controlplane.services.revisions import cluster_revision
@@ -62,7 +62,7 @@ async def plan_migration(
     wanted = None if order.destination is None else find_node(context, order.destination)
     if wanted is not None:
         decision = _only(decision, wanted.record.id)
-    planned = planned_vm(context, vm, "migrate", placement_view(decision, revision))
+    planned = planned_vm(context, vm, MOVE, placement_view(decision, revision))
     return plan_view(MIGRATE, (planned,), revision)
 
 
