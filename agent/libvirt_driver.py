@@ -191,7 +191,7 @@ class LibvirtDriver:
         facts = await self.facts()
 
         def check(connection: libvirt.virConnect) -> tuple[FieldError, ...]:
-            found = migration.check_destination(connection, name, question, facts.machine_types)
+            found = migration.check_destination(connection, name, question, facts)
             pools = storage.check_arrival(connection, question)
             return (*found, *pools)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from msgspec.structs import replace
+
 from controlplane.commands.migrations import (
     MIGRATE,
     admit,
@@ -32,22 +34,15 @@ from controlplane.sagas.context import (
     Writes,
 )
 from controlplane.sagas.matrix import Verdict, verdict
+from controlplane.sagas.preflight import blockers_of
 from controlplane.scheduler.moves import copied_disks, move_request
 from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
-from shared.codec import pack, unpack
-from shared.errors import FieldError, NodeUnreachable
+from shared.errors import FieldError, NodeUnreachable, NovacronError
 from shared.model import Node, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
-from shared.protocol import (
-    DestinationCheck,
-    DestinationQuestion,
-    MigrationReport,
-    Query,
-    QueryKind,
-    SourceCheck,
-)
+from shared.protocol import MigrationReport
 
 # Parameters.
 
@@ -73,7 +68,7 @@ async def _admit(context: StepContext) -> Outcome:
     )
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise StepFailed(_unschedulable(vm, candidates))
+        raise StepFailed(await _refused(context, vm, wanted, candidates))
     full = ""
     for candidate in fitting:
         full = no_slot(_claims(context), claim.source, candidate.node, context.parts.limits)
@@ -87,7 +82,7 @@ async def _precheck(context: StepContext) -> Outcome:
     vm, claim = _claimed(context)
     assert claim.destination is not None, "it was admitted"
     try:
-        blockers = await blockers_of(context, vm, claim.source, claim.destination)
+        blockers = await _blockers(context, vm, claim.source, claim.destination)
     except NodeUnreachable as unreachable:
         if _is_over_limit(context, PRECHECK_LIMIT):
             raise StepFailed(problem("node_unreachable", str(unreachable))) from unreachable
@@ -236,39 +231,30 @@ MIGRATION = Saga(
 # What the steps have in common.
 
 
-async def blockers_of(
+async def _blockers(
     context: StepContext, vm: Vm, source_id: str, destination_id: str
 ) -> tuple[FieldError, ...]:
-    """Return everything that the two nodes hold against a migration. Raises NodeUnreachable."""
-    source, destination = _node(context, source_id), _node(context, destination_id)
-    copied = copied_disks(vm, source, destination)
-
-    def query(kind: QueryKind, payload: bytes = b"") -> Query:
-        name = f"{context.operation.id}-{kind.value}"
-        return Query(id=name, kind=kind, vm_id=vm.id, domain_name=vm.domain_name, payload=payload)
-
-    told = unpack(
-        await context.nodes.ask(source_id, query(QueryKind.MIGRATION_SOURCE)), SourceCheck
-    )
-    question = DestinationQuestion(
-        vm_id=vm.id,
-        domain_uuid=vm.domain_uuid,
-        spec=vm.spec,
-        copied=copied,
-        machine=told.machine,
-        cpu_xml=told.cpu_xml,
-    )
-    answer = await context.nodes.ask(
-        destination_id, query(QueryKind.MIGRATION_DESTINATION, pack(question))
-    )
-    return (
-        *_located(source.name, told.blockers),
-        *_located(destination.name, unpack(answer, DestinationCheck).blockers),
+    return await blockers_of(
+        context.nodes.ask,
+        context.operation.id,
+        vm,
+        _node(context, source_id),
+        _node(context, destination_id),
     )
 
 
-def _located(node_name: str, blockers: tuple[FieldError, ...]) -> list[FieldError]:
-    return [FieldError(f"/nodes/{node_name}", b.code, b.message) for b in blockers]
+async def _refused(
+    context: StepContext, vm: Vm, wanted: str | None, candidates: list[Candidate]
+) -> Problem:
+    """Return why no node will do; a node that was asked for also tells what it holds against it."""
+    refusal = _unschedulable(vm, candidates)
+    if wanted is None or vm.status.node in (None, wanted):
+        return refusal
+    try:
+        more = await _blockers(context, vm, _source(context, vm).id, wanted)
+    except NovacronError:
+        return refusal  # that it cannot be asked is among the reasons
+    return replace(refusal, errors=(*refusal.errors, *more))
 
 
 def _claimed(context: StepContext) -> tuple[Vm, MigrationClaim]:
