@@ -125,7 +125,8 @@ def admit(destination: str, limits: MigrationLimits) -> Effect:
 
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
-        full = no_slot(draft.claims(), claim.source, destination, limits)
+        others = [each for each in draft.claims() if each.operation != operation.id]
+        full = no_slot(others, claim.source, destination, limits)
         if full:
             raise StateConflict(full)
         _put_claim(draft, vm, replace(claim, destination=destination))

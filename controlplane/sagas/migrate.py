@@ -59,22 +59,10 @@ FINALIZE_LIMIT = timedelta(seconds=30)
 async def _admit(context: StepContext) -> Outcome:
     """Choose the destination, and wait for a slot on both nodes."""
     vm, claim = _claimed(context)
-    snapshot = context.parts.capacity.current()
-    wanted = _journal(context.operation).requested
-    candidates = (
-        list(_plan(context, snapshot, vm))
-        if wanted is None
-        else [_explain(context, snapshot, vm, wanted)]
-    )
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if not fitting:
-        raise StepFailed(await _refused(context, vm, wanted, candidates))
-    full = ""
-    for candidate in fitting:
-        full = no_slot(_claims(context), claim.source, candidate.node, context.parts.limits)
-        if not full:
-            return Done(admit(candidate.node, context.parts.limits))
-    return Waits(full)
+    chosen = await _choose(context, vm, claim)
+    if isinstance(chosen, Waits):
+        return chosen
+    return Done(admit(chosen, context.parts.limits))
 
 
 async def _precheck(context: StepContext) -> Outcome:
@@ -97,8 +85,10 @@ async def _claim(context: StepContext) -> Outcome:
     vm, claim = _claimed(context)
     assert claim.destination is not None, "it was admitted"
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
-    if not candidate.fits:
+    if not candidate.fits and _journal(context.operation).requested is not None:
         raise StepFailed(_unschedulable(vm, [candidate]))
+    if not candidate.fits:
+        return await _choose_again(context, vm, claim)
     copied = copied_disks(vm, _node(context, claim.source), _node(context, claim.destination))
     return Done(claim_destination(context.parts.capacity.check_move, copied))
 
@@ -142,6 +132,7 @@ async def _transfer(context: StepContext) -> Outcome:
         report = _report(context, vm, claim, claim.source)
         if report is not None and report.stage is claim.stage and report.over:
             return Writes(to_stage(MigrationStage.LOOK))
+        _check_may_begin(context, claim, report)
         return Waits("the guest is moved")
     source, destination = _fresh_ends(context, vm, claim)
     decided = verdict(source, destination)
@@ -229,6 +220,38 @@ MIGRATION = Saga(
 )
 
 # What the steps have in common.
+
+
+async def _choose(context: StepContext, vm: Vm, claim: MigrationClaim) -> str | Waits:
+    """Return the best node that has a slot. Raises StepFailed when none can take the VM."""
+    snapshot = context.parts.capacity.current()
+    wanted = _journal(context.operation).requested
+    candidates = (
+        list(_plan(context, snapshot, vm))
+        if wanted is None
+        else [_explain(context, snapshot, vm, wanted)]
+    )
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        raise StepFailed(await _refused(context, vm, wanted, candidates))
+    others = [each for each in _claims(context) if each.operation != context.operation.id]
+    full = ""
+    for candidate in fitting:
+        full = no_slot(others, claim.source, candidate.node, context.parts.limits)
+        if not full:
+            return candidate.node
+    return Waits(full)
+
+
+async def _choose_again(context: StepContext, vm: Vm, claim: MigrationClaim) -> Outcome:
+    """Book another node, and ask it too: the one that was chosen has been filled meanwhile."""
+    chosen = await _choose(context, vm, claim)
+    if isinstance(chosen, Waits):
+        return chosen
+    blockers = await _blockers(context, vm, claim.source, chosen)
+    if blockers:
+        raise StepFailed(_blocked(vm, blockers))
+    return Writes(admit(chosen, context.parts.limits))
 
 
 async def _blockers(
@@ -334,6 +357,26 @@ def _is_over_limit(context: StepContext, limit: timedelta) -> bool:
     """Whether the present step has been under way for longer than ``limit``."""
     began = max(step.at for step in context.operation.steps if step.at is not None)
     return context.parts.clock.now() - began > limit
+
+
+def _check_may_begin(
+    context: StepContext, claim: MigrationClaim, report: MigrationReport | None
+) -> None:
+    """Raise StepFailed when a source that has not begun will never come to it.
+
+    Should it have begun after all, the undo finds that out.
+    """
+    assert claim.destination is not None, "it was claimed"
+    destination = _node(context, claim.destination)
+    if destination.boot_id != claim.boot_id:
+        raise StepFailed(
+            problem("destination_not_ready", f"{destination.name!r} has booted meanwhile")
+        )
+    idle = report is not None and report.end in (EndState.RUNNING, EndState.HELD)
+    if idle and _is_over_limit(context, PREPARE_LIMIT):
+        raise StepFailed(
+            problem("destination_not_ready", "the source was never told where to move the guest")
+        )
 
 
 def _failure(context: StepContext, vm: Vm, claim: MigrationClaim) -> Problem:
