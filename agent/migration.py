@@ -219,6 +219,8 @@ class Migrations:
             await self._hypervisor.stop(name, domain.generation)
             await self._hypervisor.undefine(name, domain.generation, keep_log=True)
         await self._delete_copies(desired, order)
+        if order.purge:
+            await self._hypervisor.delete_console_log(name)
         if order.operation:
             await self._relays.close(_relay_name(desired, order))
         await self.settle(desired.vm_id)
@@ -248,6 +250,8 @@ class Migrations:
         await self._fence.use_generation(desired.vm_id, order.generation)
         try:
             await self._clear_place(desired, order)
+            # A log of an earlier stay would seem to be of now.
+            await self._hypervisor.delete_console_log(desired.domain_name)
             for disk in desired.spec.disks:
                 if disk.name in order.copied:
                     volume = volume_name(desired.vm_id, disk.name)
@@ -302,11 +306,12 @@ class Migrations:
         if end.state in _NEVER_RAN:
             self._fence.check(desired.term, desired.vm_id, desired.revision)
             await self._hypervisor.stop(desired.domain_name, order.generation)
-            await self._hypervisor.undefine(desired.domain_name, order.generation, keep_log=True)
+            await self._hypervisor.undefine(desired.domain_name, order.generation)
         end = await self._end(desired, order)
         if end.state is not EndState.ABSENT:
             return await self._look(desired, order)
         await self._delete_copies(desired, order)
+        await self._hypervisor.delete_console_log(desired.domain_name)
         return await self._look(desired, order, settled=True)
 
     # Both.
