@@ -246,6 +246,9 @@ class Migrations:
         if order.boot_id != self._node.boot_id:
             fault = StateConflict("this node has booted since it was chosen")
             return await self._look(desired, order, fault=fault)
+        if self._is_ready(desired, order):
+            # Only once: data may be coming into these volumes by now.
+            return await self._look(desired, order, settled=True)
         # From now on nothing may start this generation here: it comes running.
         await self._fence.use_generation(desired.vm_id, order.generation)
         try:
@@ -273,9 +276,12 @@ class Migrations:
             raise StateConflict(f"another domain has the name {desired.domain_name!r} here")
         await self._hypervisor.undefine(desired.domain_name, domain.generation, keep_log=True)
 
-    async def _admit(self, desired: Desired, order: MigrationOrder) -> None:
+    def _is_ready(self, desired: Desired, order: MigrationOrder) -> bool:
         known = self._targets.get(desired.vm_id)
-        if known is not None and known[0] == order.generation:
+        return known is not None and known[0] == order.generation
+
+    async def _admit(self, desired: Desired, order: MigrationOrder) -> None:
+        if self._is_ready(desired, order):
             return
         layout = await self._hypervisor.layout(definition_of(desired, order.generation))
         facts = await self._hypervisor.facts()
