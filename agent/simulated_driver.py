@@ -114,6 +114,7 @@ class SimulatedNodeState:
             pool.name: self.fabric.shared_pool(pool.name) if pool.shared else {}
             for pool in facts.pools
         }
+        self.kept_logs: dict[str, bytes] = {}
         self.libvirtd_runs = True
         self._observer: Callable[[str], None] = _nobody
 
@@ -149,6 +150,14 @@ class SimulatedNodeState:
         self.libvirtd_runs = True
         self.changed("")
 
+    def console(self, name: str) -> bytes:
+        """Return a domain's console log: of the one that is here, or what an earlier one left."""
+        domain = self.domains.get(name)
+        if domain is None:
+            return self.kept_logs.get(name, b"")
+        domain.catch_up()
+        return domain.console
+
     def receive(self, definition: DomainDefinition) -> SimulatedDomain:
         """Make the domain that a migration fills."""
         domain = SimulatedDomain(
@@ -170,7 +179,10 @@ class SimulatedNodeState:
         if self.domains.get(domain.name) is domain:
             if domain.is_active():
                 domain.end(ObservedPower.STOPPED, tell=False)
+            log = self.console(domain.name)
             del self.domains[domain.name]
+            if log:
+                self.kept_logs[domain.name] = log
             self.changed(domain.name)
 
     def _end_travels(self) -> None:
@@ -259,7 +271,14 @@ class SimulatedDriver:
         await self._act("reset", name, generation, lambda d: _active(d).reset())
 
     async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
-        await self._call("undefine", name, lambda: self._undefine(name, generation))
+        def forget() -> None:
+            log = self._state.console(name)
+            self._undefine(name, generation)
+            self._state.kept_logs.pop(name, None)
+            if keep_log and log:
+                self._state.kept_logs[name] = log
+
+        await self._call("undefine", name, forget)
 
     async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
         def ensure() -> None:
@@ -282,15 +301,20 @@ class SimulatedDriver:
 
     async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
         def read() -> bytes:
-            domain = self._state.domains.get(name)
-            if domain is None:
-                return b""
-            domain.catch_up()
-            log = domain.console
+            log = self._state.console(name)
             start = max(0, len(log) + offset) if offset < 0 else offset
             return log[start : start + limit_bytes]
 
         return await self._call("console_log", name, read)
+
+    async def console_size(self, name: str) -> int:
+        return await self._call("console_size", name, lambda: len(self._state.console(name)))
+
+    async def delete_console_log(self, name: str) -> None:
+        def delete() -> None:
+            self._state.kept_logs.pop(name, None)
+
+        await self._call("delete_console_log", name, delete)
 
     async def samples(self) -> tuple[Sample, ...]:
         at = self._clock.now().timestamp()

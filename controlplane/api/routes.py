@@ -17,6 +17,7 @@ from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
     audit,
     cluster,
+    console,
     drains,
     events,
     metrics,
@@ -128,7 +129,7 @@ async def _scrape(call: Call) -> Answer:
 
 
 async def _console_log(call: Call) -> Answer:
-    log = await vms.console_log(call.context, call.principal, call.path["vm"], call.query)
+    log = await console.console_log(call.context, call.principal, call.path["vm"], call.query)
     return Answer(200, TEXT, log)
 
 

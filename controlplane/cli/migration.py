@@ -10,7 +10,7 @@ from controlplane.cli import output as out
 from controlplane.cli.client import Query, path_of
 from controlplane.cli.invocation import Invocation, output_option, pass_invocation, watch_options
 from controlplane.cli.listing import show_list
-from controlplane.cli.op import cancel_operations
+from controlplane.cli.op import cancel_operations, error_told, steps_told
 from controlplane.cli.output import Format, Output, Table
 from controlplane.cli.views import MigrationView
 from controlplane.cli.watching import show
@@ -131,11 +131,6 @@ def _fields(seen: MigrationView) -> list[tuple[str, str]]:
     if figures is not None:
         moved = figures.transferred_bytes / 1024**2
         took = f"{figures.total_ms} ms, {figures.downtime_ms} ms of downtime, {moved:.0f} MiB moved"
-    steps = "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in seen.steps)
-    told = out.NOTHING
-    if seen.error is not None:
-        faults = [f"{e.pointer or '/'}: {e.message}" for e in seen.error.errors]
-        told = "\n".join([f"{seen.error.title} ({seen.error.code})", seen.error.detail, *faults])
     return [
         ("Id", seen.id),
         ("VM", seen.vm_name or seen.vm),
@@ -144,9 +139,9 @@ def _fields(seen: MigrationView) -> list[tuple[str, str]]:
         ("State", seen.state),
         ("Phase", seen.phase or out.NOTHING),
         ("Done", _percent(seen)),
-        ("Steps", steps or out.NOTHING),
+        ("Steps", steps_told(seen.steps)),
         ("Took", took),
-        ("Error", told),
+        ("Error", error_told(seen.error)),
         ("Drain", seen.parent or out.NOTHING),
         ("By", seen.by or out.NOTHING),
         ("Created", out.stamp(seen.created_at)),

@@ -18,7 +18,7 @@ from controlplane.cli.invocation import (
 )
 from controlplane.cli.listing import show_list
 from controlplane.cli.output import Format, Output, Table
-from controlplane.cli.views import OperationView
+from controlplane.cli.views import OperationView, ProblemView, StepView
 from controlplane.cli.wait import Waiting, run_operations
 from controlplane.cli.watching import show
 
@@ -193,21 +193,26 @@ def _show_operation(invocation: Invocation, output: Output, operation_id: str) -
         output.description(_operation_fields(seen))
 
 
+def steps_told(steps: Sequence[StepView]) -> str:
+    return "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in steps) or out.NOTHING
+
+
+def error_told(error: ProblemView | None) -> str:
+    if error is None:
+        return out.NOTHING
+    faults = [f"{e.pointer or '/'}: {e.message}" for e in error.errors]
+    return "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
+
+
 def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
-    steps = "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in seen.steps)
-    error = seen.error
-    told = out.NOTHING
-    if error is not None:
-        faults = [f"{e.pointer or '/'}: {e.message}" for e in error.errors]
-        told = "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
     return [
         ("Id", seen.id),
         ("Kind", seen.kind),
         ("Target", seen.target),
         ("State", seen.state),
         ("Phase", seen.phase or out.NOTHING),
-        ("Steps", steps or out.NOTHING),
-        ("Error", told),
+        ("Steps", steps_told(seen.steps)),
+        ("Error", error_told(seen.error)),
         ("Part of", seen.parent or out.NOTHING),
         ("By", seen.by or out.NOTHING),
         ("Created", out.stamp(seen.created_at)),

@@ -109,6 +109,13 @@ class VmStatusView(Struct, frozen=True):
     addresses: tuple[str, ...] = ()
     conditions: tuple[ConditionView, ...] = ()
     fault: ProblemView | None = None
+    migration: str | None = None
+    left_on: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> str:
+        """The phase, and whether it is being moved."""
+        return f"{self.phase}, moving" if self.migration else self.phase
 
     @property
     def where(self) -> str:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
-from controlplane.commands.migrations import RequestMigration
+from controlplane.commands.migrations import RequestMigration, with_log_on
 from controlplane.commands.nodes import put_cordon
 from controlplane.commands.operations import put_vm
 from controlplane.commands.sagas import (
@@ -143,7 +143,8 @@ def release_vm(vm_id: str, new_node: str | None) -> Effect:
         generation = 0 if attempt is None else attempt.generation
         left = Leftover(node=operation.target, generation=generation)
         leftovers = (*vm.status.leftovers, left)
-        status = replace(vm.status, node=new_node, attempt=None, leftovers=leftovers)
+        status = with_log_on(vm.status, operation.target, new_node)
+        status = replace(status, node=new_node, attempt=None, leftovers=leftovers)
         by = Author(operation.by)
         draft.event(
             "vm.released", vm.id, by, tenant=vm.tenant, node=operation.target, new_node=new_node

@@ -26,6 +26,7 @@ from shared.model import (
     OperationState,
     Vm,
     VmPhase,
+    VmStatus,
     attempt_generation,
 )
 from shared.moves import (
@@ -42,6 +43,9 @@ MOVABLE_PHASES = frozenset({VmPhase.RUNNING, VmPhase.PAUSED})
 # Long enough for the longest transfer that its own limits allow, with a queue before it; what it
 # ends is a saga that waits for a node that never comes back.
 MIGRATION_DEADLINE = timedelta(hours=12)
+
+# A VM that has been on more nodes than this has no log of the first ones any more.
+LOGS_MAX = 16
 
 NodeCheck = Callable[[Draft, Vm, str], None]
 
@@ -120,7 +124,8 @@ def admit(destination: str, limits: MigrationLimits) -> Effect:
 
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
-        full = no_slot(draft.claims(), claim.source, destination, limits)
+        others = [each for each in draft.claims() if each.operation != operation.id]
+        full = no_slot(others, claim.source, destination, limits)
         if full:
             raise StateConflict(full)
         _put_claim(draft, vm, replace(claim, destination=destination))
@@ -210,7 +215,7 @@ def _switch(draft: Draft, operation: Operation, power_seen: ObservedPower) -> Op
         permitted_at=draft.now,
     )
     status = replace(
-        vm.status,
+        with_log_on(vm.status, claim.source, claim.destination),
         node=claim.destination,
         attempt=attempt,
         power_seen=power_seen,
@@ -294,6 +299,12 @@ class SweepLeftover(Struct, frozen=True, kw_only=True):
             vm_gone_from_node(draft, vm, Author("leader"))
         else:
             put_vm(draft, vm)
+
+
+def with_log_on(status: VmStatus, left: str, new: str | None) -> VmStatus:
+    """Note that a VM leaves its console log behind on a node; its new one begins a fresh one."""
+    others = (node for node in status.logs_on if node not in (left, new))
+    return replace(status, logs_on=(*others, left)[-LOGS_MAX:])
 
 
 def claimed(draft: Draft, operation: Operation) -> tuple[Vm, MigrationClaim]:

@@ -10,7 +10,7 @@ from controlplane.scheduler.moves import plan_moves
 from controlplane.scheduler.snapshot import Snapshot
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.placement import placement_view, snapshot_now
-from controlplane.services.plans import plan_view, planned_vm
+from controlplane.services.plans import MOVE, plan_view, planned_vm
 from controlplane.services.rehearsal import rehearse
 from controlplane.services.requests import DrainOrder
 from controlplane.services.revisions import cluster_revision
@@ -53,7 +53,7 @@ async def plan_drain(
     moving = [vm for vm, fixed in zip(here, planned, strict=True) if fixed is None]
     moves = await context.offload(lambda: plan_moves(snapshot, node, moving))
     told = {
-        vm.id: planned_vm(context, vm, "migrate", placement_view(decision, revision))
+        vm.id: planned_vm(context, vm, MOVE, placement_view(decision, revision))
         for vm, decision in moves
     }
     return plan_view(

@@ -15,11 +15,12 @@ from controlplane.services.pages import records, walk
 from controlplane.services.requests import OperationQuery
 from controlplane.services.revisions import ClusterRevision
 from controlplane.services.scope import authorize, shown
-from controlplane.services.views import OperationList, OperationView, operation_view
+from controlplane.services.views import OperationList, OperationView, Progress, operation_view
 from controlplane.state import ClusterState
 from controlplane.store.history import OperationFilter, kind_matches
 from shared.errors import NotFound
 from shared.model import FinishedOperation, Operation
+from shared.moves import DrainJournal
 from shared.states import OPERATION_ENDS
 
 # Finished operations looked through for one page of a filtered list; a page may be short, even
@@ -127,7 +128,18 @@ async def list_operations(
 
 def show_operation(context: Context, operation: Operation) -> OperationView:
     """Return an operation as a client sees it, with how far it is."""
-    return operation_view(operation, context.progress.latest(operation.id))
+    return operation_view(operation, _progress(context, operation))
+
+
+def _progress(context: Context, operation: Operation) -> Progress | None:
+    """Return how far an open operation is; a drain by the VMs that its node still holds."""
+    journal = operation.saga
+    if not isinstance(journal, DrainJournal) or operation.state in OPERATION_ENDS:
+        return context.progress.latest(operation.id)
+    left = len(tuple(context.state.vm_ids_on(operation.target)))
+    total = max(journal.total, left)
+    percent = 100.0 if not total else round(100.0 * (total - left) / total, 1)
+    return Progress(percent=percent, eta_s=None, as_of=context.clock.now())
 
 
 async def _ended(state: ClusterState, operation_id: str, wait_s: float) -> None:
