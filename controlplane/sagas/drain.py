@@ -83,6 +83,8 @@ async def _evacuate(context: StepContext) -> Outcome:
         for vm, fate in judged
         if fate.kind is FateKind.STAY
     )
+    if left and (unheard := context.unheard()):
+        return Waits(f"{unheard} may yet be heard, and take what is left")
     if left != journal_of(operation).left:
         return Writes(note_left(left))
     if len(left) < len(vms):

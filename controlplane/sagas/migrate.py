@@ -73,7 +73,7 @@ async def _admit(context: StepContext) -> Outcome:
     )
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise StepFailed(_unschedulable(vm, candidates))
+        return _nowhere(context, vm, candidates)
     full = ""
     for candidate in fitting:
         full = no_slot(_claims(context), claim.source, candidate.node, context.parts.limits)
@@ -103,7 +103,7 @@ async def _claim(context: StepContext) -> Outcome:
     assert claim.destination is not None, "it was admitted"
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
     if not candidate.fits:
-        raise StepFailed(_unschedulable(vm, [candidate]))
+        return _nowhere(context, vm, [candidate])
     copied = copied_disks(vm, _node(context, claim.source), _node(context, claim.destination))
     return Done(claim_destination(context.parts.capacity.check_move, copied))
 
@@ -350,6 +350,13 @@ def _failure(context: StepContext, vm: Vm, claim: MigrationClaim) -> Problem:
     if report is not None and report.fault is not None:
         return report.fault
     return problem("migration_failed", "the guest has not moved; it is where it was")
+
+
+def _nowhere(context: StepContext, vm: Vm, candidates: list[Candidate]) -> Waits:
+    """Wait for nodes that may yet be heard. Raises StepFailed when there are none."""
+    if unheard := context.unheard():
+        return Waits(f"{unheard} may yet be heard")
+    raise StepFailed(_unschedulable(vm, candidates))
 
 
 def _unschedulable(vm: Vm, candidates: list[Candidate]) -> Problem:

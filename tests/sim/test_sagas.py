@@ -1,4 +1,4 @@
-"""Every saga, at every step: looked at twice, failed, undone twice, cancelled.
+"""Every saga, at every step: looked at twice, failed, undone twice, cancelled, its leader killed.
 
 Generated from the table of workflows; what must hold at every moment the invariants say. A saga
 that joins the table needs a setup in ``saga_world.py`` and nothing here.
@@ -16,6 +16,7 @@ from shared.model import OperationState
 from tests.sim.saga_world import (
     INJECTED,
     SETUPS,
+    Kill,
     Played,
     Wrap,
     at_every_undo,
@@ -31,6 +32,8 @@ from tests.sim.saga_world import (
 
 STEPS = [(kind, step.name) for kind, saga in SAGAS.items() for step in saga.steps]
 FAILURES: dict[str, Wrap] = {"at once": fails_at_once, "after its effect": fails_after_its_effect}
+# The kill comes before the answer of the commit, or when the next step has just begun.
+KILLED_AFTER_S = (0.0, 0.02)
 
 plain = cache(play)
 each_step = pytest.mark.parametrize(("kind", "step"), STEPS, ids=lambda value: value)
@@ -63,6 +66,30 @@ def test_an_undo_may_be_called_twice(kind: str, step: str, failure: str) -> None
     fails = at_step(kind, step, FAILURES[failure])
 
     assert play(kind, both(fails, at_every_undo(kind, twice))).end == play(kind, fails).end
+
+
+@pytest.mark.parametrize("after_s", KILLED_AFTER_S)
+@pytest.mark.parametrize("kind", SAGAS)
+def test_another_leader_goes_on_after_every_commit(kind: str, after_s: float) -> None:
+    for commit in range(1, plain(kind).commits + 1):
+        resumed = play(kind, kill=Kill(commit, after_s))
+        assert resumed.killed, commit
+        assert resumed.end == plain(kind).end, commit
+
+
+@pytest.mark.parametrize("after_s", KILLED_AFTER_S)
+@each_failure
+@each_step
+def test_another_leader_goes_on_undoing_after_every_commit(
+    kind: str, step: str, failure: str, after_s: float
+) -> None:
+    fails = at_step(kind, step, FAILURES[failure])
+    failed = play(kind, fails)
+    for commit in range(1, failed.commits + 1):
+        resumed = play(kind, fails, Kill(commit, after_s))
+        assert resumed.killed, commit
+        # While nobody led, a step may have come to its end for good.
+        assert resumed.end == (plain(kind) if resumed.turned else failed).end, commit
 
 
 @each_step
