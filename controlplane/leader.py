@@ -42,6 +42,7 @@ from shared.clock import Clock
 from shared.errors import LeadershipLost, NoLeader, NovacronError
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster, Term
+from shared.offload import Offload
 from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class LeaderParts(Struct, frozen=True):
     scheduler: SchedulerSettings
     metrics: Metrics
     limits: MigrationLimits
+    offload: Offload
     progress: Callable[[MigrationProgress], None]
 
 
@@ -170,6 +172,7 @@ class Leader:
             submit=applier.submit,
             clock=parts.clock,
             limits=parts.limits,
+            offload=parts.offload,
         )
         return SagaEngine(saga_parts, SAGAS)
 
