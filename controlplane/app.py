@@ -138,7 +138,7 @@ class ControlPlane:
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
-            tasks.create_task(self._election.run(self.leader.lead))
+            tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
             tasks.create_task(self._stay_registered())
 
     def hub(self) -> Hub | None:
@@ -161,6 +161,11 @@ class ControlPlane:
     def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self.informer.replicas.items()))
 
+    def agent_versions(self) -> dict[str, str]:
+        """Return what the agents in session say they are, by node id; empty unless we lead."""
+        hub = self.leader.hub
+        return {} if hub is None else hub.agent_versions()
+
     def context(self) -> Context:
         """Return what the services work with."""
         return Context(
@@ -175,6 +180,7 @@ class ControlPlane:
             scheduler=self._settings.scheduler,
             leadership=self.leadership,
             replicas=self.replicas,
+            agents=self.agent_versions,
             offload=self._ports.offload,
             version=self._settings.version,
         )

@@ -418,6 +418,15 @@ ROUTES: tuple[Route, ...] = (
         view=ClusterView,
     ),
     Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/finalize-upgrade",
+        handler=lambda c: cluster.finalize_upgrade(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Allow what is new in this release, once every replica and agent runs it",
+        view=ClusterView,
+        query=DryRunQuery,
+    ),
+    Route(
         method="GET",
         path="/healthz",
         handler=_healthz,

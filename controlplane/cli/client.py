@@ -36,6 +36,7 @@ from controlplane.cli.views import ClusterView, Listing, Page, ProblemView
 from shared.errors import Unauthenticated
 from shared.retry import Backoff
 from shared.tls import SCHEME, Role, parse_identity
+from shared.version import release_of
 
 BASE = "/api/v1"
 JSON = "application/json"
@@ -230,10 +231,9 @@ class Client:
         """Tell whether the control plane is new enough; when it does not say, it is not."""
         try:
             version = self.get_as(ClusterView, f"{BASE}/cluster").version
-            release = tuple(int(part) for part in version.split(".")[:2])
-        except (CliError, ValueError):
+        except CliError:
             return False
-        return release >= KEYS_SINCE
+        return release_of(version) >= KEYS_SINCE
 
     def _exchange(
         self,

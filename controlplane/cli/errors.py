@@ -166,6 +166,7 @@ _EXIT_BY_STATUS = {
 _HINT_BY_CODE = {
     "outcome_unknown": "look whether it happened before you repeat it",
     "name_taken": "choose another name",
+    "upgrade_unfinished": "novacron cluster status, which tells what the upgrade waits for",
     "no_leader": "repeat in a few seconds; `novacron cluster status` shows who leads",
 }
 _HINT_BY_STATUS = {

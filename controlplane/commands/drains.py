@@ -21,6 +21,7 @@ from controlplane.commands.sagas import (
     open_saga,
     saga_steps,
 )
+from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
 from shared.model import AttemptState, Node, Operation, OperationState
 from shared.moves import DrainJournal, DrainTry, Leftover, VmLeft
@@ -33,7 +34,7 @@ DRAIN_DEADLINE = timedelta(hours=24)
 class RequestDrain(Struct, frozen=True, kw_only=True):
     """Returns the id of the operation; whoever asks again gets the one that is under way.
 
-    Raises NotFound, StateConflict while an earlier drain is being undone.
+    Raises NotFound, UpgradeUnfinished, StateConflict while an earlier drain is being undone.
     """
 
     node_id: str
@@ -45,6 +46,7 @@ class RequestDrain(Struct, frozen=True, kw_only=True):
 
     def decide(self, draft: Draft) -> str:
         node = draft.node(self.node_id)
+        require_level(draft, MOVES_LEVEL, "a drain")
         for operation in draft.operations_on(node.id):
             if operation.kind == DRAIN and operation.undoing:
                 raise StateConflict(

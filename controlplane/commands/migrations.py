@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
 from controlplane.commands.sagas import Effect, open_saga, saga_steps
+from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
 from shared.model import (
-    SCHEMA_LEVEL,
     Attempt,
     AttemptState,
     ObservedPower,
@@ -61,7 +61,7 @@ class MigrationLimits(Struct, frozen=True, kw_only=True):
 
 
 class RequestMigration(Struct, frozen=True, kw_only=True):
-    """Returns the id of the operation. Raises NotFound, StateConflict."""
+    """Returns the id of the operation. Raises NotFound, StateConflict, UpgradeUnfinished."""
 
     vm_id: str
     destination: str | None
@@ -106,13 +106,8 @@ class RequestMigration(Struct, frozen=True, kw_only=True):
 
 
 def check_movable(draft: Draft, vm: Vm) -> None:
-    """Raise StateConflict unless a migration of ``vm`` may be asked for."""
-    cluster = draft.cluster()
-    if cluster is not None and cluster.schema_level < SCHEMA_LEVEL:
-        raise StateConflict(
-            "live migration waits for the end of the upgrade: once every replica and agent runs "
-            "this release, `novacron cluster finalize-upgrade` allows it"
-        )
+    """Raise StateConflict, UpgradeUnfinished unless a migration of ``vm`` may be asked for."""
+    require_level(draft, MOVES_LEVEL, "live migration")
     claim = vm.status.migration
     if claim is not None:
         raise StateConflict(f"{vm.name!r} is being migrated already, by {claim.operation}")

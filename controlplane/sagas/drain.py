@@ -153,6 +153,12 @@ def fate_at_rest(node: Node, vm: Vm, snapshot: Snapshot) -> Fate | None:
     attempt = vm.status.attempt
     if attempt is not None and attempt.state is not AttemptState.ENDED:
         return Fate(FateKind.WAIT)
+    if node.inventory is None or node.inventory.migration is None:
+        return Fate(
+            FateKind.STAY,
+            "its node's agent is of an older release and cannot be told to let go of it: upgrade "
+            "the agent",
+        )
     shared = shared_pools(node)
     local = [disk.name for disk in vm.spec.disks if disk.pool not in shared]
     if local:

@@ -34,6 +34,7 @@ class Permission(enum.StrEnum):
     OPERATIONS_WRITE = "operations:write"
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
+    CLUSTER_WRITE = "cluster:write"
     METRICS_READ = "metrics:read"
     AUDIT_READ = "audit:read"
 
@@ -102,7 +103,8 @@ class Context(Struct, frozen=True):
     """The replica's parts, wired once in ``controlplane/app.py``.
 
     ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
-    registrations that this replica sees; ``version`` is this replica's own.
+    registrations that this replica sees, ``agents`` the versions of the agents in session with it
+    by node id, if it leads; ``version`` is this replica's own.
     """
 
     state: ClusterState
@@ -116,5 +118,6 @@ class Context(Struct, frozen=True):
     scheduler: SchedulerSettings
     leadership: Callable[[], Leadership]
     replicas: Callable[[], tuple[Replica, ...]]
+    agents: Callable[[], dict[str, str]]
     offload: Offload
     version: str

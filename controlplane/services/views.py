@@ -15,6 +15,7 @@ from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
 from controlplane.telemetry.progress import Progress as Progress
 from controlplane.telemetry.progress import ProgressFrame
+from shared.errors import FieldError
 from shared.model import (
     AuditRecord,
     Condition,
@@ -299,13 +300,19 @@ class NodeCounts(Struct, frozen=True, kw_only=True):
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):
-    """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads."""
+    """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads.
+
+    ``upgrade_pending``: what is new in this release waits for the upgrade to be finalized, and that
+    for ``upgrade_blockers``: replicas and nodes that are still of an older one.
+    """
 
     id: str
     cell: str
     epoch: int
     version: str
     schema_level: int
+    upgrade_pending: bool
+    upgrade_blockers: tuple[FieldError, ...]
     leader: LeaderView | None
     replicas: tuple[ReplicaView, ...]
     members: tuple[MemberView, ...]

@@ -97,6 +97,8 @@ class World:
         self.history = History(None, inline)
         self.windows = Windows()
         self.progress = ProgressBoard(self.clock)
+        self.replicas: tuple[Replica, ...] = (REPLICA,)
+        self.agents: dict[str, str] = {}
         self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7")
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
@@ -122,7 +124,8 @@ class World:
             clock=self.clock,
             scheduler=SchedulerSettings(),
             leadership=lambda: self.leadership,
-            replicas=lambda: (REPLICA,),
+            replicas=lambda: self.replicas,
+            agents=lambda: self.agents,
             offload=inline,
             version="0.1.0",
         )
