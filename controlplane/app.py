@@ -117,6 +117,7 @@ class ControlPlane:
                 scheduler=settings.scheduler,
                 metrics=ports.metrics,
                 limits=settings.migrations,
+                offload=ports.offload,
                 progress=self._note_progress,
             )
         )

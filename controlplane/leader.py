@@ -44,6 +44,7 @@ from shared.clock import Clock
 from shared.errors import LeadershipLost, NoLeader, NovacronError, ReleaseTooOld
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster, Term
+from shared.offload import Offload
 from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class LeaderParts(Struct, frozen=True):
     scheduler: SchedulerSettings
     metrics: Metrics
     limits: MigrationLimits
+    offload: Offload
     progress: Callable[[MigrationProgress], None]
 
 
@@ -178,6 +180,7 @@ class Leader:
             submit=applier.submit,
             clock=parts.clock,
             limits=parts.limits,
+            offload=parts.offload,
         )
         return SagaEngine(saga_parts, SAGAS)
 

@@ -77,6 +77,9 @@ class MigrationTarget(Struct, frozen=True, kw_only=True):
     tls: bool
     layout: DestinationLayout
 
+    def __repr__(self) -> str:
+        return f"MigrationTarget(node_name={self.node_name!r}, …)"  # the token stays out of logs
+
 
 class MigrationOrder(Struct, frozen=True, kw_only=True):
     """What a node is to do in the open migration of a VM; each stage is told until answered.

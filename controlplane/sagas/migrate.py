@@ -86,7 +86,7 @@ async def _claim(context: StepContext) -> Outcome:
     assert claim.destination is not None, "it was admitted"
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
     if not candidate.fits and _journal(context.operation).requested is not None:
-        raise StepFailed(_unschedulable(vm, [candidate]))
+        return await _nowhere(context, vm, [candidate])
     if not candidate.fits:
         return await _choose_again(context, vm, claim)
     copied = copied_disks(vm, _node(context, claim.source), _node(context, claim.destination))
@@ -227,13 +227,13 @@ async def _choose(context: StepContext, vm: Vm, claim: MigrationClaim) -> str | 
     snapshot = context.parts.capacity.current()
     wanted = _journal(context.operation).requested
     candidates = (
-        list(_plan(context, snapshot, vm))
+        list(await _plan(context, snapshot, vm))
         if wanted is None
         else [_explain(context, snapshot, vm, wanted)]
     )
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise StepFailed(await _refused(context, vm, wanted, candidates))
+        return await _nowhere(context, vm, candidates)
     others = [each for each in _claims(context) if each.operation != context.operation.id]
     full = ""
     for candidate in fitting:
@@ -319,9 +319,11 @@ def _fresh_ends(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[En
     return found[0], found[1]
 
 
-def _plan(context: StepContext, snapshot: Snapshot, vm: Vm) -> tuple[Candidate, ...]:
+async def _plan(context: StepContext, snapshot: Snapshot, vm: Vm) -> tuple[Candidate, ...]:
+    """Plan over all nodes; in a large cell that takes too long for the leader's loop."""
     request = move_request(vm, _source(context, vm))
-    return plan(snapshot.without(vm), request).candidates
+    decision = await context.parts.offload(lambda: plan(snapshot.without(vm), request))
+    return decision.candidates
 
 
 def _explain(context: StepContext, snapshot: Snapshot, vm: Vm, node_id: str) -> Candidate:
@@ -384,6 +386,14 @@ def _failure(context: StepContext, vm: Vm, claim: MigrationClaim) -> Problem:
     if report is not None and report.fault is not None:
         return report.fault
     return problem("migration_failed", "the guest has not moved; it is where it was")
+
+
+async def _nowhere(context: StepContext, vm: Vm, candidates: list[Candidate]) -> Waits:
+    """Wait for nodes that may yet be heard. Raises StepFailed when there are none."""
+    if unheard := context.unheard():
+        return Waits(f"{unheard} may yet be heard")
+    wanted = _journal(context.operation).requested
+    raise StepFailed(await _refused(context, vm, wanted, candidates))
 
 
 def _unschedulable(vm: Vm, candidates: list[Candidate]) -> Problem:

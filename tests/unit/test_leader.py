@@ -73,6 +73,7 @@ class Replica:
                 scheduler=SchedulerSettings(),
                 metrics=unscraped_metrics(Windows()),
                 limits=MigrationLimits(),
+                offload=inline,
                 progress=lambda told: None,
             )
         )
