@@ -224,6 +224,14 @@ class Hypervisor(Protocol):
         """Return part of a domain's serial console log; a negative offset counts from the end."""
         ...
 
+    async def console_size(self, name: str) -> int:
+        """Return how many bytes a domain's serial console log has; 0 for none."""
+        ...
+
+    async def delete_console_log(self, name: str) -> None:
+        """Delete the console log that a domain has left here; does nothing when there is none."""
+        ...
+
     async def samples(self) -> tuple[Sample, ...]:
         """Return one sample per running domain of ours (``object`` is the VM's id).
 

@@ -147,7 +147,7 @@ class LibvirtDriver:
         if keep_log:
             return
         # Also when there was no domain: an earlier call may have ended between the two.
-        await self.delete_volume(self._settings.console_pool, storage.console_log_name(name))
+        await self.delete_console_log(name)
 
     async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
         await self._store(
@@ -168,6 +168,15 @@ class LibvirtDriver:
                 connection, pool, name, offset, limit_bytes
             ),
         )
+
+    async def console_size(self, name: str) -> int:
+        pool = self._settings.console_pool
+        return await self._store(
+            pool, lambda connection: storage.console_size(connection, pool, name)
+        )
+
+    async def delete_console_log(self, name: str) -> None:
+        await self.delete_volume(self._settings.console_pool, storage.console_log_name(name))
 
     async def samples(self) -> tuple[Sample, ...]:
         at = self._clock.now().timestamp()
@@ -193,7 +202,7 @@ class LibvirtDriver:
         facts = await self.facts()
 
         def check(connection: libvirt.virConnect) -> tuple[FieldError, ...]:
-            found = migration.check_destination(connection, name, question, facts.machine_types)
+            found = migration.check_destination(connection, name, question, facts)
             pools = storage.check_arrival(connection, question)
             return (*found, *pools)
 

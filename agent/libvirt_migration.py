@@ -13,8 +13,9 @@ from typing import Any
 
 import libvirt
 
-from agent.hypervisor import MigrationEnd, Outgoing, Transfer
+from agent.hypervisor import HypervisorFacts, MigrationEnd, Outgoing, Transfer
 from agent.libvirt_domains import check_generation, find_domain, metadata_of
+from agent.libvirt_facts import ARCHITECTURE
 from agent.migration_xml import destination_xml, disk_targets, guest_facts
 from shared.errors import DomainNotFound, FieldError
 from shared.moves import EndState, MigrationFigures
@@ -98,13 +99,15 @@ def check_destination(
     connection: libvirt.virConnect,
     name: str,
     question: DestinationQuestion,
-    machines: tuple[str, ...],
+    facts: HypervisorFacts,
 ) -> list[FieldError]:
     blockers = []
-    if question.machine not in machines:
+    if question.machine not in facts.machine_types:
         blockers.append(
             _blocker("machine_type", f"QEMU here has no machine type {question.machine!r}")
         )
+    elif question.cpu_xml and not _offers_cpu(connection, question, facts.virtualization):
+        blockers.append(_blocker("cpu", "its CPU cannot do what the guest was promised"))
     by_name = find_domain(connection, name)
     if by_name is not None and (by_name.isActive() or metadata_of(by_name) is None):
         blockers.append(_blocker("name_taken", f"a domain {name!r} is here already"))
@@ -113,6 +116,16 @@ def check_destination(
         if other.name() != name:
             blockers.append(_blocker("uuid_taken", f"domain {other.name()!r} has its UUID"))
     return blockers
+
+
+def _offers_cpu(
+    connection: libvirt.virConnect, question: DestinationQuestion, virtualization: str
+) -> bool:
+    """Whether guests with the running guest's CPU can run here."""
+    compared = connection.compareHypervisorCPU(
+        None, ARCHITECTURE, question.machine, virtualization, question.cpu_xml, 0
+    )
+    return bool(compared != libvirt.VIR_CPU_COMPARE_INCOMPATIBLE)
 
 
 def migrate(connection: libvirt.virConnect, name: str, generation: int, outgoing: Outgoing) -> None:
@@ -207,7 +220,10 @@ def _end_state(state: int, reason: int, operation: int | None) -> EndState:
         return EndState.MOVING
     if state != libvirt.VIR_DOMAIN_PAUSED:
         return EndState.RUNNING
-    return EndState.INCOMING if operation == _IN else _PAUSED.get(reason, EndState.RUNNING)
+    # What comes in is paused for one of the last two reasons, until it has arrived.
+    if operation == _IN and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
+        return EndState.INCOMING
+    return _PAUSED.get(reason, EndState.RUNNING)
 
 
 def _is_kept(domain: libvirt.virDomain) -> bool:

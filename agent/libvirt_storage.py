@@ -101,6 +101,15 @@ def console_log_name(domain_name: str) -> str:
     return f"{domain_name}{CONSOLE_LOG_SUFFIX}"
 
 
+def console_size(connection: libvirt.virConnect, pool: str, domain_name: str) -> int:
+    """Return how many bytes a console log has; 0 for one that was never written."""
+    found = _pool(connection, pool)
+    # libvirt knows a file's size from the last refresh only.
+    found.refresh(0)
+    volume = _known_volume(found, console_log_name(domain_name))
+    return 0 if volume is None else int(volume.info()[1])
+
+
 def read_console_log(
     connection: libvirt.virConnect, pool: str, domain_name: str, offset: int, limit_bytes: int
 ) -> bytes:

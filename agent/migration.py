@@ -219,6 +219,8 @@ class Migrations:
             await self._hypervisor.stop(name, domain.generation)
             await self._hypervisor.undefine(name, domain.generation, keep_log=True)
         await self._delete_copies(desired, order)
+        if order.purge:
+            await self._hypervisor.delete_console_log(name)
         if order.operation:
             await self._relays.close(_relay_name(desired, order))
         await self.settle(desired.vm_id)
@@ -244,10 +246,15 @@ class Migrations:
         if order.boot_id != self._node.boot_id:
             fault = StateConflict("this node has booted since it was chosen")
             return await self._look(desired, order, fault=fault)
+        if self._is_ready(desired, order):
+            # Only once: data may be coming into these volumes by now.
+            return await self._look(desired, order, settled=True)
         # From now on nothing may start this generation here: it comes running.
         await self._fence.use_generation(desired.vm_id, order.generation)
         try:
             await self._clear_place(desired, order)
+            # A log of an earlier stay would seem to be of now.
+            await self._hypervisor.delete_console_log(desired.domain_name)
             for disk in desired.spec.disks:
                 if disk.name in order.copied:
                     volume = volume_name(desired.vm_id, disk.name)
@@ -269,9 +276,12 @@ class Migrations:
             raise StateConflict(f"another domain has the name {desired.domain_name!r} here")
         await self._hypervisor.undefine(desired.domain_name, domain.generation, keep_log=True)
 
-    async def _admit(self, desired: Desired, order: MigrationOrder) -> None:
+    def _is_ready(self, desired: Desired, order: MigrationOrder) -> bool:
         known = self._targets.get(desired.vm_id)
-        if known is not None and known[0] == order.generation:
+        return known is not None and known[0] == order.generation
+
+    async def _admit(self, desired: Desired, order: MigrationOrder) -> None:
+        if self._is_ready(desired, order):
             return
         layout = await self._hypervisor.layout(definition_of(desired, order.generation))
         facts = await self._hypervisor.facts()
@@ -302,11 +312,12 @@ class Migrations:
         if end.state in _NEVER_RAN:
             self._fence.check(desired.term, desired.vm_id, desired.revision)
             await self._hypervisor.stop(desired.domain_name, order.generation)
-            await self._hypervisor.undefine(desired.domain_name, order.generation, keep_log=True)
+            await self._hypervisor.undefine(desired.domain_name, order.generation)
         end = await self._end(desired, order)
         if end.state is not EndState.ABSENT:
             return await self._look(desired, order)
         await self._delete_copies(desired, order)
+        await self._hypervisor.delete_console_log(desired.domain_name)
         return await self._look(desired, order, settled=True)
 
     # Both.

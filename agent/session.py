@@ -279,6 +279,8 @@ class Session:
             return await self._hypervisor.console_log(
                 query.domain_name, query.offset, query.limit_bytes
             )
+        if query.kind is QueryKind.CONSOLE_SIZE:
+            return str(await self._hypervisor.console_size(query.domain_name)).encode()
         if query.kind is QueryKind.MIGRATION_SOURCE:
             return pack(await self._check_source(query))
         if query.kind is QueryKind.MIGRATION_DESTINATION:

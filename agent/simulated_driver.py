@@ -150,6 +150,13 @@ class SimulatedNodeState:
         self.libvirtd_runs = True
         self.changed("")
 
+    def console(self, name: str) -> bytes:
+        """Return a domain's console log: of the one that is here, or what an earlier one left."""
+        domain, log = self.domains.get(name), self.consoles.get(name)
+        if domain is not None:
+            domain.catch_up()
+        return b"" if log is None else log.text
+
     def make(self, definition: DomainDefinition) -> SimulatedDomain:
         """Make a domain that is not there yet; it writes on its name's console log."""
         return SimulatedDomain(
@@ -294,16 +301,20 @@ class SimulatedDriver:
 
     async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
         def read() -> bytes:
-            domain, console = self._state.domains.get(name), self._state.consoles.get(name)
-            if console is None:
-                return b""
-            if domain is not None:
-                domain.catch_up()
-            log = console.text
+            log = self._state.console(name)
             start = max(0, len(log) + offset) if offset < 0 else offset
             return log[start : start + limit_bytes]
 
         return await self._call("console_log", name, read)
+
+    async def console_size(self, name: str) -> int:
+        return await self._call("console_size", name, lambda: len(self._state.console(name)))
+
+    async def delete_console_log(self, name: str) -> None:
+        def delete() -> None:
+            self._state.consoles.pop(name, None)
+
+        await self._call("delete_console_log", name, delete)
 
     async def samples(self) -> tuple[Sample, ...]:
         at = self._clock.now().timestamp()

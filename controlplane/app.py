@@ -26,6 +26,7 @@ from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
 from controlplane.telemetry.exporter import Metrics
+from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
 from shared.clock import Clock
 from shared.codec import pack
@@ -41,6 +42,7 @@ from shared.model import (
     Vm,
 )
 from shared.offload import Offload
+from shared.protocol import MigrationProgress
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class ControlPlane:
         self.state = ClusterState()
         self.informer = Informer(ports.store, self.state)
         self.windows = ports.windows
+        self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
         self._copy = CopyHistory(self.state, ports.history)
         self._me = LeaderKey(
@@ -114,7 +117,8 @@ class ControlPlane:
                 scheduler=settings.scheduler,
                 metrics=ports.metrics,
                 limits=settings.migrations,
-                progress=lambda told: None,
+                offload=ports.offload,
+                progress=self._note_progress,
             )
         )
 
@@ -134,7 +138,7 @@ class ControlPlane:
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
-            tasks.create_task(self._election.run(self.leader.lead))
+            tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
             tasks.create_task(self._stay_registered())
 
     def hub(self) -> Hub | None:
@@ -157,6 +161,11 @@ class ControlPlane:
     def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self.informer.replicas.items()))
 
+    def agent_versions(self) -> dict[str, str]:
+        """Return what the agents in session say they are, by node id; empty unless we lead."""
+        hub = self.leader.hub
+        return {} if hub is None else hub.agent_versions()
+
     def context(self) -> Context:
         """Return what the services work with."""
         return Context(
@@ -165,11 +174,13 @@ class ControlPlane:
             ask=self.leader.ask,
             history=self._ports.history,
             windows=self.windows,
+            progress=self.progress,
             store=self._ports.store,
             clock=self._ports.clock,
             scheduler=self._settings.scheduler,
             leadership=self.leadership,
             replicas=self.replicas,
+            agents=self.agent_versions,
             offload=self._ports.offload,
             version=self._settings.version,
         )
@@ -180,9 +191,21 @@ class ControlPlane:
         elif isinstance(before, Vm) and after is None:
             self.windows.forget(before.id)
 
+    def _note_progress(self, told: MigrationProgress) -> None:
+        """Take what an agent tells of a migration, unless that has ended meanwhile."""
+        if told.operation in self.state.operations:
+            self.progress.put(
+                told.operation,
+                told.percent,
+                told.eta_s,
+                bytes_done=told.bytes_done,
+                bytes_total=told.bytes_total,
+            )
+
     def _entry_added(self, entry: HistoryEntry) -> None:
         if isinstance(entry, FinishedOperation):
             self._ports.metrics.operation_entered(entry.operation.kind, entry.operation.state)
+            self.progress.forget(entry.operation.id)
 
     async def _expire_windows(self) -> None:
         """Drop objects whose agent has sent nothing for as long as a window reaches back."""

@@ -5,6 +5,7 @@ own. ``suspend_after_s`` after the last good renewal was *sent*, on a clock that
 writes stop; they go on in the same term only if key and lease are read back as our own. Safety
 never rests on this: every commit compares the key. A replica that finds a key of its own name while
 it campaigns resigns it at once: the lock on its data directory says that no other process holds it.
+One whose release is too old for the cluster's records only follows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store
 from shared.clock import Clock
 from shared.codec import pack, unpack
-from shared.errors import LeadershipLost, NovacronError, RecordUnreadable
+from shared.errors import LeadershipLost, NovacronError, RecordUnreadable, ReleaseTooOld
 from shared.model import LeaderKey
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Reign:
 
 
 Lead = Callable[[Reign], Awaitable[None]]
+# Says why this replica must not lead; empty when it may.
+Unfit = Callable[[], str]
 
 
 class Election:
@@ -87,27 +90,39 @@ class Election:
         self._clock = clock
         self._rng = rng
         self._lease = 0
+        self._unfit = ""
         self.leader: LeaderKey | None = None
 
-    async def run(self, lead: Lead) -> None:
-        """Campaign for ever; while a term is ours, ``lead`` runs, and is cancelled at its end."""
+    async def run(self, lead: Lead, unfit: Unfit) -> None:
+        """Campaign for ever; while a term is ours, ``lead`` runs, and is cancelled at its end.
+
+        While ``unfit`` has a reason, only follow. ``lead`` may be the first to find one, in what it
+        reads on takeover: it then raises ReleaseTooOld.
+        """
         while True:
             try:
-                reign = await self._campaign()
+                reign = await self._campaign(unfit())
                 if reign is not None:
                     await self._rule_and_resign(reign, lead)
             except LeadershipLost as lost:
                 log.warning("leadership lost: %s", lost)
+            except ReleaseTooOld as too_old:
+                log.error("giving the term back: %s", too_old)
             except NovacronError as error:
                 log.warning("the campaign failed: %s", error)
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
 
-    async def _campaign(self) -> Reign | None:
+    async def _campaign(self, unfit: str) -> Reign | None:
         """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
+        self._tell_unfit(unfit)
         current = await self._store.get(keys.LEADER)
         if current is not None and not await self._resign_dead_self(current):
             self.leader = _read_leader(current)
+            await asyncio.sleep(FOLLOWER_LOOK_S)
+            return None
+        if unfit:
+            self.leader = None
             await asyncio.sleep(FOLLOWER_LOOK_S)
             return None
         sent_s = self._clock.boottime_s()
@@ -120,6 +135,11 @@ class Election:
         return Reign(
             outcome.leader.create_revision, sent_s, self._settings.suspend_after_s, self._clock
         )
+
+    def _tell_unfit(self, unfit: str) -> None:
+        if unfit and unfit != self._unfit:
+            log.error("not standing for election: %s", unfit)
+        self._unfit = unfit
 
     async def _resign_dead_self(self, current: KeyValue) -> bool:
         leader = _read_leader(current)

@@ -1,7 +1,8 @@
 """One term, from takeover to its end: the applier, the sessions and the reconcilers.
 
 On takeover all state is listed at a revision not older than the term; from then on the leader's
-own commits are what advances it. When the term ends, everything here ends with it.
+own commits are what advances it. When the term ends, everything here ends with it. A cluster whose
+schema level is above this release's is never led: what newer releases wrote would be dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from msgspec import Struct
 from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command
 from controlplane.commands.migrations import MigrationLimits
+from controlplane.commands.upgrade import why_too_old
 from controlplane.election import Reign
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
@@ -39,9 +41,10 @@ from controlplane.store.informer import Informer
 from controlplane.store.port import Store
 from controlplane.telemetry.exporter import Metrics
 from shared.clock import Clock
-from shared.errors import LeadershipLost, NoLeader, NovacronError
+from shared.errors import LeadershipLost, NoLeader, NovacronError, ReleaseTooOld
 from shared.ids import IdSource
 from shared.model import ApiKey, Cluster, Term
+from shared.offload import Offload
 from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class LeaderParts(Struct, frozen=True):
     scheduler: SchedulerSettings
     metrics: Metrics
     limits: MigrationLimits
+    offload: Offload
     progress: Callable[[MigrationProgress], None]
 
 
@@ -88,6 +92,10 @@ class Leader:
     def term(self) -> Term | None:
         return None if self._applier is None else self._applier.term
 
+    def unfit(self) -> str:
+        """Return why this replica must not lead, as far as it has read by now; empty if it may."""
+        return why_too_old(self._parts.state.cluster())
+
     async def submit(self, command: Command[Result]) -> Result:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:
@@ -100,7 +108,7 @@ class Leader:
         return await self.hub.ask(node_id, query)
 
     async def lead(self, reign: Reign) -> None:
-        """Take over and lead until cancelled. Raises LeadershipLost."""
+        """Take over and lead until cancelled. Raises LeadershipLost, ReleaseTooOld."""
         parts = self._parts
         parts.informer.audit_only()
         applier: Applier | None = None
@@ -147,6 +155,8 @@ class Leader:
         await parts.informer.load(reign.leader_revision)
         mark = await parts.store.get(keys.MARK)
         known = parts.state.cluster()
+        if too_old := why_too_old(known):
+            raise ReleaseTooOld(too_old)
         epoch = (known or parts.founding.cluster).epoch
         term = Term(epoch, reign.leader_revision)
         return Applier(
@@ -170,6 +180,7 @@ class Leader:
             submit=applier.submit,
             clock=parts.clock,
             limits=parts.limits,
+            offload=parts.offload,
         )
         return SagaEngine(saga_parts, SAGAS)
 

@@ -185,7 +185,7 @@ def _host_name(address: str) -> x509.GeneralName:
 
 
 def _usage(*, signs_certificates: bool, enciphers_keys: bool = False) -> x509.KeyUsage:
-    """``enciphers_keys`` says nothing about a key like ours, but QEMU 7.2 refuses one without."""
+    """``enciphers_keys`` means nothing for an EC key, but QEMUs before its newest fixes insist."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,

@@ -16,14 +16,18 @@ to do with an error logs it, once.
     │   ├── NameTaken
     │   ├── StateConflict              the action does not fit the object's state
     │   ├── IllegalTransition          a table in shared.states has no such row
-    │   └── ChangeTooLarge             more writes than one transaction may hold
+    │   ├── ChangeTooLarge             more writes than one transaction may hold
+    │   └── UpgradeUnfinished          it needs a schema level that the cluster has not reached
+    ├── UpgradeBlocked            409  every replica and agent that is still of an older release
     ├── CursorExpired             410  the walk's moment is too long ago: start again
+    ├── HistoryGone               410  what came after that is not all here: list again
     ├── PreconditionFailed        412  the object is not the one that If-Match names
     ├── UnsupportedMediaType      415
     ├── IdempotencyKeyReused      422  the key came with another request before
     ├── Unavailable               503  retry later; nothing was changed
     │   ├── NoLeader
     │   ├── LeadershipLost
+    │   ├── ReleaseTooOld              the cluster's schema level is above this replica's
     │   ├── StoreUnavailable
     │   ├── NodeUnreachable
     │   └── Overloaded
@@ -138,8 +142,25 @@ class ChangeTooLarge(Conflict):
     code = "change_too_large"
 
 
+class UpgradeUnfinished(Conflict):
+    code = "upgrade_unfinished"
+
+
+class UpgradeBlocked(FieldErrors):
+    code = "upgrade_blocked"
+    http_status = 409
+
+    def __init__(self, errors: tuple[FieldError, ...]) -> None:
+        super().__init__("the upgrade cannot be finalized yet", errors)
+
+
 class CursorExpired(NovacronError):
     code = "cursor_expired"
+    http_status = 410
+
+
+class HistoryGone(NovacronError):
+    code = "history_gone"
     http_status = 410
 
 
@@ -170,6 +191,10 @@ class NoLeader(Unavailable):
 
 class LeadershipLost(Unavailable):
     code = "leadership_lost"
+
+
+class ReleaseTooOld(Unavailable):
+    code = "release_too_old"
 
 
 class StoreUnavailable(Unavailable):

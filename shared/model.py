@@ -274,6 +274,7 @@ class VmStatus(Struct, frozen=True, kw_only=True):
     ``power_seen`` is the last report about ``attempt`` or about the bound node.
     ``observed_revision`` is the record revision that the agent's last report answers.
     ``crashes`` counts failed attempts in a row and ``not_before`` holds the next one back.
+    ``logs_on`` are nodes that the VM has left, with its console log of then; oldest first.
     """
 
     node: str | None = None
@@ -289,6 +290,7 @@ class VmStatus(Struct, frozen=True, kw_only=True):
     fault: Problem | None = None
     migration: MigrationClaim | None = None
     leftovers: tuple[Leftover, ...] = ()
+    logs_on: tuple[str, ...] = ()
 
 
 class Vm(Record, frozen=True, kw_only=True):

@@ -45,6 +45,7 @@ class Intent(OpenEnum):
 
 class QueryKind(OpenEnum):
     CONSOLE_LOG = "console_log"
+    CONSOLE_SIZE = "console_size"
     MIGRATION_SOURCE = "migration_source"
     MIGRATION_DESTINATION = "migration_destination"
     UNKNOWN = "unknown"
@@ -76,12 +77,16 @@ class MigrationTarget(Struct, frozen=True, kw_only=True):
     tls: bool
     layout: DestinationLayout
 
+    def __repr__(self) -> str:
+        return f"MigrationTarget(node_name={self.node_name!r}, …)"  # the token stays out of logs
+
 
 class MigrationOrder(Struct, frozen=True, kw_only=True):
     """What a node is to do in the open migration of a VM; each stage is told until answered.
 
     ``generation`` is the claim's, the destination's in its boot ``boot_id``. ``peer`` is the other
-    node's name. ``target`` comes to the source once the destination is ready.
+    node's name. ``target`` comes to the source once the destination is ready. ``purge``: the VM is
+    being deleted, so that not even its console log stays.
     """
 
     operation: str
@@ -92,6 +97,7 @@ class MigrationOrder(Struct, frozen=True, kw_only=True):
     boot_id: str
     peer: str
     copied: tuple[str, ...] = ()
+    purge: bool = False
     timeout_s: float = 300.0
     target: MigrationTarget | None = None
 

@@ -28,10 +28,14 @@ class OperationEvent(enum.Enum):
     FAILED = "failed"
     CANCEL_ASKED = "cancel asked"
     CANCELLED = "cancelled"
+    TURNED = "turned"
 
 
 class StepEvent(enum.Enum):
-    """What happens to a saga's step; TURNED: its undo found that it is done for good."""
+    """What happens to a saga's step; TURNED: its undo found that it is done for good.
+
+    RESET: a step before it has turned, so that it is to come once more.
+    """
 
     BEGUN = "begun"
     DONE = "done"
@@ -39,6 +43,7 @@ class StepEvent(enum.Enum):
     UNDO_BEGUN = "undo begun"
     UNDONE = "undone"
     TURNED = "turned"
+    RESET = "reset"
 
 
 class AttemptEvent(enum.Enum):
@@ -78,6 +83,9 @@ OPERATION_TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationStat
     (_O.CANCELLING, _OE.SUCCEEDED): _O.SUCCEEDED,
     (_O.CANCELLING, _OE.FAILED): _O.FAILED,
     (_O.CANCELLING, _OE.CANCELLED): _O.CANCELLED,
+    # A saga that is undone has found what it cannot undo: it goes forward, whoever cancelled it.
+    (_O.RUNNING, _OE.TURNED): _O.RUNNING,
+    (_O.CANCELLING, _OE.TURNED): _O.RUNNING,
 }
 OPERATION_ENDS = frozenset({_O.SUCCEEDED, _O.FAILED, _O.CANCELLED})
 
@@ -92,6 +100,9 @@ STEP_TRANSITIONS: dict[tuple[StepState, StepEvent], StepState] = {
     (_S.DONE, _SE.UNDO_BEGUN): _S.UNDOING,
     (_S.UNDOING, _SE.UNDONE): _S.UNDONE,
     (_S.UNDOING, _SE.TURNED): _S.DONE,
+    (_S.RUNNING, _SE.RESET): _S.PENDING,
+    (_S.FAILED, _SE.RESET): _S.PENDING,
+    (_S.UNDONE, _SE.RESET): _S.PENDING,
 }
 
 # An attempt that ended may be seen running after all: a start that libvirt reported as failed, or

@@ -161,9 +161,7 @@ DRAWS: dict[str, str] = {
 # Where the date comes from.
 DATES = {"shared/clock.py", "controlplane/cli/terminal.py"}
 # Giving way between bounded pieces of work is fine; waiting by turning round and round is not.
-TURNS_IN_A_LOOP: dict[str, str] = {
-    "controlplane/api/stream.py": "lets the waiter of changes begin before history is read",
-}
+TURNS_IN_A_LOOP: dict[str, str] = {}
 PURE_IMPORTS = {
     "__future__",
     "collections",

@@ -133,7 +133,7 @@ class Endpoint:
             await self._catch_up(sent.min_revision)
         if route.follows and method == "GET" and EVENT_STREAM.encode() in sent.accept:
             assert isinstance(query, EventQuery), "only lists of events are followed"
-            if sent.last_event_id is not None:
+            if sent.last_event_id:
                 query = replace(query, since=sent.last_event_id.decode("latin-1"))
             await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
             return

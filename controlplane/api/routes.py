@@ -15,7 +15,9 @@ from msgspec import Struct
 from controlplane.api.answer import TEXT, Answer, json_answer
 from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
+    audit,
     cluster,
+    console,
     drains,
     events,
     metrics,
@@ -30,12 +32,14 @@ from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.metrics import scrape_view
 from controlplane.services.requests import (
     VM_IMMUTABLE,
+    AuditQuery,
     ConsoleQuery,
     CordonOrder,
     DrainOrder,
     DryRunQuery,
     EventQuery,
     MigrateOrder,
+    MigrationQuery,
     NewVm,
     NoBody,
     NodeQuery,
@@ -47,8 +51,10 @@ from controlplane.services.requests import (
     WaitQuery,
 )
 from controlplane.services.views import (
+    AuditList,
     ClusterView,
     EventList,
+    MigrationList,
     MigrationView,
     NodeList,
     NodeView,
@@ -123,7 +129,7 @@ async def _scrape(call: Call) -> Answer:
 
 
 async def _console_log(call: Call) -> Answer:
-    log = await vms.console_log(call.context, call.principal, call.path["vm"], call.query)
+    log = await console.console_log(call.context, call.principal, call.path["vm"], call.query)
     return Answer(200, TEXT, log)
 
 
@@ -322,6 +328,15 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="GET",
+        path=f"{BASE}/migrations",
+        handler=lambda c: migrations.list_migrations(c.context, c.principal, c.query),
+        permission=Permission.OPERATIONS_READ,
+        summary="List migrations, newest first",
+        view=MigrationList,
+        query=MigrationQuery,
+    ),
+    Route(
+        method="GET",
         path=f"{BASE}/migrations/{{operation}}",
         handler=lambda c: migrations.get_migration(c.context, c.principal, c.path["operation"]),
         permission=Permission.OPERATIONS_READ,
@@ -368,6 +383,15 @@ ROUTES: tuple[Route, ...] = (
         follows=True,
     ),
     Route(
+        method="GET",
+        path=f"{BASE}/audit-records",
+        handler=lambda c: audit.list_audit_records(c.context, c.principal, c.query),
+        permission=Permission.AUDIT_READ,
+        summary="List who asked for which change, oldest first",
+        view=AuditList,
+        query=AuditQuery,
+    ),
+    Route(
         method="POST",
         path=f"{BASE}/placement-plans",
         handler=lambda c: placement.plan_new_vm(c.context, c.principal, c.body),
@@ -392,6 +416,15 @@ ROUTES: tuple[Route, ...] = (
         permission=Permission.CLUSTER_READ,
         summary="Get the cluster: leader, replicas, store members, counts",
         view=ClusterView,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/finalize-upgrade",
+        handler=lambda c: cluster.finalize_upgrade(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Allow what is new in this release, once every replica and agent runs it",
+        view=ClusterView,
+        query=DryRunQuery,
     ),
     Route(
         method="GET",

@@ -3,6 +3,13 @@
 A follower has no queue: it is sent one stretch of history, and only when that is out the next one
 is read, from where it stands. A slow reader so costs one stretch of memory; one that does not take
 that within a time is closed, and resumes with the last id it saw.
+
+Frames without a name are events. ``resync``: what was asked for is not all here, list again and go
+on reading. ``resume``: the stream ends, its id is where to go on. ``progress``: how far an
+operation is; no part of history and without an id. A frame of an id alone, which browsers take and
+do not dispatch, moves on a reader whose filter lets nothing pass: with the first frame, with each
+sign of life and each stretch that was passed over. Not with every commit: some clients in other
+languages dispatch it as an empty event.
 """
 
 from __future__ import annotations
@@ -10,14 +17,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from msgspec import Struct
 from starlette.types import Receive, Send
 
-from controlplane.services.context import Context, Principal
-from controlplane.services.events import FOLLOW_STEP, start, stretch_after
+from controlplane.services.context import Context, Principal, ProgressReader
+from controlplane.services.events import (
+    FOLLOW_STEP,
+    Start,
+    events_of,
+    followed,
+    shown_progress,
+    start,
+)
 from controlplane.services.requests import EventQuery
-from controlplane.services.revisions import epoch_of
+from controlplane.services.revisions import epoch_of, event_id
+from controlplane.services.stretches import Stretch
 from controlplane.services.views import EventView, event_view
 from shared.codec import to_json
 from shared.errors import Overloaded, Unavailable
@@ -29,13 +45,21 @@ T = TypeVar("T")
 EVENT_STREAM = "text/event-stream"
 # Proxies cut what is silent for 30 s or more.
 HEARTBEAT_S = 15.0
-HEARTBEAT = b": heartbeat\n\n"
+HEARTBEAT = b": heartbeat\n"
 # A reader that takes nothing for so long is gone or stuck.
 SEND_TIMEOUT_S = 30.0
 # Each follower looks at history after every commit: 500 of them cost about 2 ms a commit.
 FOLLOWERS_MAX = 500
 # How long a browser waits before it comes back after its stream ended.
 RETRY_MS = 2000
+GAP = "what came after that is not all here; list again, and go on reading here"
+
+
+class Place(Struct, frozen=True):
+    """The data of a ``resync`` or ``resume`` frame: where the stream goes on from."""
+
+    id: str
+    detail: str = ""
 
 
 class EventStreams:
@@ -76,75 +100,134 @@ class EventStreams:
         ``abort`` cuts the connection; a mere close would wait for the reader that does not read.
         Raises Forbidden, ValidationFailed, Overloaded, all before the answer begins.
         """
-        since = start(self._context, principal, query)
+        begin = await start(self._context, principal, query)
         if self._followers >= FOLLOWERS_MAX or self._closing.is_set():
             raise Overloaded(f"{self._followers} clients follow events here already")
         self._followers += 1
-        ends: set[asyncio.Task[object]] = {
+        ends: set[asyncio.Future[Any]] = {
             asyncio.create_task(_gone(receive), name="event-stream-client"),
             asyncio.create_task(self._closing.wait(), name="event-stream-closing"),
         }
+        reader = self._context.progress.subscribe() if query.progress else None
+        follower = _Follower(self._context, principal, query, send, begin.seq, reader)
         try:
-            await self._feed(principal, query, since, send, ends)
+            await follower.run(begin, ends)
         except TimeoutError:
-            log.info("a follower of events took nothing for %g s: closed", SEND_TIMEOUT_S)
+            log.info(
+                "a follower of events took nothing for %g s after %s: closed",
+                SEND_TIMEOUT_S,
+                follower.place(),
+            )
             if abort is not None:
                 abort()
         finally:
             self._followers -= 1
             for task in ends:
                 task.cancel()
+            if reader is not None:
+                reader.close()
 
-    async def _feed(
+
+class _Follower:
+    """One follower: where it stands in history, and what it has been sent of that."""
+
+    def __init__(
         self,
+        context: Context,
         principal: Principal,
         query: EventQuery,
-        since: int,
         send: Send,
-        ends: set[asyncio.Task[object]],
+        since: int,
+        reader: ProgressReader | None,
     ) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [_CONTENT_TYPE]})
-        await _send_part(send, b"retry: %d\n\n" % RETRY_MS)
-        changed: asyncio.Task[object] | None = None
+        self._context = context
+        self._principal = principal
+        self._query = query
+        self._send = send
+        self._reader = reader
+        self._since = since
+        self._told = since
+        self._sent_s = 0.0
+
+    def place(self) -> str:
+        """Return the id from which the follower goes on."""
+        return event_id(epoch_of(self._context.state), self._since)
+
+    async def run(self, begin: Start, ends: set[asyncio.Future[Any]]) -> None:
+        """Send until one of ``ends`` is done. Raises TimeoutError where nothing is taken."""
+        headers = [(b"content-type", EVENT_STREAM.encode())]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        # In one part with its id: who is cut off before it has read the one has not read the other.
+        first = self._place(b"resync", GAP) if begin.gap else self._position()
+        await self._part(b"retry: %d\n" % RETRY_MS + first)
+        await self._follow(ends)
+        # To a client that has gone this goes nowhere; one that is still there need not guess.
+        await self._part(self._place(b"resume", "the replica stops; go on from this id"))
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _follow(self, ends: set[asyncio.Future[Any]]) -> None:
+        moved: asyncio.Future[Any] | None = None
         try:
-            while not any(task.done() for task in ends):
+            while not any(end.done() for end in ends):
                 # Armed before history is read: what comes between is not slept through.
-                if changed is None or changed.done():
-                    changed = asyncio.create_task(self._context.state.changes.wait())
-                    await asyncio.sleep(0)
-                stretch = await stretch_after(self._context, principal, query, since, FOLLOW_STEP)
-                since = stretch.seq
-                if stretch.events:
-                    epoch = epoch_of(self._context.state)
-                    views = (event_view(event, epoch) for event in stretch.events)
-                    await _send_part(send, b"".join(map(render, views)))
-                if stretch.complete and not await _first(changed, ends):
-                    await _send_part(send, HEARTBEAT)
+                changed = self._context.state.changes.next()
+                if self._reader is not None and (moved is None or moved.done()):
+                    moved = asyncio.create_task(self._reader.wait(), name="event-stream-progress")
+                try:
+                    complete = await self._tell()
+                    if complete:
+                        await self._wait({changed, *ends, *([moved] if moved else [])})
+                finally:
+                    changed.cancel()
         finally:
-            if changed is not None:
-                changed.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if moved is not None:
+                moved.cancel()
+
+    async def _tell(self) -> bool:
+        """Send what there is to tell, one stretch of it; return whether that was all."""
+        context, principal, query = self._context, self._principal, self._query
+        stretch: Stretch = await followed(context, principal, query, self._since)
+        self._since = stretch.seq
+        if stretch.entries:
+            epoch = epoch_of(context.state)
+            views = (event_view(event, epoch) for event in events_of(stretch))
+            await self._part(b"".join(map(render, views)))
+            self._told = stretch.entries[-1].seq
+        if self._since - self._told >= FOLLOW_STEP:
+            await self._part(self._position())
+        if self._reader is not None:
+            frames = shown_progress(context, principal, query, self._reader.take())
+            if frames:
+                await self._part(
+                    b"".join(b"event: progress\ndata: %s\n\n" % to_json(f) for f in frames)
+                )
+        return stretch.complete
+
+    async def _wait(self, signs: set[asyncio.Future[Any]]) -> None:
+        """Wait for a sign of something to tell; give one of life when it is time for that."""
+        left_s = self._sent_s + HEARTBEAT_S - asyncio.get_running_loop().time()
+        if left_s > 0:
+            await asyncio.wait(signs, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            await self._part(HEARTBEAT + self._position())
+
+    def _position(self) -> bytes:
+        self._told = self._since
+        return b"id: %s\n\n" % self.place().encode()
+
+    def _place(self, name: bytes, detail: str) -> bytes:
+        data = to_json(Place(self.place(), detail))
+        return b"event: %s\nid: %s\ndata: %s\n\n" % (name, self.place().encode(), data)
+
+    async def _part(self, body: bytes) -> None:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sent_s = asyncio.get_running_loop().time()
 
 
 def render(view: EventView) -> bytes:
     """Return one event in the stream's format; JSON has no newline of its own."""
     return b"id: %s\ndata: %s\n\n" % (view.id.encode(), to_json(view))
-
-
-_CONTENT_TYPE = (b"content-type", EVENT_STREAM.encode())
-
-
-async def _first(changed: asyncio.Task[object], ends: set[asyncio.Task[object]]) -> bool:
-    """Wait for the next change or end; False when it is time for a sign of life."""
-    done, _ = await asyncio.wait(
-        {changed, *ends}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED
-    )
-    return bool(done)
-
-
-async def _send_part(send: Send, body: bytes) -> None:
-    async with asyncio.timeout(SEND_TIMEOUT_S):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:

@@ -8,6 +8,7 @@ connection: one that is reused may have been closed by the other side.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
 import secrets
@@ -35,6 +36,7 @@ from controlplane.cli.views import ClusterView, Listing, Page, ProblemView
 from shared.errors import Unauthenticated
 from shared.retry import Backoff
 from shared.tls import SCHEME, Role, parse_identity
+from shared.version import release_of
 
 BASE = "/api/v1"
 JSON = "application/json"
@@ -48,6 +50,11 @@ BACKOFF = Backoff(first_s=0.4, cap_s=4.0)
 KEYS_SINCE = (0, 2)
 # A page of 500 objects is below 2 MiB; this stops a server that never ends.
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
+EVENT_STREAM = "text/event-stream"
+# The API gives a sign of life every 15 s.
+STREAM_SILENCE_S = 45.0
+# An event is below 10 kB.
+LINE_BYTES_MAX = 1024 * 1024
 PAGE_LIMIT = 500
 # 500 pages are 250,000 objects, more than twice what a cell is built for.
 PAGES_MAX = 500
@@ -148,6 +155,36 @@ class Client:
                 break
         return Listing(tuple(items[:at_most]), revision)
 
+    @contextlib.contextmanager
+    def stream(self, path: str, query: Query, last_event_id: str) -> Iterator[Iterator[bytes]]:
+        """Open an event stream and hand out its lines as they come, without their ends.
+
+        Raises ApiProblem, Unreachable (also when it breaks or falls silent), UnexpectedAnswer.
+        """
+        self.close()
+        connection = self._connected()
+        assert connection.sock is not None, "a connected connection has a socket"
+        connection.sock.settimeout(STREAM_SILENCE_S)
+        headers = self._headers(None) | {"Accept": EVENT_STREAM}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        try:
+            connection.request("GET", _with_query(path, query), None, headers)
+            response = connection.getresponse()
+            kind = response.headers.get("content-type", "")
+            if response.status >= HTTPStatus.BAD_REQUEST:
+                answer = Answer(
+                    response.status, {"content-type": kind}, response.read(LINE_BYTES_MAX)
+                )
+                raise ApiProblem(_problem(answer, response.reason))
+            if not kind.startswith(EVENT_STREAM):
+                raise UnexpectedAnswer(f"{path} does not answer with a stream but with {kind!r}")
+            yield _lines(response)
+        except (OSError, http.client.HTTPException) as error:
+            raise _lost("GET", connection.host, error) from error
+        finally:
+            self.close()
+
     def post(self, path: str, body: object = None, query: Query = ()) -> Answer:
         encoded = msgspec.json.encode({} if body is None else body)
         return self.write("POST", _with_query(path, query), encoded)
@@ -194,10 +231,9 @@ class Client:
         """Tell whether the control plane is new enough; when it does not say, it is not."""
         try:
             version = self.get_as(ClusterView, f"{BASE}/cluster").version
-            release = tuple(int(part) for part in version.split(".")[:2])
-        except (CliError, ValueError):
+        except CliError:
             return False
-        return release >= KEYS_SINCE
+        return release_of(version) >= KEYS_SINCE
 
     def _exchange(
         self,
@@ -271,6 +307,13 @@ class Client:
             connection.close()
             raise
         return connection
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while line := response.readline(LINE_BYTES_MAX + 1):
+        if len(line) > LINE_BYTES_MAX:
+            raise UnexpectedAnswer(f"a line of the stream is longer than {LINE_BYTES_MAX} bytes")
+        yield line.rstrip(b"\r\n")
 
 
 def _tls_context(ca_pem: str) -> ssl.SSLContext:

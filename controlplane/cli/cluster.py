@@ -1,4 +1,4 @@
-"""`novacron cluster`: the control plane and its store."""
+"""`novacron cluster`: the control plane and its store, and the end of an upgrade."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Answer
+from controlplane.cli.dry_run import DRY_RUN, dry_run_option
 from controlplane.cli.invocation import (
     Invocation,
     output_option,
@@ -57,6 +58,28 @@ def members(invocation: Invocation, form: str | None, watch: bool, interval: flo
     show(invocation.terminal, view, watch=watch, interval_s=interval)
 
 
+@cluster.command("finalize-upgrade")
+@dry_run_option
+@output_option
+@pass_invocation
+def finalize_upgrade(invocation: Invocation, dry_run: bool, form: str | None) -> None:
+    """Allow what is new in this release, once every replica and agent runs it.
+
+    Until then the release before may be put back; from then on, no more. Asked again, it does
+    nothing.
+    """
+    output = invocation.output(form)
+    path = f"{BASE}/cluster/actions/finalize-upgrade"
+    answer = invocation.client.post(path, query=DRY_RUN if dry_run else ())
+    if _shown_otherwise(output, answer):
+        return
+    seen = answer.decode(ClusterView)
+    if seen.upgrade_pending:
+        output.line(f"nothing stands in the way; the schema level is {seen.schema_level} still")
+    else:
+        output.line(f"the cluster is at schema level {seen.schema_level}, as {seen.version} needs")
+
+
 def _fetch(invocation: Invocation) -> Answer:
     return invocation.client.get(f"{BASE}/cluster")
 
@@ -81,6 +104,7 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
         ("Cluster", seen.id),
         ("Cell", seen.cell),
         ("Version", f"{seen.version}, schema level {seen.schema_level}, epoch {seen.epoch}"),
+        *([("Upgrade", _upgrade(seen))] if seen.upgrade_pending else []),
         ("Leader", leader),
         ("Replicas", "\n".join(replicas) or out.NOTHING),
         ("Members", f"{reachable} of {len(seen.members)} reachable"),
@@ -88,6 +112,13 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
         ("Nodes", nodes or "none"),
         ("VMs", str(seen.vms)),
     ]
+
+
+def _upgrade(seen: ClusterView) -> str:
+    if not seen.upgrade_blockers:
+        return "to be finalized: novacron cluster finalize-upgrade"
+    told = [f"{each.pointer}: {each.message}".lstrip(": ") for each in seen.upgrade_blockers]
+    return "\n".join(["not finished:", *told])
 
 
 def _member_table(seen: ClusterView) -> Table:

@@ -77,8 +77,13 @@ class Detached(CliError):
 
     exit_code = Exit.INTERRUPTED
 
+    def __init__(self, message: str, hint: str = "", undo: str = "") -> None:
+        super().__init__(message, hint)
+        self.undo = undo
+
     def lines(self) -> list[str]:
-        return [str(self), f"  wait again: {self.hint}"]
+        undo = [f"  undo it:    {self.undo}"] if self.undo else []
+        return [str(self), f"  wait again: {self.hint}", *undo]
 
 
 class Unschedulable(CliError):
@@ -145,6 +150,7 @@ def exit_for(problem: ProblemView) -> Exit:
 _EXIT_BY_CODE = {
     "unschedulable": Exit.UNSCHEDULABLE,
     "quota_exceeded": Exit.UNSCHEDULABLE,
+    "drain_incomplete": Exit.PARTIAL,
 }
 _EXIT_BY_STATUS = {
     401: Exit.AUTH,
@@ -160,6 +166,7 @@ _EXIT_BY_STATUS = {
 _HINT_BY_CODE = {
     "outcome_unknown": "look whether it happened before you repeat it",
     "name_taken": "choose another name",
+    "upgrade_unfinished": "novacron cluster status, which tells what the upgrade waits for",
     "no_leader": "repeat in a few seconds; `novacron cluster status` shows who leads",
 }
 _HINT_BY_STATUS = {

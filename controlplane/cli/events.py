@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import click
 import msgspec
 
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Query, decode
-from controlplane.cli.errors import ApiProblem, Exit, Unreachable
+from controlplane.cli.follow import follow as follow_events
 from controlplane.cli.invocation import Invocation, output_option, pass_invocation
 from controlplane.cli.output import Format, Output
 from controlplane.cli.views import EventView, Page
 
 TAIL = 50
-FOLLOW_PERIOD_S = 1.0
 
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on until Ctrl-C.")
-@click.option("--object", "about", metavar="NAME", help="Only about this VM, node or id.")
-@click.option("--kind", help="Only of this kind, such as vm.running.")
+@click.option(
+    "--object", "objects", metavar="NAME", multiple=True, help="Only about this VM, node or id."
+)
+@click.option(
+    "--kind",
+    "kinds",
+    metavar="KIND",
+    multiple=True,
+    help="Only such as vm.running, or vm.* for all.",
+)
 @click.option("--since", default="", metavar="ID", help="All after this event.")
 @output_option
 @pass_invocation
 def events(
     invocation: Invocation,
     follow: bool,
-    about: str | None,
-    kind: str | None,
+    objects: tuple[str, ...],
+    kinds: tuple[str, ...],
     since: str,
     form: str | None,
 ) -> None:
     """Show what happened: the last events, or all after --since."""
-    query: list[tuple[str, str | int]] = []
-    if about is not None:
-        query.append(("object", about))
-    if kind is not None:
-        query.append(("kind", kind))
-    show_events(invocation, invocation.output(form), tuple(query), since=since, follow=follow)
+    query: Query = (*(("object", each) for each in objects), *(("kind", each) for each in kinds))
+    show_events(invocation, invocation.output(form), query, since=since, follow=follow)
 
 
 def show_events(
@@ -51,50 +54,27 @@ def show_events(
 
     JSON is a list, and one event a line while following.
     """
-    pages = _Pages(invocation, query, since)
-    seen: deque[msgspec.Raw] = deque(pages.read(), maxlen=None if since else TAIL)
+    seen, revision = _history(invocation, query, since)
     if output.form is Format.JSON and not follow:
-        output.json(msgspec.json.encode(Page(tuple(seen), None, pages.revision)))
+        output.json(msgspec.json.encode(Page(tuple(seen), None, revision)))
         return
     for event in seen:
         _print(output, event)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(invocation, output, pages)
-
-
-class _Pages:
-    """Reads on from the last event that was read."""
-
-    def __init__(self, invocation: Invocation, query: Query, since: str) -> None:
-        self._invocation = invocation
-        self._query = query
-        self._since = since
-        self.revision = ""
-
-    def read(self) -> Iterator[msgspec.Raw]:
-        """Yield every event that is there and was not read yet."""
-        since: Query = (("since", self._since),) if self._since else ()
-        for page in self._invocation.client.pages(f"{BASE}/events", (*self._query, *since)):
-            self.revision = page.revision
-            for item in page.items:
-                yield item
-                self._since = decode(item, EventView).id
-            if not page.items:
-                # Nothing that matches happened up to here: no need to look through it again.
-                self._since = page.revision
-
-
-def _follow(invocation: Invocation, output: Output, pages: _Pages) -> None:
-    while True:
-        invocation.terminal.sleep(FOLLOW_PERIOD_S)
-        try:
-            for event in pages.read():
+            for event in follow_events(invocation, query, revision):
                 _print(output, event)
-        except (Unreachable, ApiProblem) as error:
-            if error.exit_with() is not Exit.UNREACHABLE:
-                raise
-            invocation.terminal.tell(f"{error}; trying again")
+
+
+def _history(invocation: Invocation, query: Query, since: str) -> tuple[Sequence[msgspec.Raw], str]:
+    """Return what there is after ``since``, or the end of it, and the revision it is up to."""
+    seen: deque[msgspec.Raw] = deque(maxlen=None if since else TAIL)
+    after: Query = (("since", since),) if since else ()
+    revision = since
+    for page in invocation.client.pages(f"{BASE}/events", (*query, *after)):
+        seen += page.items
+        revision = page.revision
+    return tuple(seen), revision
 
 
 def _print(output: Output, raw: msgspec.Raw) -> None:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "login": ("login", "login", "Check an endpoint and a token, and remember them."),
     "vm": ("vm", "vm", "Virtual machines."),
     "node": ("node", "node", "The nodes that run them."),
+    "migration": ("migration", "migration", "VMs on the move."),
     "op": ("op", "op", "Operations: what was accepted, and how it goes."),
     "cluster": ("cluster", "cluster", "The control plane itself."),
     "events": ("events", "events", "What happened."),

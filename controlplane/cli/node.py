@@ -18,6 +18,7 @@ from controlplane.cli.invocation import (
     watch_options,
 )
 from controlplane.cli.listing import label_query, show_list
+from controlplane.cli.node_drain import drain
 from controlplane.cli.output import Format, Output, Table
 from controlplane.cli.top import show_usage, show_usage_of
 from controlplane.cli.views import InventoryView, NodeView, Reference
@@ -95,6 +96,9 @@ def cordon(invocation: Invocation, nodes: tuple[str, ...], reason: str, form: st
 def uncordon(invocation: Invocation, nodes: tuple[str, ...], form: str | None) -> None:
     """Let new VMs go to nodes again."""
     _mark(invocation, nodes, "uncordon", {}, form)
+
+
+node.add_command(drain)
 
 
 @node.command("events")

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import click
 
 from controlplane.cli import output as out
-from controlplane.cli.client import Query, path_of
+from controlplane.cli.client import Answer, Query, path_of
 from controlplane.cli.invocation import (
     Duration,
     Invocation,
     output_option,
     pass_invocation,
+    wait_options,
     watch_options,
 )
 from controlplane.cli.listing import show_list
 from controlplane.cli.output import Format, Output, Table
-from controlplane.cli.views import OperationView
+from controlplane.cli.views import OperationView, ProblemView, StepView
 from controlplane.cli.wait import Waiting, run_operations
 from controlplane.cli.watching import show
 
@@ -32,6 +33,7 @@ def op() -> None:
 
 @op.command("ls")
 @click.option("--state", help="Only in this state, such as running.")
+@click.option("--kind", "kinds", multiple=True, help="Only such as vm.start, or vm.* for all.")
 @click.option("--target", metavar="VM", help="Only on this VM.")
 @click.option(
     "--limit",
@@ -46,6 +48,7 @@ def op() -> None:
 def list_operations(
     invocation: Invocation,
     state: str | None,
+    kinds: tuple[str, ...],
     target: str | None,
     limit: int,
     form: str | None,
@@ -55,7 +58,10 @@ def list_operations(
     """List operations, newest first."""
     output = invocation.output(form)
     given = (("state", state), ("target", target))
-    query: Query = tuple((key, value) for key, value in given if value is not None)
+    query: Query = (
+        *((key, value) for key, value in given if value is not None),
+        *(("kind", kind) for kind in kinds),
+    )
     show(
         invocation.terminal,
         lambda: show_list(
@@ -118,6 +124,48 @@ def wait_for_operations(
     )
 
 
+def cancel_operations(metavar: str) -> click.Command:
+    """Return the command that cancels operations, under the name its group has for them."""
+
+    @click.command("cancel")
+    @click.argument("operation_ids", metavar=f"{metavar}...", nargs=-1, required=True)
+    @output_option
+    @wait_options
+    @pass_invocation
+    def cancel(
+        invocation: Invocation,
+        operation_ids: tuple[str, ...],
+        form: str | None,
+        no_wait: bool,
+        timeout: float | None,
+    ) -> None:
+        """Undo migrations or drains that are under way, and wait until that is done."""
+        output = invocation.output(form)
+
+        def submit(operation_id: str) -> Answer:
+            return invocation.client.post(path_of("operations", operation_id, "actions", "cancel"))
+
+        def done(operation_id: str, operation: OperationView) -> None:
+            named = output.form is Format.NAME
+            output.line(operation_id if named else f"{operation_id} {operation.state}")
+
+        waiting = Waiting.begin(invocation.terminal, no_wait=no_wait, timeout=timeout)
+        run_operations(
+            invocation,
+            output,
+            tuple(dict.fromkeys(operation_ids)),
+            submit,
+            done,
+            waiting,
+            wanted=frozenset({"cancelled", "succeeded"}),
+        )
+
+    return cancel
+
+
+op.add_command(cancel_operations("OPERATION"))
+
+
 def _operation_table(invocation: Invocation, operations: Sequence[OperationView]) -> Table:
     now = invocation.terminal.now()
     rows = tuple(
@@ -145,21 +193,27 @@ def _show_operation(invocation: Invocation, output: Output, operation_id: str) -
         output.description(_operation_fields(seen))
 
 
+def steps_told(steps: Sequence[StepView]) -> str:
+    return "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in steps) or out.NOTHING
+
+
+def error_told(error: ProblemView | None) -> str:
+    if error is None:
+        return out.NOTHING
+    faults = [f"{e.pointer or '/'}: {e.message}" for e in error.errors]
+    return "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
+
+
 def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
-    steps = "\n".join(f"{s.name}: {s.state} {out.stamp(s.at)}" for s in seen.steps)
-    error = seen.error
-    told = out.NOTHING
-    if error is not None:
-        faults = [f"{e.pointer or '/'}: {e.message}" for e in error.errors]
-        told = "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
     return [
         ("Id", seen.id),
         ("Kind", seen.kind),
         ("Target", seen.target),
         ("State", seen.state),
         ("Phase", seen.phase or out.NOTHING),
-        ("Steps", steps or out.NOTHING),
-        ("Error", told),
+        ("Steps", steps_told(seen.steps)),
+        ("Error", error_told(seen.error)),
+        ("Part of", seen.parent or out.NOTHING),
         ("By", seen.by or out.NOTHING),
         ("Created", out.stamp(seen.created_at)),
         ("Changed", out.stamp(seen.updated_at)),

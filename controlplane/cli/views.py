@@ -109,6 +109,13 @@ class VmStatusView(Struct, frozen=True):
     addresses: tuple[str, ...] = ()
     conditions: tuple[ConditionView, ...] = ()
     fault: ProblemView | None = None
+    migration: str | None = None
+    left_on: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> str:
+        """The phase, and whether it is being moved."""
+        return f"{self.phase}, moving" if self.migration else self.phase
 
     @property
     def where(self) -> str:
@@ -193,10 +200,38 @@ class OperationView(Struct, frozen=True):
     created_at: datetime | None = None
     updated_at: datetime | None = None
     deadline_at: datetime | None = None
+    parent: str | None = None
+    cancellable: bool = False
 
     @property
     def ended(self) -> bool:
         return self.state in {"succeeded", "failed", "cancelled"}
+
+
+class MigrationFiguresView(Struct, frozen=True):
+    total_ms: int = 0
+    downtime_ms: int = 0
+    transferred_bytes: int = 0
+
+
+class MigrationView(Struct, frozen=True):
+    id: str
+    vm: str = ""
+    vm_name: str | None = None
+    source: str = ""
+    source_name: str | None = None
+    destination: str | None = None
+    destination_name: str | None = None
+    state: str = "unknown"
+    phase: str = ""
+    steps: tuple[StepView, ...] = ()
+    progress: ProgressView | None = None
+    figures: MigrationFiguresView | None = None
+    error: ProblemView | None = None
+    parent: str | None = None
+    by: str = ""
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
 
 
 class EventView(Struct, frozen=True):
@@ -206,6 +241,11 @@ class EventView(Struct, frozen=True):
     at: datetime | None = None
     by: str = ""
     data: dict[str, Any] = {}
+
+
+class PlaceView(Struct, frozen=True):
+    id: str = ""
+    detail: str = ""
 
 
 class ReasonView(Struct, frozen=True):
@@ -273,6 +313,8 @@ class ClusterView(Struct, frozen=True):
     epoch: int = 0
     version: str = ""
     schema_level: int = 0
+    upgrade_pending: bool = False
+    upgrade_blockers: tuple[FieldErrorView, ...] = ()
     leader: LeaderView | None = None
     replicas: tuple[ReplicaView, ...] = ()
     members: tuple[MemberView, ...] = ()

@@ -148,7 +148,7 @@ def _vm_table(invocation: Invocation, vms: Sequence[VmView]) -> Table:
     rows = tuple(
         (
             each.name,
-            each.status.phase,
+            each.status.state,
             each.status.where or out.NOTHING,
             str(each.spec.vcpus),
             out.mebibytes(each.spec.memory_mib),
@@ -176,8 +176,10 @@ def _vm_fields(invocation: Invocation, seen: VmView) -> list[tuple[str, str]]:
     return [
         ("Name", seen.name),
         ("Id", seen.id),
-        ("State", f"{status.phase}, wanted {spec.power}"),
+        ("State", f"{status.state}, wanted {spec.power}"),
         ("Node", status.where or out.NOTHING),
+        ("Migration", status.migration or out.NOTHING),
+        ("Left on", ", ".join(status.left_on) or out.NOTHING),
         ("Generation", str(status.generation)),
         ("Size", f"{spec.vcpus} vCPUs, {out.mebibytes(spec.memory_mib)}"),
         ("Boot", f"{spec.boot.kernel}, {spec.boot.initrd or 'no initrd'}"),

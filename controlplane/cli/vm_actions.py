@@ -96,6 +96,35 @@ def shutdown(
         _change(invocation, vms, form, submit, "shut down", no_wait, timeout)
 
 
+@click.command()
+@click.argument("vms", metavar="VM...", nargs=-1, required=True)
+@click.option("--to", "destination", metavar="NODE", help="To this node; else the best one.")
+@dry_run_option
+@output_option
+@wait_options
+@pass_invocation
+def migrate(
+    invocation: Invocation,
+    vms: tuple[str, ...],
+    destination: str | None,
+    dry_run: bool,
+    form: str | None,
+    no_wait: bool,
+    timeout: float | None,
+) -> None:
+    """Move running VMs to another node, live."""
+
+    def submit(vm: str) -> Answer:
+        path = path_of("vms", vm, "actions", "migrate")
+        body = {} if destination is None else {"destination": destination}
+        return invocation.client.post(path, body, DRY_RUN if dry_run else ())
+
+    if dry_run:
+        show_dry_runs(invocation, form, distinct(vms), submit)
+    else:
+        _change(invocation, vms, form, submit, "moved", no_wait, timeout)
+
+
 @click.command("rm")
 @click.argument("vms", metavar="VM...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -127,6 +156,7 @@ def remove(
 ACTIONS: tuple[click.Command, ...] = (
     *(_action_command(name, line, past) for name, (line, past) in _PLAIN_ACTIONS.items()),
     shutdown,
+    migrate,
 )
 
 

@@ -37,6 +37,8 @@ LOOK_PERIOD_S = 0.5
 # A placement that takes longer than this waits for room.
 PLACING_S = 3.0
 
+SUCCEEDED = frozenset({"succeeded"})
+
 Done = Callable[[str, OperationView], None]
 
 
@@ -66,11 +68,13 @@ def run_operations(
     submit: Callable[[str], Answer],
     done: Done,
     waiting: Waiting,
+    wanted: frozenset[str] = SUCCEEDED,
 ) -> None:
     """Submit one operation for each name, wait for all, and print what became of them.
 
-    ``done`` prints the sentence for one that succeeded, in the formats for people. Raises the
-    error of a single target as it is, and ``Several`` when there were more.
+    ``wanted`` are the states in which one may end without being a failure. ``done`` prints the
+    sentence for such a one, in the formats for people. Raises the error of a single target as it
+    is, and ``Several`` when there were more.
     """
     failures: list[tuple[str, CliError]] = []
     started: list[Started] = []
@@ -81,7 +85,7 @@ def run_operations(
         except CliError as error:
             failures.append((name, error))
     if waiting.wait:
-        bodies = _await_all(invocation, output, started, done, waiting, failures)
+        bodies = _await_all(invocation, output, started, done, waiting, failures, wanted)
     else:
         bodies = [each.answer.body for each in started]
         if output.form is not Format.JSON:
@@ -101,15 +105,18 @@ def await_operation(invocation: Invocation, started: Started, until_s: float | N
     try:
         return _until_ended(invocation, started, until_s, progress)
     except KeyboardInterrupt:
-        operation_id = started.operation.id
-        raise Detached(f"detached; {_title(started)} goes on", resume(operation_id)) from None
+        raise Detached(
+            f"detached; {_title(started)} goes on",
+            resume(started.operation.id),
+            undo((started.operation,)),
+        ) from None
     finally:
         progress.close()
 
 
-def check_succeeded(name: str, operation: OperationView) -> None:
-    """Raise OperationFailed unless the operation succeeded."""
-    if operation.state == "succeeded":
+def check_ended_in(name: str, operation: OperationView, wanted: frozenset[str]) -> None:
+    """Raise OperationFailed unless the operation ended in a state that was wanted."""
+    if operation.state in wanted:
         return
     problem = operation.error or ProblemView(title=f"the operation was {operation.state}")
     raise OperationFailed(problem, f"{operation.kind} of {name}")
@@ -119,6 +126,12 @@ def resume(*operation_ids: str) -> str:
     return f"novacron op wait {' '.join(operation_ids)}"
 
 
+def undo(operations: Sequence[OperationView]) -> str:
+    """Return the command that undoes those of the operations that can be; empty for none."""
+    ids = [operation.id for operation in operations if operation.cancellable]
+    return f"novacron op cancel {' '.join(ids)}" if ids else ""
+
+
 def _await_all(
     invocation: Invocation,
     output: Output,
@@ -126,6 +139,7 @@ def _await_all(
     done: Done,
     waiting: Waiting,
     failures: list[tuple[str, CliError]],
+    wanted: frozenset[str],
 ) -> list[bytes]:
     bodies = []
     for index, each in enumerate(started):
@@ -133,12 +147,13 @@ def _await_all(
             answer = await_operation(invocation, each, waiting.until_s)
             bodies.append(answer.body)
             operation = answer.decode(OperationView)
-            check_succeeded(each.name, operation)
+            check_ended_in(each.name, operation, wanted)
             if output.form is not Format.JSON:
                 done(each.name, operation)
         except Detached as error:
-            rest = [later.operation.id for later in started[index:]]
-            raise Detached(str(error), resume(*rest)) from None
+            rest = [later.operation for later in started[index:]]
+            again = resume(*(operation.id for operation in rest))
+            raise Detached(str(error), again, undo(rest)) from None
         except CliError as error:
             failures.append((each.name, error))
     return bodies

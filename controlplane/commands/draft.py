@@ -132,6 +132,13 @@ class Draft:
         node_id = self._state.node_id_by_name(name)
         return None if node_id is None else self.find(Node, node_id)
 
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node, as this draft leaves it, in no order."""
+        yield from self._changed(Node)
+        for node_id, stored in self._state.nodes.items():
+            if (Node, node_id) not in self._changes:
+                yield stored.record
+
     def vms_on(self, node_id: str) -> Iterator[Vm]:
         """Yield the VMs of which a node holds, or may hold, something, as the draft leaves it."""
         for vm in self._changed(Vm):

@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
-from controlplane.commands.migrations import RequestMigration
+from controlplane.commands.migrations import RequestMigration, with_log_on
 from controlplane.commands.nodes import put_cordon
 from controlplane.commands.operations import put_vm
 from controlplane.commands.sagas import (
@@ -21,6 +21,7 @@ from controlplane.commands.sagas import (
     open_saga,
     saga_steps,
 )
+from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
 from shared.model import AttemptState, Node, Operation, OperationState
 from shared.moves import DrainJournal, DrainTry, Leftover, VmLeft
@@ -33,7 +34,7 @@ DRAIN_DEADLINE = timedelta(hours=24)
 class RequestDrain(Struct, frozen=True, kw_only=True):
     """Returns the id of the operation; whoever asks again gets the one that is under way.
 
-    Raises NotFound, StateConflict while an earlier drain is being undone.
+    Raises NotFound, UpgradeUnfinished, StateConflict while an earlier drain is being undone.
     """
 
     node_id: str
@@ -45,6 +46,7 @@ class RequestDrain(Struct, frozen=True, kw_only=True):
 
     def decide(self, draft: Draft) -> str:
         node = draft.node(self.node_id)
+        require_level(draft, MOVES_LEVEL, "a drain")
         for operation in draft.operations_on(node.id):
             if operation.kind == DRAIN and operation.undoing:
                 raise StateConflict(
@@ -141,7 +143,8 @@ def release_vm(vm_id: str, new_node: str | None) -> Effect:
         generation = 0 if attempt is None else attempt.generation
         left = Leftover(node=operation.target, generation=generation)
         leftovers = (*vm.status.leftovers, left)
-        status = replace(vm.status, node=new_node, attempt=None, leftovers=leftovers)
+        status = with_log_on(vm.status, operation.target, new_node)
+        status = replace(status, node=new_node, attempt=None, leftovers=leftovers)
         by = Author(operation.by)
         draft.event(
             "vm.released", vm.id, by, tenant=vm.tenant, node=operation.target, new_node=new_node

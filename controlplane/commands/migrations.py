@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
 from controlplane.commands.sagas import Effect, open_saga, saga_steps
+from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
 from shared.model import (
-    SCHEMA_LEVEL,
     Attempt,
     AttemptState,
     ObservedPower,
@@ -26,6 +26,7 @@ from shared.model import (
     OperationState,
     Vm,
     VmPhase,
+    VmStatus,
     attempt_generation,
 )
 from shared.moves import (
@@ -43,6 +44,9 @@ MOVABLE_PHASES = frozenset({VmPhase.RUNNING, VmPhase.PAUSED})
 # ends is a saga that waits for a node that never comes back.
 MIGRATION_DEADLINE = timedelta(hours=12)
 
+# A VM that has been on more nodes than this has no log of the first ones any more.
+LOGS_MAX = 16
+
 NodeCheck = Callable[[Draft, Vm, str], None]
 
 
@@ -57,7 +61,7 @@ class MigrationLimits(Struct, frozen=True, kw_only=True):
 
 
 class RequestMigration(Struct, frozen=True, kw_only=True):
-    """Returns the id of the operation. Raises NotFound, StateConflict."""
+    """Returns the id of the operation. Raises NotFound, StateConflict, UpgradeUnfinished."""
 
     vm_id: str
     destination: str | None
@@ -102,13 +106,8 @@ class RequestMigration(Struct, frozen=True, kw_only=True):
 
 
 def check_movable(draft: Draft, vm: Vm) -> None:
-    """Raise StateConflict unless a migration of ``vm`` may be asked for."""
-    cluster = draft.cluster()
-    if cluster is not None and cluster.schema_level < SCHEMA_LEVEL:
-        raise StateConflict(
-            "live migration waits for the end of the upgrade: once every replica and agent runs "
-            "this release, `novacron cluster finalize-upgrade` allows it"
-        )
+    """Raise StateConflict, UpgradeUnfinished unless a migration of ``vm`` may be asked for."""
+    require_level(draft, MOVES_LEVEL, "live migration")
     claim = vm.status.migration
     if claim is not None:
         raise StateConflict(f"{vm.name!r} is being migrated already, by {claim.operation}")
@@ -125,7 +124,8 @@ def admit(destination: str, limits: MigrationLimits) -> Effect:
 
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
-        full = no_slot(draft.claims(), claim.source, destination, limits)
+        others = [each for each in draft.claims() if each.operation != operation.id]
+        full = no_slot(others, claim.source, destination, limits)
         if full:
             raise StateConflict(full)
         _put_claim(draft, vm, replace(claim, destination=destination))
@@ -215,7 +215,7 @@ def _switch(draft: Draft, operation: Operation, power_seen: ObservedPower) -> Op
         permitted_at=draft.now,
     )
     status = replace(
-        vm.status,
+        with_log_on(vm.status, claim.source, claim.destination),
         node=claim.destination,
         attempt=attempt,
         power_seen=power_seen,
@@ -299,6 +299,12 @@ class SweepLeftover(Struct, frozen=True, kw_only=True):
             vm_gone_from_node(draft, vm, Author("leader"))
         else:
             put_vm(draft, vm)
+
+
+def with_log_on(status: VmStatus, left: str, new: str | None) -> VmStatus:
+    """Note that a VM leaves its console log behind on a node; its new one begins a fresh one."""
+    others = (node for node in status.logs_on if node not in (left, new))
+    return replace(status, logs_on=(*others, left)[-LOGS_MAX:])
 
 
 def claimed(draft: Draft, operation: Operation) -> tuple[Vm, MigrationClaim]:

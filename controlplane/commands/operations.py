@@ -17,6 +17,8 @@ from controlplane.commands.draft import Author, Draft
 from shared.errors import StateConflict
 from shared.model import (
     AttemptState,
+    Node,
+    NodeState,
     ObservedPower,
     Operation,
     OperationState,
@@ -26,6 +28,7 @@ from shared.model import (
     StepState,
     Vm,
 )
+from shared.moves import Leftover
 from shared.problems import problem
 from shared.states import OPERATION_TRANSITIONS, OperationEvent, VmAction, advance
 
@@ -154,9 +157,20 @@ def end_operation(
 
 
 def vm_gone_from_node(draft: Draft, vm: Vm, by: Author) -> None:
-    """Unbind a VM that is being deleted; it is gone once no other node has something left of it."""
-    if vm.status.leftovers:
-        put_vm(draft, replace(vm, status=replace(vm.status, node=None, attempt=None)))
+    """Unbind a VM that is being deleted; it is gone once no other node has something left of it.
+
+    Nodes that have its console log of earlier are asked to delete it, if they can be asked: a log
+    is nothing to wait for a silent node for.
+    """
+    logs = tuple(
+        Leftover(node=node_id, generation=vm.status.generation)
+        for node_id in vm.status.logs_on
+        if (node := draft.find(Node, node_id)) is not None and node.state is NodeState.READY
+    )
+    leftovers = (*vm.status.leftovers, *logs)
+    if leftovers:
+        status = replace(vm.status, node=None, attempt=None, leftovers=leftovers, logs_on=())
+        put_vm(draft, replace(vm, status=status))
         return
     draft.event("vm.deleted", vm.id, by, tenant=vm.tenant, name=vm.name)
     _vm_removed(draft, vm)

@@ -69,7 +69,10 @@ class Note(Struct, frozen=True, kw_only=True):
 
 
 class FailStep(Struct, frozen=True, kw_only=True):
-    """Marks a running step failed; from now on the saga is undone."""
+    """Marks a running step failed; from now on the saga is undone.
+
+    Raises StateConflict past the point of no return.
+    """
 
     operation_id: str
     step: str
@@ -78,6 +81,8 @@ class FailStep(Struct, frozen=True, kw_only=True):
     def decide(self, draft: Draft) -> None:
         operation = _open(draft, self.operation_id, undoing=False)
         position = _position(operation, self.step, StepState.RUNNING)
+        if is_past_return(operation):
+            raise StateConflict(f"{operation.id} is past its point of no return")
         failed = _marked(draft, operation, position, StepEvent.FAILED)
         _put(draft, replace(failed, undoing=True, error=self.fault))
 
@@ -105,7 +110,10 @@ class FinishUndo(Struct, frozen=True, kw_only=True):
 
 
 class TurnForward(Struct, frozen=True, kw_only=True):
-    """An undo found that its step had come to its end after all: the saga goes forward again."""
+    """An undo found that its step had come to its end after all: the saga goes forward again.
+
+    From now on it only does that: asked to be undone once more, it would turn once more.
+    """
 
     operation_id: str
     step: str
@@ -115,8 +123,12 @@ class TurnForward(Struct, frozen=True, kw_only=True):
         operation = _open(draft, self.operation_id, undoing=True)
         position = _position(operation, self.step, StepState.UNDOING)
         operation = self.effect(draft, operation)
-        operation = replace(operation, undoing=False, error=None)
-        operation = _marked(draft, operation, position, StepEvent.TURNED)
+        state = advance(OPERATION_TRANSITIONS, operation.state, OperationEvent.TURNED)
+        operation = replace(operation, state=state, undoing=False, error=None)
+        operation = _marked(draft, operation, position, StepEvent.TURNED, no_return=True)
+        for later, step in enumerate(operation.steps[position + 1 :], start=position + 1):
+            if step.state is not StepState.PENDING:
+                operation = _marked(draft, operation, later, StepEvent.RESET)
         _put(draft, _marked(draft, operation, position + 1, StepEvent.BEGUN))
 
 
@@ -149,7 +161,7 @@ class CancelOperation(Struct, frozen=True, kw_only=True):
             raise StateConflict(
                 f"a {operation.kind} cannot be cancelled: ask for the opposite instead"
             )
-        if operation.state is OperationState.CANCELLING or operation.undoing:
+        if operation.undoing:
             return operation.id
         if is_past_return(operation):
             raise StateConflict(
@@ -229,11 +241,20 @@ def _position(operation: Operation, name: str, state: StepState | None = None) -
     raise StateConflict(f"{operation.id} has no step {name}")
 
 
-def _marked(draft: Draft, operation: Operation, position: int, event: StepEvent) -> Operation:
+def _marked(
+    draft: Draft,
+    operation: Operation,
+    position: int,
+    event: StepEvent,
+    *,
+    no_return: bool = False,
+) -> Operation:
     steps = list(operation.steps)
     step = steps[position]
     state = advance(STEP_TRANSITIONS, step.state, event)
-    steps[position] = replace(step, state=state, at=draft.now)
+    steps[position] = replace(
+        step, state=state, at=draft.now, no_return=step.no_return or no_return
+    )
     undoing = state is StepState.UNDOING
     begun = undoing or state is StepState.RUNNING
     phase = f"undo-{step.name}" if undoing else step.name if begun else operation.phase

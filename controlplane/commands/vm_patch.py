@@ -14,6 +14,7 @@ from msgspec.structs import fields, replace
 
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm
+from controlplane.commands.upgrade import check_spec
 from shared.errors import FieldError, StateConflict, ValidationFailed
 from shared.model import GroupRule, LabelValue, MigrationPolicy, Name, PlacementSpec, Vm
 
@@ -37,6 +38,8 @@ class HaPatch(Struct, frozen=True, kw_only=True):
 
 class MigrationPatch(Struct, frozen=True, kw_only=True):
     policy: MigrationPolicy | UnsetType | None = UNSET
+    strict: bool | UnsetType | None = UNSET
+    max_downtime_ms: Annotated[int, Meta(ge=50, le=10_000)] | UnsetType | None = UNSET
 
 
 class SpecPatch(Struct, frozen=True, kw_only=True):
@@ -55,7 +58,7 @@ class VmPatch(Struct, frozen=True, kw_only=True):
 class ChangeVm(Struct, frozen=True, kw_only=True, tag="change_vm"):
     """Changes a VM in place and returns its id; writes nothing where nothing is different.
 
-    Raises NotFound, StateConflict while it is being deleted, ValidationFailed.
+    Raises NotFound, UpgradeUnfinished, StateConflict while it is being deleted, ValidationFailed.
     """
 
     vm_id: str
@@ -72,6 +75,7 @@ class ChangeVm(Struct, frozen=True, kw_only=True, tag="change_vm"):
             raise ValidationFailed(faults)
         if changed == vm:
             return vm.id
+        check_spec(draft, changed.spec)
         draft.audit("vm.change", vm.id, self.by, vm.tenant)
         draft.event("vm.changed", vm.id, self.by, tenant=vm.tenant, changed=_parts(vm, changed))
         put_vm(draft, changed)

@@ -19,6 +19,7 @@ from controlplane.commands.operations import (
     record_done,
     vm_gone_from_node,
 )
+from controlplane.commands.upgrade import check_spec
 from shared.errors import NameTaken, StateConflict
 from shared.ids import domain_uuid
 from shared.model import GuestRequest, Power, RequestKind, Vm, VmSpec, attempt_generation
@@ -39,7 +40,7 @@ _POWERS: dict[VmAction, Power] = {
 
 
 class CreateVm(Struct, frozen=True, kw_only=True, tag="create_vm"):
-    """Returns the id of the operation. Raises NameTaken."""
+    """Returns the id of the operation. Raises NameTaken, UpgradeUnfinished."""
 
     name: str
     tenant: str
@@ -51,6 +52,7 @@ class CreateVm(Struct, frozen=True, kw_only=True, tag="create_vm"):
         taken = draft.vm_by_name(self.tenant, self.name)
         if taken is not None:
             raise NameTaken(f"the name {self.name!r} is taken by {taken.id}")
+        check_spec(draft, self.spec)
         vm_id = draft.new_id("vm")
         vm = Vm(
             id=vm_id,

@@ -19,7 +19,8 @@ from controlplane.scheduler.snapshot import Snapshot
 from controlplane.state import ClusterState
 from shared.clock import Clock
 from shared.errors import NovacronError
-from shared.model import Operation, Problem, Vm
+from shared.model import NodeState, Operation, Problem, Vm
+from shared.offload import Offload
 from shared.protocol import MigrationReport, Query
 
 Result = TypeVar("Result")
@@ -64,6 +65,7 @@ class SagaParts(Struct, frozen=True):
     submit: Submit
     clock: Clock
     limits: MigrationLimits
+    offload: Offload
 
 
 class StepContext(Struct, frozen=True):
@@ -79,6 +81,19 @@ class StepContext(Struct, frozen=True):
     @property
     def nodes(self) -> Nodes:
         return self.parts.nodes
+
+    def unheard(self) -> str:
+        """Return which nodes may take something, but have not greeted this leader (yet).
+
+        After a change of leaders that are all of them for a second or two; one that stays away is
+        soon recorded as silent. Until then nothing is refused for want of a node.
+        """
+        names = [
+            stored.record.name
+            for node_id, stored in self.state.nodes.items()
+            if stored.record.state is NodeState.READY and not self.nodes.trusts(node_id)
+        ]
+        return ", ".join(sorted(names))
 
 
 class Waits(Struct, frozen=True):

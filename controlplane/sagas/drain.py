@@ -71,7 +71,9 @@ async def _evacuate(context: StepContext) -> Outcome:
     vms = [context.state.vms[vm_id].record for vm_id in sorted(context.state.vm_ids_on(node.id))]
     if not vms:
         return Done(drained)
-    judged = [(vm, judge(context, node, vm)) for vm in vms]
+    snapshot = context.parts.capacity.current()
+    at_rest = await context.parts.offload(lambda: [fate_at_rest(node, vm, snapshot) for vm in vms])
+    judged = [(vm, _judge(context, node, vm, fate)) for vm, fate in zip(vms, at_rest, strict=True)]
     under_way = sum(fate.kind is FateKind.WAIT for _, fate in judged)
     for vm, fate in judged:
         if fate.kind is FateKind.RELEASE:
@@ -83,6 +85,8 @@ async def _evacuate(context: StepContext) -> Outcome:
         for vm, fate in judged
         if fate.kind is FateKind.STAY
     )
+    if left and (unheard := context.unheard()):
+        return Waits(f"{unheard} may yet be heard, and take what is left")
     if left != journal_of(operation).left:
         return Writes(note_left(left))
     if len(left) < len(vms):
@@ -130,14 +134,13 @@ class Fate(Struct, frozen=True):
     new_node: str | None = None
 
 
-def judge(context: StepContext, node: Node, vm: Vm) -> Fate:
+def _judge(context: StepContext, node: Node, vm: Vm, at_rest: Fate | None) -> Fate:
     """Return what is to be done next about a VM of which the node holds something."""
     journal = journal_of(context.operation)
     if vm.status.node == node.id and vm.id in journal.skip:
         return Fate(FateKind.STAY, "it was to be skipped")
-    fate = fate_at_rest(node, vm, context.parts.capacity.current())
-    if fate is not None:
-        return fate
+    if at_rest is not None:
+        return at_rest
     return _fate_after_tries(context, journal, vm)
 
 
@@ -150,6 +153,12 @@ def fate_at_rest(node: Node, vm: Vm, snapshot: Snapshot) -> Fate | None:
     attempt = vm.status.attempt
     if attempt is not None and attempt.state is not AttemptState.ENDED:
         return Fate(FateKind.WAIT)
+    if node.inventory is None or node.inventory.migration is None:
+        return Fate(
+            FateKind.STAY,
+            "its node's agent is of an older release and cannot be told to let go of it: upgrade "
+            "the agent",
+        )
     shared = shared_pools(node)
     local = [disk.name for disk in vm.spec.disks if disk.pool not in shared]
     if local:

@@ -129,6 +129,8 @@ class SagaEngine:
         try:
             outcome = await step.action(StepContext(self._parts, operation))
         except StepFailed as failed:
+            if is_past_return(operation):
+                raise  # there is no way but forward: it is looked at again
             log.warning("%s: step %s failed: %s", operation.id, step.name, failed)
             await self._parts.submit(
                 FailStep(operation_id=operation.id, step=step.name, fault=failed.problem)

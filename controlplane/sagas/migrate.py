@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from msgspec.structs import replace
+
 from controlplane.commands.migrations import (
     MIGRATE,
     admit,
@@ -32,22 +34,15 @@ from controlplane.sagas.context import (
     Writes,
 )
 from controlplane.sagas.matrix import Verdict, verdict
+from controlplane.sagas.preflight import blockers_of
 from controlplane.scheduler.moves import copied_disks, move_request
 from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
-from shared.codec import pack, unpack
-from shared.errors import FieldError, NodeUnreachable
-from shared.model import Node, ObservedPower, Operation, Problem, Vm
+from shared.errors import FieldError, NodeUnreachable, NovacronError
+from shared.model import Node, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
-from shared.protocol import (
-    DestinationCheck,
-    DestinationQuestion,
-    MigrationReport,
-    Query,
-    QueryKind,
-    SourceCheck,
-)
+from shared.protocol import MigrationReport
 
 # Parameters.
 
@@ -64,22 +59,10 @@ FINALIZE_LIMIT = timedelta(seconds=30)
 async def _admit(context: StepContext) -> Outcome:
     """Choose the destination, and wait for a slot on both nodes."""
     vm, claim = _claimed(context)
-    snapshot = context.parts.capacity.current()
-    wanted = _journal(context.operation).requested
-    candidates = (
-        list(_plan(context, snapshot, vm))
-        if wanted is None
-        else [_explain(context, snapshot, vm, wanted)]
-    )
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if not fitting:
-        raise StepFailed(_unschedulable(vm, candidates))
-    full = ""
-    for candidate in fitting:
-        full = no_slot(_claims(context), claim.source, candidate.node, context.parts.limits)
-        if not full:
-            return Done(admit(candidate.node, context.parts.limits))
-    return Waits(full)
+    chosen = await _choose(context, vm, claim)
+    if isinstance(chosen, Waits):
+        return chosen
+    return Done(admit(chosen, context.parts.limits))
 
 
 async def _precheck(context: StepContext) -> Outcome:
@@ -87,7 +70,7 @@ async def _precheck(context: StepContext) -> Outcome:
     vm, claim = _claimed(context)
     assert claim.destination is not None, "it was admitted"
     try:
-        blockers = await blockers_of(context, vm, claim.source, claim.destination)
+        blockers = await _blockers(context, vm, claim.source, claim.destination)
     except NodeUnreachable as unreachable:
         if _is_over_limit(context, PRECHECK_LIMIT):
             raise StepFailed(problem("node_unreachable", str(unreachable))) from unreachable
@@ -102,8 +85,10 @@ async def _claim(context: StepContext) -> Outcome:
     vm, claim = _claimed(context)
     assert claim.destination is not None, "it was admitted"
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
+    if not candidate.fits and _journal(context.operation).requested is not None:
+        return await _nowhere(context, vm, [candidate])
     if not candidate.fits:
-        raise StepFailed(_unschedulable(vm, [candidate]))
+        return await _choose_again(context, vm, claim)
     copied = copied_disks(vm, _node(context, claim.source), _node(context, claim.destination))
     return Done(claim_destination(context.parts.capacity.check_move, copied))
 
@@ -147,6 +132,7 @@ async def _transfer(context: StepContext) -> Outcome:
         report = _report(context, vm, claim, claim.source)
         if report is not None and report.stage is claim.stage and report.over:
             return Writes(to_stage(MigrationStage.LOOK))
+        _check_may_begin(context, claim, report)
         return Waits("the guest is moved")
     source, destination = _fresh_ends(context, vm, claim)
     decided = verdict(source, destination)
@@ -192,14 +178,19 @@ async def _switch(context: StepContext) -> Outcome:
 
 
 async def _finalize(context: StepContext) -> Outcome:
-    """Wait until the source has nothing left; one that cannot be asked is swept later."""
+    """Wait until the source has nothing left, and the guest is seen to go on.
+
+    A source that cannot be asked is swept later.
+    """
     vm, claim = _claimed(context)
     report = _report(context, vm, claim, claim.source)
-    if report is not None and report.stage is MigrationStage.FINALIZE and report.settled:
-        return Done(close_claim(report.figures, swept=True))
-    if _is_over_limit(context, FINALIZE_LIMIT):
-        return Done(close_claim(None, swept=False))
-    return Waits("the source cleans up")
+    swept = report is not None and report.stage is MigrationStage.FINALIZE and report.settled
+    figures = None if report is None else report.figures
+    # A strict one is resumed by its new owner, which has just been told.
+    goes_on = vm.spec.power is not Power.RUNNING or vm.status.power_seen is not ObservedPower.PAUSED
+    if (swept and goes_on) or _is_over_limit(context, FINALIZE_LIMIT):
+        return Done(close_claim(figures, swept=swept))
+    return Waits("the source cleans up, and the guest goes on")
 
 
 async def _undo_admit(context: StepContext) -> Outcome:
@@ -231,39 +222,62 @@ MIGRATION = Saga(
 # What the steps have in common.
 
 
-async def blockers_of(
+async def _choose(context: StepContext, vm: Vm, claim: MigrationClaim) -> str | Waits:
+    """Return the best node that has a slot. Raises StepFailed when none can take the VM."""
+    snapshot = context.parts.capacity.current()
+    wanted = _journal(context.operation).requested
+    candidates = (
+        list(await _plan(context, snapshot, vm))
+        if wanted is None
+        else [_explain(context, snapshot, vm, wanted)]
+    )
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return await _nowhere(context, vm, candidates)
+    others = [each for each in _claims(context) if each.operation != context.operation.id]
+    full = ""
+    for candidate in fitting:
+        full = no_slot(others, claim.source, candidate.node, context.parts.limits)
+        if not full:
+            return candidate.node
+    return Waits(full)
+
+
+async def _choose_again(context: StepContext, vm: Vm, claim: MigrationClaim) -> Outcome:
+    """Book another node, and ask it too: the one that was chosen has been filled meanwhile."""
+    chosen = await _choose(context, vm, claim)
+    if isinstance(chosen, Waits):
+        return chosen
+    blockers = await _blockers(context, vm, claim.source, chosen)
+    if blockers:
+        raise StepFailed(_blocked(vm, blockers))
+    return Writes(admit(chosen, context.parts.limits))
+
+
+async def _blockers(
     context: StepContext, vm: Vm, source_id: str, destination_id: str
 ) -> tuple[FieldError, ...]:
-    """Return everything that the two nodes hold against a migration. Raises NodeUnreachable."""
-    source, destination = _node(context, source_id), _node(context, destination_id)
-    copied = copied_disks(vm, source, destination)
-
-    def query(kind: QueryKind, payload: bytes = b"") -> Query:
-        name = f"{context.operation.id}-{kind.value}"
-        return Query(id=name, kind=kind, vm_id=vm.id, domain_name=vm.domain_name, payload=payload)
-
-    told = unpack(
-        await context.nodes.ask(source_id, query(QueryKind.MIGRATION_SOURCE)), SourceCheck
-    )
-    question = DestinationQuestion(
-        vm_id=vm.id,
-        domain_uuid=vm.domain_uuid,
-        spec=vm.spec,
-        copied=copied,
-        machine=told.machine,
-        cpu_xml=told.cpu_xml,
-    )
-    answer = await context.nodes.ask(
-        destination_id, query(QueryKind.MIGRATION_DESTINATION, pack(question))
-    )
-    return (
-        *_located(source.name, told.blockers),
-        *_located(destination.name, unpack(answer, DestinationCheck).blockers),
+    return await blockers_of(
+        context.nodes.ask,
+        context.operation.id,
+        vm,
+        _node(context, source_id),
+        _node(context, destination_id),
     )
 
 
-def _located(node_name: str, blockers: tuple[FieldError, ...]) -> list[FieldError]:
-    return [FieldError(f"/nodes/{node_name}", b.code, b.message) for b in blockers]
+async def _refused(
+    context: StepContext, vm: Vm, wanted: str | None, candidates: list[Candidate]
+) -> Problem:
+    """Return why no node will do; a node that was asked for also tells what it holds against it."""
+    refusal = _unschedulable(vm, candidates)
+    if wanted is None or vm.status.node in (None, wanted):
+        return refusal
+    try:
+        more = await _blockers(context, vm, _source(context, vm).id, wanted)
+    except NovacronError:
+        return refusal  # that it cannot be asked is among the reasons
+    return replace(refusal, errors=(*refusal.errors, *more))
 
 
 def _claimed(context: StepContext) -> tuple[Vm, MigrationClaim]:
@@ -305,9 +319,11 @@ def _fresh_ends(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[En
     return found[0], found[1]
 
 
-def _plan(context: StepContext, snapshot: Snapshot, vm: Vm) -> tuple[Candidate, ...]:
+async def _plan(context: StepContext, snapshot: Snapshot, vm: Vm) -> tuple[Candidate, ...]:
+    """Plan over all nodes; in a large cell that takes too long for the leader's loop."""
     request = move_request(vm, _source(context, vm))
-    return plan(snapshot.without(vm), request).candidates
+    decision = await context.parts.offload(lambda: plan(snapshot.without(vm), request))
+    return decision.candidates
 
 
 def _explain(context: StepContext, snapshot: Snapshot, vm: Vm, node_id: str) -> Candidate:
@@ -345,11 +361,39 @@ def _is_over_limit(context: StepContext, limit: timedelta) -> bool:
     return context.parts.clock.now() - began > limit
 
 
+def _check_may_begin(
+    context: StepContext, claim: MigrationClaim, report: MigrationReport | None
+) -> None:
+    """Raise StepFailed when a source that has not begun will never come to it.
+
+    Should it have begun after all, the undo finds that out.
+    """
+    assert claim.destination is not None, "it was claimed"
+    destination = _node(context, claim.destination)
+    if destination.boot_id != claim.boot_id:
+        raise StepFailed(
+            problem("destination_not_ready", f"{destination.name!r} has booted meanwhile")
+        )
+    idle = report is not None and report.end in (EndState.RUNNING, EndState.HELD)
+    if idle and _is_over_limit(context, PREPARE_LIMIT):
+        raise StepFailed(
+            problem("destination_not_ready", "the source was never told where to move the guest")
+        )
+
+
 def _failure(context: StepContext, vm: Vm, claim: MigrationClaim) -> Problem:
     report = _report(context, vm, claim, claim.source)
     if report is not None and report.fault is not None:
         return report.fault
     return problem("migration_failed", "the guest has not moved; it is where it was")
+
+
+async def _nowhere(context: StepContext, vm: Vm, candidates: list[Candidate]) -> Waits:
+    """Wait for nodes that may yet be heard. Raises StepFailed when there are none."""
+    if unheard := context.unheard():
+        return Waits(f"{unheard} may yet be heard")
+    wanted = _journal(context.operation).requested
+    raise StepFailed(await _refused(context, vm, wanted, candidates))
 
 
 def _unschedulable(vm: Vm, candidates: list[Candidate]) -> Problem:

@@ -1,11 +1,13 @@
-"""Use cases of the cluster as a whole: what it is, who leads, how the store is, what is ready."""
+"""Use cases of the cluster as a whole: what it is, what is ready, and the end of its upgrades."""
 
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 
 from msgspec import Struct
 
+from controlplane.commands.upgrade import FinalizeUpgrade, still_behind, why_too_old
 from controlplane.services.context import Context, Leadership, Permission, Principal
 from controlplane.services.revisions import cluster_revision
 from controlplane.services.scope import authorize
@@ -16,12 +18,15 @@ from controlplane.services.views import (
     NodeCounts,
     ReplicaView,
 )
+from controlplane.services.vms import author
 from controlplane.store.port import MemberStatus
-from shared.errors import NovacronError, Unavailable
-from shared.model import NodeState, Replica
+from shared.errors import FieldError, NovacronError, Unavailable
+from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 
 # A member that takes longer than this is shown as it is, unreachable: the page must not hang on it.
 MEMBERS_TIMEOUT_S = 5.0
+# Nearly all of 10,000 nodes are in the way when an upgrade begins; a page shows the first.
+BLOCKERS_SHOWN_MAX = 100
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -43,6 +48,24 @@ async def get_cluster(context: Context, principal: Principal) -> ClusterView:
     Raises Forbidden, Unavailable while this replica has not read the cluster's record.
     """
     authorize(principal, Permission.CLUSTER_READ)
+    return await show_cluster(context, principal)
+
+
+async def finalize_upgrade(context: Context, principal: Principal) -> ClusterView:
+    """Let the cluster have all that this release writes, and return it; does nothing a second time.
+
+    Raises Forbidden, UpgradeBlocked with everyone of an older release, what committing raises.
+    """
+    authorize(principal, Permission.CLUSTER_WRITE)
+    command = FinalizeUpgrade(
+        replicas=context.replicas(), agents=context.agents(), by=author(principal)
+    )
+    await context.submit(command)
+    return await show_cluster(context, principal)
+
+
+async def show_cluster(context: Context, principal: Principal) -> ClusterView:
+    """Return the cluster to whoever may see it. Raises Unavailable."""
     members = await _members(context)
     state = context.state
     cluster = state.cluster()
@@ -57,6 +80,8 @@ async def get_cluster(context: Context, principal: Principal) -> ClusterView:
         epoch=cluster.epoch,
         version=context.version,
         schema_level=cluster.schema_level,
+        upgrade_pending=cluster.schema_level < SCHEMA_LEVEL,
+        upgrade_blockers=_blockers(context, cluster),
         leader=_leader(leadership),
         replicas=tuple(_replica(replica) for replica in context.replicas()),
         members=tuple(_member(member) for member in members),
@@ -69,9 +94,10 @@ async def get_cluster(context: Context, principal: Principal) -> ClusterView:
 
 
 def readiness(context: Context) -> Readiness:
-    """Return whether this replica can serve: it knows a leader and has read the store."""
+    """Return whether this replica can serve: it knows a leader, and can read what the store has."""
     leadership = context.leadership()
     state = context.state
+    too_old = why_too_old(state.cluster())
     checks = (
         Check(
             name="leader",
@@ -88,8 +114,22 @@ def readiness(context: Context) -> Readiness:
             ok=state.cluster() is not None,
             detail="made" if state.cluster() is not None else "not made yet",
         ),
+        Check(name="release", ok=not too_old, detail=too_old or context.version),
     )
     return Readiness(ready=all(check.ok for check in checks), checks=checks)
+
+
+def _blockers(context: Context, cluster: Cluster) -> tuple[FieldError, ...]:
+    """Return what stands in the way of the upgrade's end; the last one counts what is left out."""
+    if cluster.schema_level >= SCHEMA_LEVEL:
+        return ()
+    nodes = (stored.record for stored in context.state.nodes.values())
+    found = still_behind(nodes, context.replicas(), context.agents())
+    shown = tuple(islice(found, BLOCKERS_SHOWN_MAX))
+    more = sum(1 for _ in found)
+    if not more:
+        return shown
+    return (*shown, FieldError("", "more", f"and {more} more"))
 
 
 async def _members(context: Context) -> tuple[MemberStatus, ...]:

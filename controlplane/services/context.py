@@ -13,6 +13,7 @@ from controlplane.scheduler.request import SchedulerSettings
 from controlplane.state import ClusterState
 from controlplane.store.history import History
 from controlplane.store.port import Store
+from controlplane.telemetry.progress import Progress, ProgressFrame
 from controlplane.telemetry.windows import Windows
 from shared.clock import Clock
 from shared.model import DEFAULT_TENANT, Replica
@@ -33,7 +34,9 @@ class Permission(enum.StrEnum):
     OPERATIONS_WRITE = "operations:write"
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
+    CLUSTER_WRITE = "cluster:write"
     METRICS_READ = "metrics:read"
+    AUDIT_READ = "audit:read"
 
 
 ROLES: dict[str, frozenset[Permission]] = {"admin": frozenset(Permission)}
@@ -66,6 +69,28 @@ class Ask(Protocol):
     async def __call__(self, node_id: str, query: Query) -> bytes: ...
 
 
+class ProgressReader(Protocol):
+    """One follower's view of progress: the latest figure of each operation that moved."""
+
+    async def wait(self) -> None:
+        """Return once there is something to take."""
+        ...
+
+    def take(self) -> tuple[ProgressFrame, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressFeed(Protocol):
+    """How far operations are that this replica runs."""
+
+    def latest(self, operation_id: str) -> Progress | None: ...
+
+    def subscribe(self) -> ProgressReader:
+        """Return a reader of all figures from now on, which its user closes."""
+        ...
+
+
 class Leadership(Struct, frozen=True):
     """Who leads, as this replica sees it; ``term`` is empty while nobody is known to."""
 
@@ -78,7 +103,8 @@ class Context(Struct, frozen=True):
     """The replica's parts, wired once in ``controlplane/app.py``.
 
     ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
-    registrations that this replica sees; ``version`` is this replica's own.
+    registrations that this replica sees, ``agents`` the versions of the agents in session with it
+    by node id, if it leads; ``version`` is this replica's own.
     """
 
     state: ClusterState
@@ -86,10 +112,12 @@ class Context(Struct, frozen=True):
     ask: Ask
     history: History
     windows: Windows
+    progress: ProgressFeed
     store: Store
     clock: Clock
     scheduler: SchedulerSettings
     leadership: Callable[[], Leadership]
     replicas: Callable[[], tuple[Replica, ...]]
+    agents: Callable[[], dict[str, str]]
     offload: Offload
     version: str

@@ -5,12 +5,11 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from controlplane.commands.drains import DRAIN, RequestDrain
-from controlplane.sagas.drain import DRAINING, FateKind, fate_at_rest
+from controlplane.sagas.drain import DRAINING, Fate, FateKind, fate_at_rest
 from controlplane.scheduler.moves import plan_moves
-from controlplane.scheduler.snapshot import Snapshot
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.placement import placement_view, snapshot_now
-from controlplane.services.plans import plan_view, planned_vm
+from controlplane.services.plans import MOVE, plan_view, planned_vm
 from controlplane.services.rehearsal import rehearse
 from controlplane.services.requests import DrainOrder
 from controlplane.services.revisions import cluster_revision
@@ -47,13 +46,15 @@ async def plan_drain(
     state = context.state
     here = [state.vms[vm_id].record for vm_id in sorted(state.vm_ids_on(node.id))]
     snapshot = await snapshot_now(context)
+    fates = await context.offload(lambda: [fate_at_rest(node, vm, snapshot) for vm in here])
     planned = [
-        _without_move(context, node, vm, snapshot, skipped=vm.id in request.skip) for vm in here
+        _without_move(context, vm, fate, skipped=vm.id in request.skip)
+        for vm, fate in zip(here, fates, strict=True)
     ]
     moving = [vm for vm, fixed in zip(here, planned, strict=True) if fixed is None]
     moves = await context.offload(lambda: plan_moves(snapshot, node, moving))
     told = {
-        vm.id: planned_vm(context, vm, "migrate", placement_view(decision, revision))
+        vm.id: planned_vm(context, vm, MOVE, placement_view(decision, revision))
         for vm, decision in moves
     }
     return plan_view(
@@ -64,10 +65,9 @@ async def plan_drain(
 
 
 def _without_move(
-    context: Context, node: Node, vm: Vm, snapshot: Snapshot, *, skipped: bool
+    context: Context, vm: Vm, fate: Fate | None, *, skipped: bool
 ) -> PlannedVm | None:
     """Return what becomes of a VM that is not moved live; None for one that is."""
-    fate = fate_at_rest(node, vm, snapshot)
     if fate is None and not skipped:
         return None
     if skipped:

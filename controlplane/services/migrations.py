@@ -9,26 +9,28 @@ from msgspec.structs import replace
 
 from controlplane.commands.migrations import MIGRATE, RequestMigration
 from controlplane.sagas.migrate import MIGRATION
+from controlplane.sagas.preflight import blockers_of
 from controlplane.scheduler.moves import move_request
 from controlplane.scheduler.place import Candidate, Plan, plan
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.operations import find_operation
+from controlplane.services.operations import find_operation, list_operations, show_operation
 from controlplane.services.placement import placement_view, snapshot_now
-from controlplane.services.plans import plan_view, planned_vm
+from controlplane.services.plans import MOVE, plan_view, planned_vm
 from controlplane.services.rehearsal import rehearse
-from controlplane.services.requests import MigrateOrder
+from controlplane.services.requests import MigrateOrder, MigrationQuery, OperationQuery
 from controlplane.services.revisions import cluster_revision
 from controlplane.services.scope import authorize, find_node, find_vm, shown
 from controlplane.services.views import (
+    MigrationList,
     MigrationView,
     OperationView,
     PlanView,
-    operation_view,
+    ReasonView,
 )
 from controlplane.services.vms import accepted, author
 from controlplane.state import ClusterState
-from shared.errors import NotFound
-from shared.model import Vm
+from shared.errors import NotFound, NovacronError
+from shared.model import Node, Vm
 from shared.moves import MigrationJournal
 
 
@@ -47,9 +49,9 @@ async def migrate_vm(
 async def plan_migration(
     context: Context, principal: Principal, reference: str, order: MigrateOrder
 ) -> PlanView:
-    """Return where a VM would be moved to, and why not elsewhere. Raises what moving it raises.
+    """Return where a VM would be moved to, and every reason why it could not be.
 
-    What only the two nodes know (a device in use, a name taken) is found when it is asked for.
+    The two nodes are asked as well. Raises what moving it raises.
     """
     authorize(principal, Permission.VMS_WRITE)
     vm = find_vm(context, principal, reference).record
@@ -62,8 +64,31 @@ async def plan_migration(
     wanted = None if order.destination is None else find_node(context, order.destination)
     if wanted is not None:
         decision = _only(decision, wanted.record.id)
-    planned = planned_vm(context, vm, "migrate", placement_view(decision, revision))
+    planned = planned_vm(context, vm, MOVE, placement_view(decision, revision))
+    target = planned.target or (None if wanted is None else wanted.record.id)
+    if target is not None and target != source.id:
+        blockers = await _blockers(context, principal, vm, source, target)
+        planned = replace(planned, reasons=(*planned.reasons, *blockers))
     return plan_view(MIGRATE, (planned,), revision)
+
+
+async def list_migrations(
+    context: Context, principal: Principal, query: MigrationQuery
+) -> MigrationList:
+    """Return a page of migrations, newest first. Raises as ``list_operations``."""
+    wanted = OperationQuery(
+        limit=query.limit,
+        cursor=query.cursor,
+        state=query.state,
+        target=query.vm,
+        kind=(MIGRATE,),
+    )
+    found = await list_operations(context, principal, wanted)
+    return MigrationList(
+        items=tuple(migration_view(context.state, each) for each in found.items),
+        next_cursor=found.next_cursor,
+        revision=found.revision,
+    )
 
 
 async def get_migration(context: Context, principal: Principal, operation_id: str) -> MigrationView:
@@ -72,7 +97,7 @@ async def get_migration(context: Context, principal: Principal, operation_id: st
     operation = await find_operation(context, principal.scope, operation_id)
     if operation is None or operation.kind != MIGRATE:
         raise NotFound(f"there is no migration {shown(operation_id)}")
-    return migration_view(context.state, operation_view(operation))
+    return migration_view(context.state, show_operation(context, operation))
 
 
 def migration_view(state: ClusterState, operation: OperationView) -> MigrationView:
@@ -100,6 +125,21 @@ def migration_view(state: ClusterState, operation: OperationView) -> MigrationVi
         parent=operation.parent,
         created_at=operation.created_at,
         updated_at=operation.updated_at,
+    )
+
+
+async def _blockers(
+    context: Context, principal: Principal, vm: Vm, source: Node, target: str
+) -> tuple[ReasonView, ...]:
+    """Return what the two nodes hold against it; one that cannot be asked is a reason itself."""
+    destination = find_node(context, target).record
+    try:
+        blockers = await blockers_of(context.ask, principal.request_id, vm, source, destination)
+    except NovacronError as error:
+        return (ReasonView(code=error.code, message=str(error)),)
+    return tuple(
+        ReasonView(code=each.code, message=f"{each.pointer.rpartition('/')[2]}: {each.message}")
+        for each in blockers
     )
 
 

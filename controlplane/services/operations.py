@@ -15,10 +15,12 @@ from controlplane.services.pages import records, walk
 from controlplane.services.requests import OperationQuery
 from controlplane.services.revisions import ClusterRevision
 from controlplane.services.scope import authorize, shown
-from controlplane.services.views import OperationList, OperationView, operation_view
+from controlplane.services.views import OperationList, OperationView, Progress, operation_view
 from controlplane.state import ClusterState
+from controlplane.store.history import OperationFilter, kind_matches
 from shared.errors import NotFound
 from shared.model import FinishedOperation, Operation
+from shared.moves import DrainJournal
 from shared.states import OPERATION_ENDS
 
 # Finished operations looked through for one page of a filtered list; a page may be short, even
@@ -39,7 +41,7 @@ async def get_operation(
     operation = await find_operation(context, principal.scope, operation_id)
     if operation is None:
         raise NotFound(f"there is no operation {shown(operation_id)}")
-    return operation_view(operation)
+    return show_operation(context, operation)
 
 
 async def cancel_operation(
@@ -55,7 +57,9 @@ async def cancel_operation(
         raise NotFound(f"there is no operation {shown(operation_id)}")
     by = Author(principal.name, principal.request_id)
     await context.submit(CancelOperation(operation_id=operation.id, by=by))
-    return operation_view(await find_operation(context, principal.scope, operation_id) or operation)
+    return show_operation(
+        context, await find_operation(context, principal.scope, operation_id) or operation
+    )
 
 
 async def await_end(
@@ -64,7 +68,7 @@ async def await_end(
     """Return an operation that was just accepted, once it has ended or after ``wait_s`` seconds."""
     await _ended(context.state, operation.id, wait_s)
     found = await find_operation(context, principal.scope, operation.id)
-    return operation if found is None else operation_view(found)
+    return operation if found is None else show_operation(context, found)
 
 
 async def find_operation(context: Context, scope: Scope, operation_id: str) -> Operation | None:
@@ -88,10 +92,17 @@ async def list_operations(
     authorize(principal, Permission.OPERATIONS_READ)
     state, tenant = context.state, principal.scope.tenant
     target = _target_id(context, principal, query.target)
-    here = walk(state, query.cursor, tenant, query.state, query.target)
+    here = walk(state, query.cursor, tenant, query.state, query.target, query.kind)
     in_memory = _operations_in_state(state, here.at)
     stored = await context.history.operations(
-        tenant, target, HISTORY_SCAN_MAX, before=here.last, until=here.at.seq
+        OperationFilter(
+            tenant=tenant,
+            target=target,
+            kinds=query.kind,
+            before=here.last,
+            until=here.at.seq,
+            limit=HISTORY_SCAN_MAX,
+        )
     )
     # Below the last row of a full scan SQLite may hold more, which come on a later page.
     floor = stored[-1].id if len(stored) == HISTORY_SCAN_MAX else ""
@@ -104,14 +115,31 @@ async def list_operations(
         and operation.tenant == tenant
         and (target is None or operation.target == target)
         and (query.state is None or operation.state is query.state)
+        and kind_matches(operation.kind, query.kind)
     ]
     page = found[: query.limit]
     more = page[-1].id if len(found) > query.limit else floor or None
     return OperationList(
-        items=tuple(operation_view(operation) for operation in page),
+        items=tuple(show_operation(context, operation) for operation in page),
         next_cursor=None if more is None else here.cursor(more),
         revision=str(here.at),
     )
+
+
+def show_operation(context: Context, operation: Operation) -> OperationView:
+    """Return an operation as a client sees it, with how far it is."""
+    return operation_view(operation, _progress(context, operation))
+
+
+def _progress(context: Context, operation: Operation) -> Progress | None:
+    """Return how far an open operation is; a drain by the VMs that its node still holds."""
+    journal = operation.saga
+    if not isinstance(journal, DrainJournal) or operation.state in OPERATION_ENDS:
+        return context.progress.latest(operation.id)
+    left = len(tuple(context.state.vm_ids_on(operation.target)))
+    total = max(journal.total, left)
+    percent = 100.0 if not total else round(100.0 * (total - left) / total, 1)
+    return Progress(percent=percent, eta_s=None, as_of=context.clock.now())
 
 
 async def _ended(state: ClusterState, operation_id: str, wait_s: float) -> None:

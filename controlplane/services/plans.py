@@ -18,6 +18,11 @@ from controlplane.services.vms import author
 from shared.model import Power, Vm
 from shared.states import VmAction
 
+# The action of one that moves live.
+MOVE = "migrate"
+# A person reads so many; the placement has them all.
+NODES_TOLD_MAX = 8
+
 
 async def plan_create(context: Context, principal: Principal, new: NewVm) -> PlanView:
     """Return where a VM would go that is created now. Raises what creating it raises."""
@@ -69,6 +74,7 @@ def planned_vm(context: Context, vm: Vm, action: str, placement: PlacementView |
     node_id = vm.status.node
     node = None if node_id is None else context.state.nodes.get(node_id)
     blocked = placement is not None and placement.node is None
+    refusals = _refusals_elsewhere if action == MOVE else _refusals
     return PlannedVm(
         vm=vm.id or None,
         vm_name=vm.name,
@@ -77,7 +83,7 @@ def planned_vm(context: Context, vm: Vm, action: str, placement: PlacementView |
         node_name=None if node is None else node.record.name,
         target=None if placement is None else placement.node,
         target_name=None if placement is None else placement.node_name,
-        reasons=_refusals(vm, placement) if placement is not None and blocked else (),
+        reasons=refusals(vm, placement) if placement is not None and blocked else (),
         placement=placement,
     )
 
@@ -92,6 +98,25 @@ def _refusals(vm: Vm, placement: PlacementView) -> tuple[ReasonView, ...]:
     for candidate in placement.candidates:
         if candidate.node == vm.status.node:
             return candidate.reasons
+    return (_counted(placement),)
+
+
+def _refusals_elsewhere(vm: Vm, placement: PlacementView) -> tuple[ReasonView, ...]:
+    """Return why no other node can take a VM: each of a few by itself, of many how many say what.
+
+    That it runs on its own node is no news.
+    """
+    elsewhere = [each for each in placement.candidates if each.node != vm.status.node]
+    if not 0 < len(elsewhere) <= NODES_TOLD_MAX:
+        return (_counted(placement),)
+    return tuple(
+        ReasonView(code=reason.code, message=f"{each.node_name}: {reason.message}")
+        for each in elsewhere
+        for reason in each.reasons
+    )
+
+
+def _counted(placement: PlacementView) -> ReasonView:
     counts = sorted(placement.refusals.items(), key=lambda item: (-item[1], item[0]))
     told = ", ".join(f"{count} {code}" for code, count in counts) or "there is none"
-    return (ReasonView(code="unschedulable", message=f"no node can run it now: {told}"),)
+    return ReasonView(code="unschedulable", message=f"no node can run it now: {told}")

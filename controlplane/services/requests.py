@@ -26,6 +26,18 @@ _SAFE_INTEGER = 2**53 - 1
 
 # Long enough for an id or a name; what is longer can be neither.
 Reference = Annotated[str, Meta(min_length=1, max_length=63)]
+KindTerm = Annotated[
+    str,
+    Meta(
+        max_length=63,
+        pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*(\.\*)?$",
+        description="a kind, such as vm.running, or all below one: vm.*",
+    ),
+]
+# Each is a walk of its own through history.
+Kinds = Annotated[tuple[KindTerm, ...], Meta(max_length=16)]
+Objects = Annotated[tuple[Reference, ...], Meta(max_length=16)]
+Since = Annotated[str, Meta(max_length=64)]
 LabelTerm = Annotated[str, Meta(max_length=127, pattern=r"^[^=]+=[^=]*$", description="key=value")]
 
 
@@ -104,6 +116,7 @@ class NodeQuery(PageQuery, frozen=True, kw_only=True):
 class OperationQuery(PageQuery, frozen=True, kw_only=True):
     state: OperationState | None = None
     target: Reference | None = None
+    kind: Kinds = ()
 
 
 class MigrationQuery(PageQuery, frozen=True, kw_only=True):
@@ -112,11 +125,21 @@ class MigrationQuery(PageQuery, frozen=True, kw_only=True):
 
 
 class EventQuery(PageQuery, frozen=True, kw_only=True):
-    """``since``: an event's id or a list's revision; what is returned comes after it."""
+    """``since``: an event's id or a list's revision; what is returned comes after it.
 
-    since: Annotated[str, Meta(max_length=64)] | None = None
-    object: Reference | None = None
-    kind: Reference | None = None
+    ``progress``: frames of progress too; for who follows.
+    """
+
+    since: Since | None = None
+    object: Objects = ()
+    kind: Kinds = ()
+    progress: bool = False
+
+
+class AuditQuery(PageQuery, frozen=True, kw_only=True):
+    since: Since | None = None
+    object: Objects = ()
+    action: Kinds = ()
 
 
 class WaitQuery(Struct, frozen=True, kw_only=True):

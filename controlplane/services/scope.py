@@ -6,6 +6,8 @@ that it is there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.state import Stored
 from shared.errors import Forbidden, NotFound
@@ -42,6 +44,17 @@ def find_node(context: Context, reference: str) -> Stored[Node]:
     if stored is None:
         raise NotFound(f"there is no node {shown(reference)}")
     return stored
+
+
+def object_ids(
+    context: Context, principal: Principal, references: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the ids of objects named by id or name; what is gone has its id only."""
+    state, tenant = context.state, principal.scope.tenant
+    return tuple(
+        state.vm_id_by_name(tenant, each) or state.node_id_by_name(each) or each
+        for each in references
+    )
 
 
 def shown(text: str) -> str:

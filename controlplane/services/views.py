@@ -13,7 +13,11 @@ from msgspec import Struct
 
 from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
+from controlplane.telemetry.progress import Progress as Progress
+from controlplane.telemetry.progress import ProgressFrame
+from shared.errors import FieldError
 from shared.model import (
+    AuditRecord,
     Condition,
     Event,
     Inventory,
@@ -101,14 +105,6 @@ class NodeList(Struct, frozen=True, kw_only=True):
     revision: str
 
 
-class Progress(Struct, frozen=True, kw_only=True):
-    """Where a long step is; kept in the memory of the replica that runs it only."""
-
-    percent: float
-    eta_s: float | None
-    as_of: datetime
-
-
 class OperationView(Struct, frozen=True, kw_only=True):
     """``target`` is the id of what the operation works on; ``by`` asked for it.
 
@@ -154,6 +150,35 @@ class EventView(Struct, frozen=True, kw_only=True):
 
 class EventList(Struct, frozen=True, kw_only=True):
     items: tuple[EventView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class ProgressFrameView(Struct, frozen=True, kw_only=True):
+    """One frame of progress on the event stream: no part of history, and without an id."""
+
+    operation: str
+    kind: str
+    target: str
+    detail: str
+    progress: Progress
+
+
+class AuditView(Struct, frozen=True, kw_only=True):
+    """``id`` is where to go on from (``since``); ``action`` is what was asked for, by whom."""
+
+    id: str
+    seq: int
+    action: str
+    object: str
+    tenant: str
+    at: datetime
+    by: str
+    request_id: str
+
+
+class AuditList(Struct, frozen=True, kw_only=True):
+    items: tuple[AuditView, ...]
     next_cursor: str | None
     revision: str
 
@@ -275,13 +300,19 @@ class NodeCounts(Struct, frozen=True, kw_only=True):
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):
-    """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads."""
+    """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads.
+
+    ``upgrade_pending``: what is new in this release waits for the upgrade to be finalized, and that
+    for ``upgrade_blockers``: replicas and nodes that are still of an older one.
+    """
 
     id: str
     cell: str
     epoch: int
     version: str
     schema_level: int
+    upgrade_pending: bool
+    upgrade_blockers: tuple[FieldError, ...]
     leader: LeaderView | None
     replicas: tuple[ReplicaView, ...]
     members: tuple[MemberView, ...]
@@ -358,7 +389,7 @@ def vm_view(stored: Stored[Vm], epoch: int, node_name: str | None) -> VmView:
     )
 
 
-def operation_view(operation: Operation) -> OperationView:
+def operation_view(operation: Operation, progress: Progress | None = None) -> OperationView:
     return OperationView(
         id=operation.id,
         kind=operation.kind,
@@ -367,7 +398,7 @@ def operation_view(operation: Operation) -> OperationView:
         state=operation.state,
         phase=operation.phase,
         steps=operation.steps,
-        progress=None,
+        progress=progress,
         error=operation.error,
         by=operation.by,
         created_at=operation.created_at,
@@ -396,4 +427,27 @@ def event_view(event: Event, epoch: int) -> EventView:
         at=event.at,
         by=event.by,
         data=event.data,
+    )
+
+
+def audit_view(record: AuditRecord, epoch: int) -> AuditView:
+    return AuditView(
+        id=event_id(epoch, record.seq),
+        seq=record.seq,
+        action=record.action,
+        object=record.object,
+        tenant=record.tenant,
+        at=record.at,
+        by=record.by,
+        request_id=record.request_id,
+    )
+
+
+def progress_frame_view(frame: ProgressFrame, operation: Operation) -> ProgressFrameView:
+    return ProgressFrameView(
+        operation=operation.id,
+        kind=operation.kind,
+        target=operation.target,
+        detail=frame.detail,
+        progress=frame.progress,
     )

@@ -1,4 +1,4 @@
-"""Use cases of VMs: list, read, create, the power verbs, delete, console log."""
+"""Use cases of VMs: list, read, create, change, the power verbs, delete."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from controlplane.commands.vms import ActOnVm, CreateVm, DeleteVm
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.operations import find_operation
 from controlplane.services.pages import records, walk
-from controlplane.services.requests import ConsoleQuery, NewVm, VmQuery
+from controlplane.services.requests import NewVm, VmQuery
 from controlplane.services.revisions import epoch_of
 from controlplane.services.scope import authorize, find_node, find_vm
 from controlplane.services.selection import carries
 from controlplane.services.validation import check_new_vm
 from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
 from controlplane.state import Stored, Then
-from shared.errors import NotFound, StateConflict
+from shared.errors import NotFound
 from shared.model import Vm
-from shared.protocol import Query, QueryKind
 from shared.states import VmAction, vm_phase
 
 # Records looked through before other tasks get their turn: about 3 ms.
@@ -115,28 +114,6 @@ async def delete_vm(context: Context, principal: Principal, reference: str) -> O
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
     return await accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
-
-
-async def console_log(
-    context: Context, principal: Principal, reference: str, query: ConsoleQuery
-) -> bytes:
-    """Return a part of the VM's serial console log, as its node has it.
-
-    Raises Forbidden, NotFound, StateConflict (never placed), NodeUnreachable.
-    """
-    authorize(principal, Permission.VMS_READ)
-    vm = find_vm(context, principal, reference).record
-    if vm.status.node is None:
-        raise StateConflict(f"{vm.name!r} has no console log yet: it was never on a node")
-    question = Query(
-        id=principal.request_id,
-        kind=QueryKind.CONSOLE_LOG,
-        vm_id=vm.id,
-        domain_name=vm.domain_name,
-        offset=query.offset,
-        limit_bytes=query.limit,
-    )
-    return await context.ask(vm.status.node, question)
 
 
 def author(principal: Principal) -> Author:

@@ -11,16 +11,22 @@ from msgspec.structs import replace
 
 from controlplane.commands.draft import Command
 from controlplane.commands.terms import Expected, OnTerms, RequestKey, check_same, still_kept
-from controlplane.services import vms
+from controlplane.services import cluster, vms
 from controlplane.services.context import Context, Principal, Result, Submit
 from controlplane.services.nodes import node_view
 from controlplane.services.operations import find_operation
 from controlplane.services.revisions import epoch_of
 from controlplane.services.scope import find_node, find_vm
-from controlplane.services.views import NodeView, OperationView, VmView, operation_view
+from controlplane.services.views import (
+    ClusterView,
+    NodeView,
+    OperationView,
+    VmView,
+    operation_view,
+)
 from shared.errors import NotFound
 
-Object = OperationView | NodeView | VmView
+Object = OperationView | NodeView | VmView | ClusterView
 
 
 class TiedSubmit:
@@ -68,6 +74,8 @@ async def _shown(context: Context, principal: Principal, result: str) -> Object:
         return vms.view(context, find_vm(context, principal, result), epoch_of(state))
     if result in state.nodes:
         return node_view(state, find_node(context, result))
+    if result in state.clusters:
+        return await cluster.show_cluster(context, principal)
     operation = await find_operation(context, principal.scope, result)
     if operation is None:
         raise NotFound(f"the request was done as {result}, which this replica does not have")

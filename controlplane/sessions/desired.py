@@ -129,6 +129,7 @@ def _sweep(vm: Vm, left: Leftover) -> MigrationOrder:
         boot_id="",
         peer="",
         copied=left.disks,
+        purge=vm.deleting,
     )
 
 

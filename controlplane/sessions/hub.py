@@ -114,6 +114,10 @@ class Hub:
             return None
         return asyncio.get_running_loop().time() - session.heard_s
 
+    def agent_versions(self) -> dict[str, str]:
+        """Return what the connected agents said they are, by node id."""
+        return {node_id: session.agent_version for node_id, session in self._sessions.items()}
+
     def on_trust_change(self, observer: Callable[[str], None]) -> None:
         self._trust_observers.append(observer)
 
@@ -255,7 +259,7 @@ class Hub:
             log.warning("a newer session of %s displaces the older one", hello.node_name)
             older.displaced.set()
         now_s = asyncio.get_running_loop().time()
-        session = AgentSession(node_id, hello.node_name, hello.boot_id, channel, now_s)
+        session = AgentSession(node_id, hello, channel, now_s)
         self._sessions[node_id] = session
         self._tell_trust(node_id)
         return session

@@ -13,6 +13,7 @@ from shared.protocol import (
     AgentMessage,
     Answer,
     Desired,
+    Hello,
     InventoryReport,
     LeaderMessage,
     MigrationReport,
@@ -25,12 +26,11 @@ AgentChannel = Channel[LeaderMessage, AgentMessage]
 class AgentSession:
     """``heard_s`` is on the loop's clock; ``trusted`` once the node has accepted the term."""
 
-    def __init__(
-        self, node_id: str, node_name: str, boot_id: str, channel: AgentChannel, now_s: float
-    ) -> None:
+    def __init__(self, node_id: str, hello: Hello, channel: AgentChannel, now_s: float) -> None:
         self.node_id = node_id
-        self.node_name = node_name
-        self.boot_id = boot_id
+        self.node_name = hello.node_name
+        self.boot_id = hello.boot_id
+        self.agent_version = hello.agent_version
         self.channel = channel
         self.heard_s = now_s
         self.trusted = False

@@ -7,22 +7,24 @@ the handed-in ``offload`` (one thread in production), never on the event loop.
 
 from __future__ import annotations
 
+import enum
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from shared.codec import pack, unpack
-from shared.model import AuditRecord, Event, FinishedOperation, HistoryEntry, Operation
+from shared.model import AuditRecord, FinishedOperation, HistoryEntry, Operation
 from shared.offload import Offload
-
-T = TypeVar("T")
 
 # What one query may return; the API's pages are smaller.
 PAGE_MAX = 1000
+# Ends a term that stands for all kinds that begin so: ``vm.*``.
+ALL_BELOW = ".*"
 
+# Each index answers one of the queries below in order, so that none sorts or looks at what it does
+# not return; ``test_history`` asks SQLite whether that is so.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS history (
     seq INTEGER PRIMARY KEY,
@@ -35,18 +37,51 @@ CREATE TABLE IF NOT EXISTS history (
 );
 CREATE INDEX IF NOT EXISTS history_by_object ON history (object, seq);
 CREATE INDEX IF NOT EXISTS history_by_id ON history (id);
+CREATE INDEX IF NOT EXISTS event_by_kind ON history (kind, seq) WHERE type = 'event';
+CREATE INDEX IF NOT EXISTS audit_by_kind ON history (kind, seq) WHERE type = 'audit';
+CREATE INDEX IF NOT EXISTS audit_by_seq ON history (seq) WHERE type = 'audit';
+CREATE INDEX IF NOT EXISTS operation_by_kind ON history (kind, id) WHERE type = 'operation';
+CREATE INDEX IF NOT EXISTS operation_by_target ON history (object, id) WHERE type = 'operation';
 """
 
 
-class EventFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events to return: those in (``since``, ``until``] that match all parts given."""
+class EntryType(enum.StrEnum):
+    EVENT = "event"
+    AUDIT = "audit"
+    OPERATION = "operation"
 
+
+class EntryFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which events or audit records: those in (``since``, ``until``] that match all parts given.
+
+    ``kinds`` are names, or all below one (``vm.*``); an audit record's kind is its action.
+    """
+
+    type: EntryType = EntryType.EVENT
     tenant: str
     since: int = 0
     until: int | None = None
-    object: str | None = None
-    kind: str | None = None
+    objects: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
     limit: int = 100
+
+
+class OperationFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which finished operations: with an id below ``before``, and ended by ``until``."""
+
+    tenant: str
+    target: str | None = None
+    kinds: tuple[str, ...] = ()
+    before: str | None = None
+    until: int | None = None
+    limit: int = 100
+
+
+class Reach(msgspec.Struct, frozen=True):
+    """From which ``seq`` to which a copy holds all of history; an empty one ends at 0."""
+
+    first: int
+    last: int
 
 
 class History:
@@ -58,38 +93,32 @@ class History:
         # A copy may lose its last moments: they are still in etcd, and are copied again.
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.executescript(_SCHEMA)
+        self._dense_from: int | None = None
 
     async def copied_seq(self) -> int:
         """Return up to which ``seq`` this copy is complete."""
         return await self._offload(self._copied_seq)
 
+    async def reach(self) -> Reach:
+        """Return the newest part of history that this copy holds without a gap."""
+        return await self._offload(self._reach)
+
     async def append(self, entries: Sequence[HistoryEntry]) -> None:
-        """Add entries; those already there are left as they are."""
+        """Add entries, oldest first; those already there are left as they are."""
         rows = [_row(entry) for entry in entries]
         await self._offload(lambda: self._append(rows))
 
-    async def events(self, wanted: EventFilter) -> list[Event]:
-        """Return matching events, oldest first."""
-        bodies = await self._offload(lambda: self._events(wanted))
-        return [entry for entry in bodies if isinstance(entry, Event)]
+    async def entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
+        """Return matching events or audit records, oldest first."""
+        return await self._offload(lambda: self._entries(wanted))
 
     async def operation(self, operation_id: str) -> Operation | None:
         entry = await self._offload(lambda: self._by_id(operation_id))
         return entry.operation if isinstance(entry, FinishedOperation) else None
 
-    async def operations(
-        self,
-        tenant: str,
-        target: str | None,
-        limit: int,
-        *,
-        before: str | None = None,
-        until: int | None = None,
-    ) -> list[Operation]:
-        """Return operations ended by ``until``, newest first: those with an id below ``before``."""
-        entries = await self._offload(
-            lambda: self._operations(tenant, target, limit, before, until)
-        )
+    async def operations(self, wanted: OperationFilter) -> list[Operation]:
+        """Return matching operations, newest first."""
+        entries = await self._offload(lambda: self._operations(wanted))
         return [entry.operation for entry in entries if isinstance(entry, FinishedOperation)]
 
     async def close(self) -> None:
@@ -99,57 +128,151 @@ class History:
         (seq,) = self._database.execute("SELECT coalesce(max(seq), 0) FROM history").fetchone()
         return int(seq)
 
+    def _reach(self) -> Reach:
+        if self._dense_from is None:
+            # Looks at every row, once in a process: a second where there are a million.
+            found = self._database.execute(
+                "SELECT seq FROM history AS here WHERE NOT EXISTS"
+                " (SELECT 1 FROM history WHERE seq = here.seq - 1) ORDER BY seq DESC LIMIT 1"
+            ).fetchone()
+            self._dense_from = 1 if found is None else int(found[0])
+        return Reach(self._dense_from, self._copied_seq())
+
     def _append(self, rows: list[tuple[object, ...]]) -> None:
+        if rows and int(str(rows[0][0])) > self._copied_seq() + 1:
+            self._dense_from = None
         with self._database:
             self._database.executemany(
                 "INSERT OR IGNORE INTO history VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
 
-    def _events(self, wanted: EventFilter) -> list[HistoryEntry]:
-        conditions = ["type = 'event'", "tenant = ?", "seq > ?"]
-        values: list[object] = [wanted.tenant, wanted.since]
+    def _entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
+        query = _Query(wanted.type, wanted.tenant, "seq", wanted.limit)
+        query.where("seq > ?", wanted.since)
         if wanted.until is not None:
-            conditions.append("seq <= ?")
-            values.append(wanted.until)
-        if wanted.object is not None:
-            conditions.append("object = ?")
-            values.append(wanted.object)
-        if wanted.kind is not None:
-            conditions.append("kind = ?")
-            values.append(wanted.kind)
-        return self._select(
-            f"SELECT body FROM history WHERE {' AND '.join(conditions)} ORDER BY seq LIMIT ?",
-            [*values, min(wanted.limit, PAGE_MAX)],
-        )
+            query.where("seq <= ?", wanted.until)
+        kinds = self._kinds(wanted.type, wanted.kinds)
+        if wanted.objects:
+            query.any_of("object", wanted.objects)
+            query.where_in("kind", kinds)
+        else:
+            query.any_of("kind", kinds)
+        return self._run(query)
 
-    def _operations(
-        self,
-        tenant: str,
-        target: str | None,
-        limit: int,
-        before: str | None,
-        until: int | None,
-    ) -> list[HistoryEntry]:
+    def _operations(self, wanted: OperationFilter) -> list[HistoryEntry]:
+        query = _Query(EntryType.OPERATION, wanted.tenant, "id", wanted.limit, descending=True)
         # Both bounds of the id keep the walk down the index among operations.
-        condition = "id >= 'op-' AND id < ?"
-        values: list[object] = ["op." if before is None else before]
-        if target is not None:
-            condition, values = condition + " AND object = ?", [*values, target]
-        if until is not None:
-            condition, values = condition + " AND seq <= ?", [*values, until]
-        return self._select(
-            f"SELECT body FROM history WHERE type = 'operation' AND tenant = ? AND {condition}"
-            " ORDER BY id DESC LIMIT ?",
-            [tenant, *values, min(limit, PAGE_MAX)],
+        query.where("id >= ?", "op-")
+        query.where("id < ?", "op." if wanted.before is None else wanted.before)
+        if wanted.until is not None:
+            query.where("seq <= ?", wanted.until)
+        kinds = self._kinds(EntryType.OPERATION, wanted.kinds)
+        if wanted.target is not None:
+            query.any_of("object", (wanted.target,))
+            query.where_in("kind", kinds)
+        else:
+            query.any_of("kind", kinds)
+        return self._run(query)
+
+    def _kinds(self, entry_type: EntryType, terms: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the kinds that terms stand for and that are there; None when all will do."""
+        if not terms:
+            return None
+        found: dict[str, None] = {}
+        for term in terms:
+            if term.endswith(ALL_BELOW):
+                found.update(dict.fromkeys(self._kinds_below(entry_type, term)))
+            else:
+                found[term] = None
+        return tuple(found)
+
+    def _kinds_below(self, entry_type: EntryType, term: str) -> list[str]:
+        """Step from one kind to the next by the index: there are few kinds and many rows."""
+        prefix = term.removesuffix("*")
+        # The character after the dot ends what begins with the prefix.
+        last, end = prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        found: list[str] = []
+        query = (
+            f"SELECT min(kind) FROM history WHERE type = '{entry_type}' AND kind > ? AND kind < ?"
         )
+        while True:
+            (kind,) = self._database.execute(query, (last, end)).fetchone()
+            if kind is None:
+                return found
+            found.append(kind)
+            last = kind
 
     def _by_id(self, entry_id: str) -> HistoryEntry | None:
-        found = self._select("SELECT body FROM history WHERE id = ? LIMIT 1", [entry_id])
-        return found[0] if found else None
+        found = self._database.execute(
+            "SELECT body FROM history WHERE id = ? LIMIT 1", (entry_id,)
+        ).fetchone()
+        return None if found is None else _entry(found[0])
 
-    def _select(self, query: str, values: list[object]) -> list[HistoryEntry]:
-        rows = self._database.execute(query, values).fetchall()
-        return [unpack(body, HistoryEntry) for (body,) in rows]  # type: ignore[arg-type]
+    def _run(self, query: _Query) -> list[HistoryEntry]:
+        text, values = query.finished()
+        return [] if not text else [_entry(b) for _, b in self._database.execute(text, values)]
+
+
+class _Query:
+    """One query, put together: a part for each value of ``any_of``, merged in order.
+
+    A part each is what lets SQLite walk an index in order and stop at the limit; ``IN`` would make
+    it read all matches and sort them.
+    """
+
+    def __init__(
+        self,
+        entry_type: EntryType,
+        tenant: str,
+        order: str,
+        limit: int,
+        *,
+        descending: bool = False,
+    ) -> None:
+        # The type stands in the text: only so does SQLite see that a partial index will do.
+        self._conditions = [f"type = '{entry_type}'", "tenant = ?"]
+        self._values: list[object] = [tenant]
+        self._order = f"ORDER BY {order} DESC" if descending else f"ORDER BY {order}"
+        self._columns = f"{order}, body"
+        self._limit = min(limit, PAGE_MAX)
+        self._parts: tuple[str, Sequence[object]] | None = None
+
+    def where(self, condition: str, value: object) -> None:
+        self._conditions.append(condition)
+        self._values.append(value)
+
+    def where_in(self, column: str, values: Sequence[object] | None) -> None:
+        """Let only these values of a column pass; None: all."""
+        if values is not None:
+            marks = ", ".join("?" * len(values))
+            self._conditions.append(f"{column} IN ({marks})")
+            self._values += values
+
+    def any_of(self, column: str, values: Sequence[object] | None) -> None:
+        """Walk along these values of a column, each by itself; None: along none."""
+        if values is not None:
+            self._parts = (column, tuple(dict.fromkeys(values)))
+
+    def finished(self) -> tuple[str, list[object]]:
+        """Return the text and its values; no text when nothing can match."""
+        column, each = self._parts or ("", (None,))
+        conditions = [*self._conditions, *([f"{column} = ?"] if column else [])]
+        part = f"SELECT {self._columns} FROM history WHERE {' AND '.join(conditions)}"
+        part = f"SELECT * FROM ({part} {self._order} LIMIT {self._limit})"
+        values = [v for one in each for v in (*self._values, *([one] if column else []))]
+        text = " UNION ALL ".join([part] * len(each))
+        return (f"{text} {self._order} LIMIT {self._limit}" if text else ""), values
+
+
+def kind_matches(kind: str, terms: Sequence[str]) -> bool:
+    """Tell whether a kind is one of the terms, or below one; no terms let all pass."""
+    if not terms or kind in terms:
+        return True
+    return any(t.endswith(ALL_BELOW) and kind.startswith(t.removesuffix("*")) for t in terms)
+
+
+def _entry(body: bytes) -> HistoryEntry:
+    return unpack(body, HistoryEntry)  # type: ignore[arg-type]
 
 
 def _row(entry: HistoryEntry) -> tuple[object, ...]:

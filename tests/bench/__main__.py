@@ -9,13 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import bench_api, bench_create, bench_footprint
+from tests.bench import bench_api, bench_create, bench_footprint, bench_migrate
 from tests.bench.result import BenchResult
 
 BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
     "create": bench_create.run,
     "api": bench_api.run,
     "footprint": bench_footprint.run,
+    "migrate": bench_migrate.run,
 }
 
 

@@ -66,6 +66,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[MigrationWorld]
         for each in (made.one, made.two):
             await until_connected(each.driver)
             await remove_all(each.driver)
+            await each.driver.delete_console_log(NAME)
 
 
 async def until_connected(driver: Hypervisor) -> None:

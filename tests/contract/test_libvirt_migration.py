@@ -53,6 +53,7 @@ async def world(
         for each in (made.one, made.two):
             await until_connected(each.driver)
             await remove_all(each.driver)
+            await each.driver.delete_console_log(NAME)
 
 
 def process_of(world: LibvirtMigrationWorld) -> LibvirtProcess:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -85,7 +86,7 @@ class ReplicaProcess:
     """One replica of a cell; a context manager that starts it and waits until it leads.
 
     ``settings`` are sections of its configuration to change. With ``leads`` False it is enough that
-    it answers: another replica may lead.
+    it answers: another replica may lead. ``environment`` makes it one of another release.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class ReplicaProcess:
         settings: Settings | None = None,
         *,
         leads: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.cell = cell
         self.name = name
@@ -106,6 +108,7 @@ class ReplicaProcess:
         self.data_dir = self.directory / "data"
         self.config_file = self.directory / "controlplane.toml"
         self._leads = leads
+        self._environment = dict(environment or {"PATH": os.environ["PATH"]})
         self._port = api_port
         self._process: subprocess.Popen[bytes] | None = None
         self.config_file.write_text(tomli_w.dumps(self._config(settings or {})))
@@ -152,7 +155,7 @@ class ReplicaProcess:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={"PATH": os.environ["PATH"]},
+                env=self._environment,
                 start_new_session=True,
             )
 

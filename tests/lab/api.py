@@ -14,7 +14,14 @@ from msgspec import Struct
 from controlplane.cli.client import Client, path_of
 from controlplane.cli.context import Context
 from controlplane.cli.terminal import Terminal
-from controlplane.cli.views import NodeView, OperationView, PlanView, VmView
+from controlplane.cli.views import (
+    DryRunView,
+    MigrationView,
+    NodeView,
+    OperationView,
+    PlanView,
+    VmView,
+)
 from tests.lab.layout import LabError
 from tests.lab.state import LabState
 
@@ -62,6 +69,22 @@ class LabApi:
         """Ask for an action such as ``stop``; the operation has only been accepted."""
         path = path_of("vms", name, "actions", action)
         return self.client.post(path, body).decode(OperationView)
+
+    def plan_drain(self, node: str) -> DryRunView:
+        """Ask what would become of each VM of a node that is drained."""
+        path = path_of("nodes", node, "actions", "drain")
+        return self.client.post(path, {}, (("dry_run", "true"),)).decode(DryRunView)
+
+    def drain(self, node: str) -> OperationView:
+        return self.client.post(path_of("nodes", node, "actions", "drain"), {}).decode(
+            OperationView
+        )
+
+    def uncordon(self, node: str) -> None:
+        self.client.post(path_of("nodes", node, "actions", "uncordon"), {})
+
+    def migration(self, id: str) -> MigrationView:
+        return self.client.get_as(MigrationView, path_of("migrations", id))
 
     def delete_vm(self, name: str) -> OperationView:
         return self.client.delete(path_of("vms", name)).decode(OperationView)

@@ -29,7 +29,7 @@ def differences(lab: Lab, api: LabApi) -> list[str]:
     found = []
     for view in api.nodes():
         bound = [vm for vm in vms if vm.status.node == view.id]
-        found += [f"{view.name}: {line}" for line in _on_node(lab.node(view.name), bound)]
+        found += [f"{view.name}: {line}" for line in _on_node(lab.node(view.name), bound, vms)]
         found += [f"{view.name}: {line}" for line in _in_shared_pool(lab.node(view.name), vms)]
         if view.allocated.vms != len(bound):
             found.append(f"{view.name}: {view.allocated.vms} VMs counted, {len(bound)} bound")
@@ -49,10 +49,16 @@ def volumes(node: LightNode, pool: str) -> list[str]:
     return sorted(line.split()[0] for line in lines if line.strip())
 
 
-def _on_node(node: LightNode, bound: Sequence[VmView]) -> list[str]:
+def _on_node(node: LightNode, bound: Sequence[VmView], vms: Sequence[VmView]) -> list[str]:
     running = {vm.id for vm in bound if vm.status.phase in ("Running", "Paused")}
     disks = _disks(bound, "default")
-    logs = sorted(f"{vm.id}{LOG_SUFFIX}" for vm in bound)
+    # A node keeps what a VM said there when that moves away.
+    console_dir = node.inside(POOLS[CONSOLE_POOL])
+    here = {vm.id for vm in bound}
+    logs = [f"{vm.id}{LOG_SUFFIX}" for vm in vms]
+    logs = sorted(
+        log for log in logs if log.removesuffix(LOG_SUFFIX) in here or (console_dir / log).exists()
+    )
     return _unequal(
         {
             "domains": (sorted(vm.id for vm in bound), _names(node, "--all")),
@@ -60,7 +66,7 @@ def _on_node(node: LightNode, bound: Sequence[VmView]) -> list[str]:
             "disks": (disks, volumes(node, "default")),
             "console logs": (logs, volumes(node, CONSOLE_POOL)),
             "files of pool default": (disks, _files(node.inside(POOLS["default"]))),
-            f"files of pool {CONSOLE_POOL}": (logs, _files(node.inside(POOLS[CONSOLE_POOL]))),
+            f"files of pool {CONSOLE_POOL}": (logs, _files(console_dir)),
         }
     )
 

@@ -36,6 +36,7 @@ from tests.lab.guest_image import ensure_guest_artefacts
 from tests.lab.layout import LabError
 from tests.lab.link import SupervisorLink
 from tests.lab.nodes import LightNode
+from tests.lab.runtime import Release
 from tests.lab.supervisor import Program
 
 COMMANDS = ("etcd", "ip", "libvirtd", "nft", "nsenter", "qemu-system-x86_64", "setpriv", "unshare")
@@ -50,6 +51,7 @@ class LabPlan(Struct, frozen=True, kw_only=True):
     """How large a lab is; ``cpus`` and ``memory_mib`` are what each node says it has.
 
     ``disk_leases``: a virtlockd on each node keeps two nodes from running guests on one disk.
+    ``previous`` names replicas, and nodes whose agents, begin as the previous release.
     """
 
     nodes: int = 3
@@ -59,6 +61,7 @@ class LabPlan(Struct, frozen=True, kw_only=True):
     memory_mib: int = 2048
     artefacts: bool = True
     disk_leases: bool = False
+    previous: frozenset[str] = frozenset()
 
     def check(self) -> None:
         """Raise LabError for a size that the lab cannot have."""
@@ -85,6 +88,7 @@ class Lab:
         )
         self.nodes: tuple[LightNode, ...] = ()
         self._node_ids: dict[str, str] = {}
+        self._releases = dict.fromkeys(self.plan.previous, Release.PREVIOUS)
         self._say = say
         self._built = False
 
@@ -137,8 +141,29 @@ class Lab:
         node.boot(self.link)
         node.wait_for_libvirtd(self.link)
         if self.replicas:
-            node.start_agent(self.link)
+            node.start_agent(self.link, self.release_of(name))
         return node.boot_id()
+
+    def release_of(self, name: str) -> Release:
+        """Return whose code a replica runs, or a node's agent."""
+        return self._releases.get(name, Release.PRESENT)
+
+    def replace_agent(self, name: str, release: Release) -> None:
+        """Put an agent of another release in the place of a node's; its state stays."""
+        self.link.stop(state.agent_program(name))
+        self._releases[name] = release
+        self._write_agent(self.node(name))
+        self.node(name).start_agent(self.link, release)
+
+    def replace_replica(self, name: str, release: Release) -> None:
+        """Put a replica of another release in the place of one, on its data; wait for it to lead.
+
+        Meant for the only replica of a lab.
+        """
+        replica = next(r for r in self.replicas if r.name == name)
+        self.link.stop(name)
+        self._releases[name] = release
+        self._start_replica(replica, "/readyz")
 
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
@@ -173,6 +198,8 @@ class Lab:
 
     def _build(self, artefact_dir: Path | None) -> None:
         runtime.prepare()
+        if self.plan.previous:
+            runtime.prepare_previous()
         network.create_bridge(self.plan.replicas)
         with _Step(self._say, f"etcd ({len(self.members)})", bool(self.members)):
             etcd.start(self.members, self.link)
@@ -184,7 +211,7 @@ class Lab:
         if self.replicas:
             with _Step(self._say, f"agents ({self.plan.nodes})"):
                 for node in self.nodes:
-                    node.start_agent(self.link)
+                    node.start_agent(self.link, self.release_of(node.name))
                 self.wait_for_nodes()
 
     def _guest(self) -> Path:
@@ -216,18 +243,26 @@ class Lab:
         with _Step(self._say, f"control plane ({len(self.replicas)})"):
             etcd.wait_for(self.members, self.link)
             for node in self.nodes:
-                configs.write_agent(
-                    node, self.replicas, cpus=self.plan.cpus, memory_mib=self.plan.memory_mib
-                )
+                self._write_agent(node)
+            for replica in self.replicas:
+                configs.write_replica(replica, [m.endpoint for m in self.members])
             first, *others = self.replicas
             # Alone it becomes the leader, so that every lab begins alike; others only answer.
             self._start_replica(first, "/readyz")
             for replica in others:
                 self._start_replica(replica, "/healthz")
 
+    def _write_agent(self, node: LightNode) -> None:
+        configs.write_agent(
+            node,
+            self.replicas,
+            self.release_of(node.name),
+            cpus=self.plan.cpus,
+            memory_mib=self.plan.memory_mib,
+        )
+
     def _start_replica(self, replica: Replica, sign: str) -> None:
-        configs.write_replica(replica, [m.endpoint for m in self.members])
-        self.link.start(_replica_program(replica))
+        self.link.start(_replica_program(replica, self.release_of(replica.name)))
         self.link.wait_for(
             replica.name,
             partial(_answers, replica, sign),
@@ -318,7 +353,7 @@ def _leftover_text(found: list[str]) -> str:
     return f"a lab runs already or was killed; `./dev lab down` removes it:{listed}"
 
 
-def _replica_program(replica: Replica) -> Program:
+def _replica_program(replica: Replica, release: Release) -> Program:
     command = (
         *runtime.unprivileged(layout.REPLICA_UID),
         *(runtime.python(), "-m", "controlplane", "--config", str(replica.config_file)),
@@ -327,7 +362,7 @@ def _replica_program(replica: Replica) -> Program:
     return Program(
         name=replica.name,
         arguments=("unshare", "--mount", "/bin/sh", "-c", script, replica.name, *command),
-        environment=runtime.environment(replica.directory),
+        environment=runtime.environment(replica.directory, release),
     )
 
 

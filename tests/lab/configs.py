@@ -28,6 +28,7 @@ from tests.lab.layout import (
     STATE_DIR,
 )
 from tests.lab.nodes import LightNode
+from tests.lab.runtime import Release
 
 CELL_DIR = STATE_DIR / "cell"
 
@@ -76,9 +77,8 @@ key = {key}
 driver = "libvirt"
 uri = "qemu:///system"
 artefact_dir = {artefact_dir}
-qemu_tls_dir = {qemu_tls_dir}
 pools = ["default", "shared"]
-shared_pools = ["shared"]
+{hypervisor_since_0_2}
 
 [networks]
 lan = {bridge}
@@ -86,6 +86,11 @@ lan = {bridge}
 [capacity]
 cpus = {cpus}
 memory_mib = {memory_mib}
+"""
+# Release 0.1 takes these for errors.
+HYPERVISOR_SINCE_0_2 = """\
+qemu_tls_dir = {qemu_tls_dir}
+shared_pools = ["shared"]
 """
 
 
@@ -138,9 +143,15 @@ def write_replica(replica: Replica, etcd: Sequence[str]) -> None:
 
 
 def write_agent(
-    node: LightNode, replicas: Sequence[Replica], *, cpus: int, memory_mib: int
+    node: LightNode,
+    replicas: Sequence[Replica],
+    release: Release,
+    *,
+    cpus: int,
+    memory_mib: int,
 ) -> None:
     """Write an agent's configuration and certificate where the node will find them."""
+    newer = HYPERVISOR_SINCE_0_2.format(qemu_tls_dir=_toml(NODE_QEMU_PKI_DIR))
     issued = CELL_DIR / "nodes" / node.name
     outside = node.inside(NODE_CONFIG_DIR)
     sources = (issued / "agent.crt", issued / "agent.key", CELL_DIR / "ca.crt")
@@ -156,7 +167,7 @@ def write_agent(
             certificate=_toml(NODE_CONFIG_DIR / "agent.crt"),
             key=_toml(NODE_CONFIG_DIR / "agent.key"),
             artefact_dir=_toml(NODE_ARTEFACT_DIR),
-            qemu_tls_dir=_toml(NODE_QEMU_PKI_DIR),
+            hypervisor_since_0_2=newer if release is Release.PRESENT else "",
             bridge=_toml(GUEST_BRIDGE),
             cpus=cpus,
             memory_mib=memory_mib,

@@ -51,7 +51,7 @@ def tell(api: LabApi, say: Say) -> None:
 
 REMARKS: Sequence[str] = (
     "times run from the request to the end of its operation, as a client sees them",
-    "live migration and what happens when a node dies are not part of this version",
+    "what happens when a node dies is not part of this version",
 )
 
 

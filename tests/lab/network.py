@@ -46,13 +46,16 @@ def set_cable(name: str, *, up: bool) -> None:
 
 
 def drop_between(anchor_pid: int, address: str) -> None:
-    """Let the node drop every packet from and to one address; see ``heal``."""
+    """Let the node drop every packet from and to one address, at one stroke; see ``heal``."""
     inside = ("nsenter", "--target", anchor_pid, "--net", "--", "nft")
-    run(*inside, "add", "table", "ip", "lab")
+    rules = ["add table ip lab"]
     for hook, side in (("input", "saddr"), ("output", "daddr")):
         chain = "{ type filter hook " + hook + " priority 0 ; }"
-        run(*inside, "add", "chain", "ip", "lab", hook, chain)
-        run(*inside, "add", "rule", "ip", "lab", hook, "ip", side, address, "drop")
+        rules += [
+            f"add chain ip lab {hook} {chain}",
+            f"add rule ip lab {hook} ip {side} {address} drop",
+        ]
+    run(*inside, "; ".join(rules))
 
 
 def heal(anchor_pid: int) -> None:

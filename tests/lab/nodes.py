@@ -31,6 +31,7 @@ from tests.lab.layout import (
 )
 from tests.lab.link import SupervisorLink
 from tests.lab.processes import ProcessKey, find_by_mount, kill_all
+from tests.lab.runtime import Release
 from tests.lab.state import (
     agent_program,
     anchor_program,
@@ -189,7 +190,7 @@ class LightNode(Struct, frozen=True, kw_only=True):
             limit_s=LIBVIRTD_START_LIMIT_S,
         )
 
-    def start_agent(self, link: SupervisorLink) -> int:
+    def start_agent(self, link: SupervisorLink, release: Release = Release.PRESENT) -> int:
         """Start the agent under its own id, with no group but libvirt's; returns its pid."""
         libvirt_gid = grp.getgrnam(LIBVIRT_GROUP).gr_gid
         config = str(NODE_CONFIG_DIR / "agent.toml")
@@ -201,7 +202,7 @@ class LightNode(Struct, frozen=True, kw_only=True):
                     *runtime.unprivileged(AGENT_UID, libvirt_gid),
                     *(runtime.python(), "-m", "agent", "--config", config),
                 ),
-                environment=runtime.environment(NODE_STATE_DIR),
+                environment=runtime.environment(NODE_STATE_DIR, release),
             )
         )
 

@@ -3,36 +3,52 @@
 A checkout or an interpreter may lie in a directory that only its owner may enter (`/root`), while
 agents and replicas run under ids of their own. So the lab copies the three packages, and shows the
 interpreter's and the libraries' directories to each program in the program's own mount namespace.
+Agents and replicas may also run the previous release's code.
 """
 
 from __future__ import annotations
 
+import enum
 import shlex
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
+from tests import previous_release
 from tests.lab.layout import MARK, REPOSITORY, STATE_DIR
 
 RUNTIME_DIR = STATE_DIR / "runtime"
-SOURCE_DIR = RUNTIME_DIR / "source"
 PACKAGES_DIR = RUNTIME_DIR / "packages"
 PYTHON_DIR = RUNTIME_DIR / "python"
 
 PACKAGES = ("agent", "controlplane", "shared")
 
 
+class Release(enum.Enum):
+    """Whose code an agent or replica runs; each has its directory below the runtime's."""
+
+    PRESENT = "present"
+    PREVIOUS = "previous"
+
+    @property
+    def source_dir(self) -> Path:
+        return RUNTIME_DIR / self.value
+
+
 def prepare(repository: Path = REPOSITORY) -> None:
     """Copy NovaCron's packages, readable to everybody, and make the mount points."""
-    for directory in (RUNTIME_DIR, SOURCE_DIR, PACKAGES_DIR, PYTHON_DIR):
+    for directory in (RUNTIME_DIR, PACKAGES_DIR, PYTHON_DIR):
         directory.mkdir(exist_ok=True)
         directory.chmod(0o755)
-    ignored = shutil.ignore_patterns("__pycache__")
-    for package in PACKAGES:
-        shutil.copytree(repository / package, SOURCE_DIR / package, ignore=ignored)
-    for path in SOURCE_DIR.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    _copy_packages(repository, Release.PRESENT)
+
+
+def prepare_previous() -> None:
+    """Copy the previous release's packages, too."""
+    with tempfile.TemporaryDirectory() as directory:
+        _copy_packages(previous_release.unpack(Path(directory)), Release.PREVIOUS)
 
 
 def mounts(target: Path = RUNTIME_DIR) -> list[str]:
@@ -53,7 +69,7 @@ def python() -> str:
     return str(prefix / "bin" / version)
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, release: Release = Release.PRESENT) -> dict[str, str]:
     """Return the whole environment of a Python program of the lab."""
     name, _, value = MARK.partition("=")
     chosen = {
@@ -61,7 +77,7 @@ def environment(home: Path) -> dict[str, str]:
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "HOME": str(home),
-        "PYTHONPATH": f"{SOURCE_DIR}:{PACKAGES_DIR}",
+        "PYTHONPATH": f"{release.source_dir}:{PACKAGES_DIR}",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     if not _is_system_python():
@@ -82,6 +98,17 @@ def unprivileged(uid: int, *groups: int) -> tuple[str, ...]:
         "--no-new-privs",
         "--",
     )
+
+
+def _copy_packages(repository: Path, release: Release) -> None:
+    source = release.source_dir
+    source.mkdir()
+    source.chmod(0o755)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in PACKAGES:
+        shutil.copytree(repository / package, source / package, ignore=ignored)
+    for path in source.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _is_system_python() -> bool:

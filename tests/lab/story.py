@@ -1,4 +1,5 @@
-"""The story that both demos tell: VMs are placed, run, stopped, started, deleted; with times.
+"""The story that both demos tell: VMs are placed, run, moved live, stopped, started, deleted; a
+node is drained; with times.
 
 It speaks to the API as any client does, and knows nothing of what is behind it. Every figure it
 prints was measured while it ran.
@@ -37,6 +38,8 @@ BOOT = BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=tty
 FIRST_COUNT_LIMIT_S = 120.0
 CONSOLE_BYTES = 4096
 POLL_S = 0.2
+# More than a guest counts while it is moved.
+COUNTS_TO_SEE = 20
 # Long enough for a counter to have moved visibly.
 COUNT_PAUSE_S = 1.0
 
@@ -79,6 +82,9 @@ VMS = (
     _small("batch-1"),
     _small("batch-2"),
 )
+# One that is all memory, and one whose disk moves along.
+BUSINESS = "batch-1"
+STORE = "db-1"
 GIANT = NewVm(name="giant", spec=VmSpec(vcpus=8, memory_mib=1024 * 1024, boot=BOOT))
 
 
@@ -103,8 +109,13 @@ class Story:
         self._ask_for_the_impossible()
         self._chapter("The guests, by the counters on their serial consoles")
         counts = self._wait_for_counts()
+        self._chapter("A VM moves to another node while it runs")
+        for name in (BUSINESS, STORE):
+            self._migrate(name)
         self._chapter("Stopped, started, paused, shut down, deleted")
         self._change_some()
+        self._chapter("A node is drained")
+        self._drain(self._api.vm(BUSINESS).status.node)
         self._chapter("What there is now")
         self._show_vms()
         self._show_untouched(counts)
@@ -169,9 +180,67 @@ class Story:
         self._say(f"         web-1's counter while paused: {before}, then {self._count('web-1')}")
         self._act("web-1", "resume")
         self._act("batch-2", "shutdown")
-        for name in ("db-1", GIANT.name):
+        for name in (STORE, GIANT.name):
             took = self._timed("delete", partial(self._api.delete_vm, name))
             self._say(f"{name:8} delete: done after {took:.2f} s")
+
+    def _migrate(self, name: str) -> None:
+        """Move a VM, and prove by its guest's own counter that it went on where it was."""
+        old = self._api.vm(name).status.node
+        before = self._count(name)
+        started = time.monotonic()
+        ended = self._succeeded(self._api.wait(self._api.act(name, "migrate")))
+        took = time.monotonic() - started
+        self.figures.append(Timed("migrate", took))
+        told = self._api.migration(ended.id).figures
+        downtime = "" if told is None else f", {told.downtime_ms} ms of it without the guest"
+        new = self._api.vm(name).status.node
+        self._say(
+            f"{name:8} {self._name_of(old)} -> {self._name_of(new)} after {took:.2f} s{downtime}"
+        )
+        if before is None:
+            raise LabError(f"guest {name} did not count before it was moved")
+        last = self._counted_on(name, before)
+        self._say(
+            f"         its guest counted on from {before} to {last}, every number once, "
+            "without a boot"
+        )
+
+    def _counted_on(self, name: str, before: int) -> int:
+        """Return how far a guest has counted since ``before``; raises when it was not in a row.
+
+        The console log is joined of what both nodes have written.
+        """
+        deadline = time.monotonic() + FIRST_COUNT_LIMIT_S
+        while time.monotonic() < deadline:
+            log = self._console(name, -CONSOLE_BYTES)
+            ending = b"\r\n" if b"\r\n" in log else b"\n"
+            _, _, since = log.rpartition(b"count %d%s" % (before, ending))
+            counted = _counters(since)
+            if b"boot " in since or counted != list(range(before + 1, before + 1 + len(counted))):
+                raise LabError(f"guest {name} did not go on as it was: {counted} after {before}")
+            if len(counted) > COUNTS_TO_SEE:
+                return counted[-1]
+            time.sleep(POLL_S)
+        raise LabError(f"guest {name} does not count where it was moved to")
+
+    def _drain(self, node_id: str | None) -> None:
+        """Ask what a drain would do, clear what is in its way, and drain."""
+        name = self._name_of(node_id)
+        for vm in self._api.plan_drain(name).vms:
+            why = "; ".join(reason.message for reason in vm.reasons)
+            target = f" to {vm.target_name}" if vm.target_name else ""
+            self._say(f"{vm.vm_name:8} {'BLOCKED: ' + why if why else vm.action + target}")
+            if why:
+                took = self._timed("delete", partial(self._api.delete_vm, vm.vm_name))
+                self._say(f"         so its user gives it up; done after {took:.2f} s")
+        took = self._timed("drain", lambda: self._api.drain(name))
+        emptied = next(each for each in self._api.nodes() if each.name == name)
+        if emptied.allocated.vms:
+            raise LabError(f"node {name} still has {emptied.allocated.vms} VMs")
+        self._say(f"{name:8} drained: empty and cordoned after {took:.2f} s")
+        self._api.uncordon(name)
+        self._say(f"{name:8} open again for new VMs")
 
     def _act(self, name: str, action: str) -> None:
         took = self._timed(action, lambda: self._api.act(name, action))
@@ -180,13 +249,16 @@ class Story:
 
     def _timed(self, what: str, ask: Callable[[], OperationView]) -> float:
         started = time.monotonic()
-        ended = self._api.wait(ask())
+        self._succeeded(self._api.wait(ask()))
         took = time.monotonic() - started
+        self.figures.append(Timed(what, took))
+        return took
+
+    def _succeeded(self, ended: OperationView) -> OperationView:
         if ended.state != "succeeded":
             detail = ended.error.detail or ended.error.title if ended.error else "no reason given"
             raise LabError(f"{ended.kind} {ended.state}: {detail}")
-        self.figures.append(Timed(what, took))
-        return took
+        return ended
 
     def _show_vms(self) -> None:
         for vm in sorted(self._api.vms(), key=lambda each: each.name):
@@ -203,21 +275,28 @@ class Story:
 
     def _count(self, name: str) -> int | None:
         """Return the last counter on a guest's console; None before the first."""
-        query = (("offset", -CONSOLE_BYTES), ("limit", CONSOLE_BYTES))
         try:
-            log = self._api.client.get(path_of("vms", name, "console-log"), query).body
+            found = _counters(self._console(name, -CONSOLE_BYTES))
         except ApiProblem as error:
             if error.problem.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
-        found = re.findall(rb"count (\d+)\r?\n", log)
-        return int(found[-1]) if found else None
+        return found[-1] if found else None
+
+    def _console(self, name: str, offset: int) -> bytes:
+        query = (("offset", offset), ("limit", CONSOLE_BYTES))
+        return self._api.client.get(path_of("vms", name, "console-log"), query).body
 
     def _name_of(self, node: str | None) -> str:
         return self._node_names.get(node, node) if node else "-"
 
     def _chapter(self, title: str) -> None:
         self._say(f"\n== {title}")
+
+
+def _counters(log: bytes) -> list[int]:
+    """Return the counters that a guest has printed in whole."""
+    return [int(found) for found in re.findall(rb"count (\d+)\r?\n", log)]
 
 
 def _why(plan: PlanView) -> str:

@@ -124,8 +124,10 @@ class Supervisor:
         reaper = asyncio.create_task(self._reap_orphans())
         await self._ended.wait()
         server.close()
-        reaper.cancel()
+        # Orphans are collected to the last: virtlockd ends the QEMUs whose leases it drops, and it
+        # waits for them to be gone.
         await asyncio.gather(*(self._stop(Stop(name)) for name in list(self._programs)))
+        reaper.cancel()
         leftovers.clear()
 
     def _lifeline_moved(self) -> None:

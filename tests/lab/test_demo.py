@@ -46,6 +46,13 @@ def test_the_demo_tells_its_story_and_leaves_nothing() -> None:
     for action in ("stop: Stopped", "start: Running", "pause: Paused", "delete: done"):
         assert re.search(rf"^\S+ +{action} after [\d.]+ s", told, re.MULTILINE), action
     _check_paused_counter(told)
+    for name in (story.BUSINESS, story.STORE):
+        assert re.search(rf"^{name} +n\d -> n\d after [\d.]+ s, \d+ ms of it without", told, re.M)
+    moved = re.findall(r"its guest counted on from (\d+) to (\d+), every number once", told)
+    assert len(moved) == 2
+    assert all(int(before) < int(last) for before, last in moved)
+    assert re.search(r"^web-\d +BLOCKED: n\d: .*web.*; n\d: ", told, re.MULTILINE)
+    assert re.search(r"^n\d +drained: empty and cordoned after [\d.]+ s", told, re.MULTILINE)
     assert re.search(r"^create +6 time\(s\): median [\d.]+ s", told, re.MULTILINE)
     assert "nothing is left" in done.stderr
 

@@ -26,6 +26,9 @@ PERIOD_S = 0.05
 SIGN_OF_LIFE_S = 0.5
 # A witness that has not looked once in this time hangs, or never will.
 LOOK_LIMIT_S = 10.0
+# Kernel threads come and go, and so do their numbers: a machine under load has given all 32,768 out
+# within minutes. Known ones are looked at anew after this long, in which it cannot.
+THREADS_KNOWN_S = 1.0
 KERNEL_THREADS_PARENT = 2
 
 
@@ -177,11 +180,14 @@ def watch(record: Path) -> None:
     """Look until standard input ends, which it does at the latest with whoever started this."""
     kernel_threads: set[int] = set()
     before: tuple[Guest, ...] | None = None
-    last_at = written_at = time.monotonic()
+    last_at = written_at = forgot_at = time.monotonic()
     longest_gap_s = 0.0
     with record.open("a", buffering=1) as out:
         while not _ended():
             at = time.monotonic()
+            if at - forgot_at >= THREADS_KNOWN_S:
+                kernel_threads.clear()
+                forgot_at = at
             longest_gap_s = max(longest_gap_s, at - last_at)
             last_at = at
             now = tuple(_guests(kernel_threads))
@@ -214,7 +220,7 @@ def _guests(kernel_threads: set[int]) -> Iterator[Guest]:
 
 
 def _note_kernel_thread(pid: int, words: list[bytes], kernel_threads: set[int]) -> None:
-    """Remember what can never become a QEMU; its number is not given out again for a long time."""
+    """Remember what can never become a QEMU, for as long as its number is not given out again."""
     if words == [b""] and _stat(pid)[1] == str(KERNEL_THREADS_PARENT):
         kernel_threads.add(pid)
 

@@ -272,6 +272,10 @@ def _settled_vm(vm: Vm, ledger: Ledger, found: dict[str, Found]) -> Iterator[str
     node_id = vm.status.node
     node = None if node_id is None else found.get(ledger.nodes[node_id].name)
     running = None if node is None else node.running.get(vm.id)
+    if vm.status.migration is not None:
+        yield f"{vm.name} is still claimed by {vm.status.migration.operation}"
+    for left in vm.status.leftovers:
+        yield f"{left.node} may still hold generation {left.generation} of {vm.name}"
     if vm.deleting:
         yield f"{vm.name} is still being deleted"
     elif vm.spec.power is Power.STOPPED:

@@ -219,6 +219,12 @@ class ProcessHypervisor:
     async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
         return await self._quick(lambda driver: driver.console_log(name, offset, limit_bytes))
 
+    async def console_size(self, name: str) -> int:
+        return await self._quick(lambda driver: driver.console_size(name))
+
+    async def delete_console_log(self, name: str) -> None:
+        await self._quick(lambda driver: driver.delete_console_log(name))
+
     async def samples(self) -> tuple[Sample, ...]:
         return await self._quick(lambda driver: driver.samples())
 

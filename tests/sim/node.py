@@ -80,6 +80,8 @@ class SimNode:
         self.crash_agent(power_loss=True)
         self.libvirtd.go_away()
         self.state.reboot()
+        # Nothing answers before the next boot, no migration's peer either.
+        self.state.libvirtd_dies()
         self.libvirtd.witness()
 
     def boot(self) -> None:

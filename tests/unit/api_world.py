@@ -25,6 +25,7 @@ from controlplane.store.applier import take_writes
 from controlplane.store.history import History
 from controlplane.store.port import MemberStatus, Store
 from controlplane.telemetry.exporter import Metrics
+from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import Windows
 from controlplane.tokens import Token, digest
 from shared.errors import NodeUnreachable
@@ -95,6 +96,9 @@ class World:
         self.state = ClusterState()
         self.history = History(None, inline)
         self.windows = Windows()
+        self.progress = ProgressBoard(self.clock)
+        self.replicas: tuple[Replica, ...] = (REPLICA,)
+        self.agents: dict[str, str] = {}
         self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7")
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
@@ -115,11 +119,13 @@ class World:
             ask=self.ask,
             history=self.history,
             windows=self.windows,
+            progress=self.progress,
             store=cast(Store, OneMember()),
             clock=self.clock,
             scheduler=SchedulerSettings(),
             leadership=lambda: self.leadership,
-            replicas=lambda: (REPLICA,),
+            replicas=lambda: self.replicas,
+            agents=lambda: self.agents,
             offload=inline,
             version="0.1.0",
         )

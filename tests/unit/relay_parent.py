@@ -1,6 +1,7 @@
 """An agent's relays in a process of its own, which a test kills: ``python -m`` with JSON arguments.
 
-It tells what the test needs on its standard output, one line, and then waits to be killed.
+It tells what the test needs on its standard output, one line, and then waits to be killed. Its
+standard input is the test's: it ends with a test that is killed itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def encode(part: Part) -> str:
 
 
 async def serve(part: Part) -> None:
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 1)
     relays = NodeRelays(part.settings, os.environ)
     if part.admits:
         port = relays.start("127.0.0.1", 0)

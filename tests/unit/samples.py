@@ -131,6 +131,7 @@ VM = model.Vm(
         leftovers=(
             moves.Leftover(node="node-k3f9q2000000000000000000ee", generation=5, disks=("root",)),
         ),
+        logs_on=("node-k3f9q2000000000000000000ff",),
     ),
 )
 OPERATION = model.Operation(
@@ -298,6 +299,7 @@ SAMPLES: tuple[Struct, ...] = (
             boot_id="boot-2",
             peer="kvm2",
             copied=("root",),
+            purge=True,
             timeout_s=450.0,
             target=TARGET,
         ),

@@ -91,7 +91,8 @@ async def test_answers_are_what_it_says() -> None:
     async with world.client() as client:
         created = (await client.post("/api/v1/vms", json=new_vm())).json()
         world.run(created["target"], node_id)
-        names = {"vm": "web-1", "node": "n1", "operation": created["id"]}
+        moved = (await client.post("/api/v1/vms/web-1/actions/migrate", json={})).json()
+        names = {"vm": "web-1", "node": "n1", "operation": moved["id"]}
         for route in ROUTES:
             if route.method != "GET" or route.view is None:
                 continue

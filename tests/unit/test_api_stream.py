@@ -11,6 +11,7 @@ from starlette.types import Message
 
 from controlplane.api import stream
 from controlplane.commands.vms import CreateVm
+from controlplane.services.context import ROLES, Permission
 from controlplane.services.events import FOLLOW_STEP
 from shared.model import BootSpec, VmSpec
 from tests.unit.api_world import SYSTEM, World
@@ -78,6 +79,10 @@ def world() -> World:
     return World()
 
 
+def place(world: World) -> bytes:
+    return f"id: e1.{world.state.last_seq}\n\n".encode()
+
+
 def create(world: World, name: str) -> None:
     spec = VmSpec(vcpus=1, memory_mib=64, boot=BootSpec(kernel="k"))
     world.apply(CreateVm(name=name, tenant="default", labels={}, spec=spec, by=SYSTEM))
@@ -129,10 +134,148 @@ async def test_a_silent_stream_shows_life(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr(stream, "HEARTBEAT_S", 0.01)
     reader = Reader(world)
     async with asyncio.timeout(5):
-        while await reader.chunks.get() != stream.HEARTBEAT:
+        while not (chunk := await reader.chunks.get()).startswith(stream.HEARTBEAT):
             pass
+    assert chunk == stream.HEARTBEAT + place(world)
     reader.leave()
     await reader.task
+
+
+async def test_a_stream_whose_filter_lets_nothing_pass_shows_life_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes that are none of its business wake it, and must not keep it silent."""
+    monkeypatch.setattr(stream, "HEARTBEAT_S", 0.01)
+    reader = Reader(world, "kind=node.ready")
+
+    async def disturb() -> None:
+        for number in range(1000):
+            create(world, f"vm{number}")
+            await asyncio.sleep(0.001)
+
+    disturbing = asyncio.create_task(disturb())
+    async with asyncio.timeout(5):
+        while not (await reader.chunks.get()).startswith(stream.HEARTBEAT):
+            pass
+    disturbing.cancel()
+    reader.leave()
+    await reader.task
+
+
+async def test_a_reader_whose_filter_lets_nothing_pass_moves_on(world: World) -> None:
+    reader = Reader(world, "kind=node.ready")
+    assert (await reader.chunks.get()).endswith(place(world))
+    for number in range(FOLLOW_STEP):
+        create(world, f"vm{number}")
+    async with asyncio.timeout(5):
+        assert await reader.chunks.get() == place(world)
+    reader.leave()
+    await reader.task
+
+
+async def test_the_first_frame_says_where_the_stream_began(world: World) -> None:
+    """Who is cut off before the first event comes back to where it was, not to what is then now."""
+    reader = Reader(world)
+    begun = (await reader.chunks.get()).decode()
+    reader.leave()
+    await reader.task
+    create(world, "while-away")
+    resumed = Reader(world, last_event_id=begun.rpartition("id: ")[2].strip())
+    assert (await resumed.events(1))[0]["data"]["name"] == "while-away"
+    resumed.leave()
+    await resumed.task
+
+
+async def test_several_kinds_and_objects(world: World) -> None:
+    world.join("n1")
+    for name in ("a", "b", "c"):
+        create(world, name)
+    every = "since=e1.0&kind=vm.*&kind=node.joined"
+    reader = Reader(world, every)
+    kinds = [event["kind"] for event in await reader.events(4)]
+    assert kinds == ["node.joined", "vm.created", "vm.created", "vm.created"]
+    some = Reader(world, f"{every}&object=a&object=n1&object=c")
+    events = await some.events(3)
+    assert [event["data"]["name"] for event in events] == ["n1", "a", "c"]
+    for each in (reader, some):
+        each.leave()
+        await each.task
+
+
+@pytest.mark.parametrize("since", ["e1.2", "1.3.2", "e7.3"])
+async def test_what_is_not_all_here_is_told_and_followed_from_now(world: World, since: str) -> None:
+    """An id of before a restore, or of history that neither memory nor SQLite has any more."""
+    for name in ("a", "b"):
+        create(world, name)
+    for seq in list(world.state.history)[:-1]:
+        world.state.remove_history(seq)
+    reader = Reader(world, last_event_id=since)
+    chunk = (await reader.chunks.get()).decode()
+    assert "event: resync\n" in chunk
+    assert chunk.count("id: ") == 1
+    assert f"id: e1.{world.state.last_seq}\n" in chunk
+    create(world, "later")
+    assert (await reader.events(1))[0]["data"]["name"] == "later"
+    reader.leave()
+    await reader.task
+    if since.startswith("e7"):
+        return
+    async with world.client() as client:
+        gone = await client.get(f"/api/v1/events?since={since}")
+        assert (gone.status_code, gone.json()["code"]) == (410, "history_gone")
+        assert (await client.get("/api/v1/events")).status_code == 200
+
+
+async def test_a_stream_that_ends_says_where_to_go_on(world: World) -> None:
+    reader = Reader(world, "kind=node.ready")
+    create(world, "a")
+    await reader.chunks.get()
+    reader.app.state.streams.close()
+    await reader.task
+    last = reader.chunks.get_nowait().decode()
+    at = f"e1.{world.state.last_seq}"
+    assert last.startswith(f"event: resume\nid: {at}\ndata: ")
+    assert json.loads(last.partition("data: ")[2])["id"] == at
+
+
+async def test_progress_is_shown_to_who_asks_and_is_no_part_of_history(world: World) -> None:
+    create(world, "a")
+    create(world, "b")
+    of_a, of_b = sorted(world.state.operations)
+    reader = Reader(world, "progress=true&object=a")
+    quiet = Reader(world)
+    await reader.chunks.get()
+    await quiet.chunks.get()
+    world.progress.put(of_b, 10.0)
+    world.progress.put(of_a, 20.0, 9.0)
+    world.progress.put(of_a, 41.5, 2.1, bytes_done=10, bytes_total=20, detail="copying memory")
+    world.progress.put("op-of-nobody", 1.0)
+    async with asyncio.timeout(5):
+        frame = (await reader.chunks.get()).decode()
+    assert frame.startswith("event: progress\ndata: ")
+    told = json.loads(frame.partition("data: ")[2])
+    assert told["operation"] == of_a
+    assert told["kind"] == "vm.create"
+    assert told["detail"] == "copying memory"
+    assert (told["progress"]["percent"], told["progress"]["bytes_total"]) == (41.5, 20)
+    async with world.client() as client:
+        shown = (await client.get(f"/api/v1/operations/{of_a}")).json()["progress"]
+    assert shown == told["progress"]
+    create(world, "c")
+    assert (await quiet.events(1))[0]["data"]["name"] == "c"
+    for each in (reader, quiet):
+        each.leave()
+        await each.task
+    world.progress.put(of_a, 50.0)  # nobody reads any more
+
+
+async def test_progress_needs_the_permission_to_read_operations(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ROLES, "admin", frozenset({Permission.EVENTS_READ}))
+    refused = Reader(world, "progress=true")
+    await refused.task
+    assert refused.status == 403
 
 
 async def test_a_reader_that_does_not_read_is_cut_off(
@@ -172,7 +315,7 @@ def _parse(chunk: bytes) -> list[dict[str, Any]]:
     events = []
     for block in chunk.decode().split("\n\n"):
         lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-        if "data" in lines:
+        if "data" in lines and "event" not in lines:
             event: dict[str, Any] = json.loads(lines["data"])
             assert event["id"] == lines["id"]
             events.append(event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import Struct
 
+from controlplane.api import stream
 from controlplane.cli import views as read
 from controlplane.services import views as sent
 from shared import errors, model
@@ -33,6 +34,7 @@ from shared import errors, model
         (read.StepView, model.OperationStep),
         (read.ProgressView, sent.Progress),
         (read.EventView, sent.EventView),
+        (read.PlaceView, stream.Place),
         (read.PlanView, sent.PlacementView),
         (read.DryRunView, sent.PlanView),
         (read.PlannedVmView, sent.PlannedVm),

@@ -9,6 +9,7 @@ from tests.unit.cli_fake_api import (
     Cli,
     FakeApi,
     FakeTerminal,
+    Reply,
     a_node,
     a_vm,
     an_operation,
@@ -179,21 +180,61 @@ def test_events_in_json_are_the_apis_objects(cli: Cli, api: FakeApi) -> None:
     assert json.loads(cli.stdout)["items"] == [an_event(1)]
 
 
-def test_following_goes_on_without_gaps_through_an_election(cli: Cli, api: FakeApi) -> None:
-    away = [problem(503, "no_leader")] * 8
-    hostile = an_event(2, by="\x1b]0;x")
-    api.on("GET", "events", listing(an_event(1)), *away, listing(hostile), listing())
+def a_stream(*frames: str, rest: str = "") -> Reply:
+    """A stream that is cut after these frames, within the rest."""
+    body = ("".join(f"{frame}\n\n" for frame in frames) + rest).encode()
+    return Reply(body, headers={"Content-Type": "text/event-stream"})
+
+
+def a_frame(event: dict[str, Any]) -> str:
+    return f"id: {event['id']}\ndata: {json.dumps(event)}"
+
+
+def test_following_goes_on_without_gaps_from_stream_to_stream(cli: Cli, api: FakeApi) -> None:
+    hostile = an_event(3, by="\x1b]0;x")
+    api.on(
+        *("GET", "events"),
+        listing(an_event(1)),
+        a_stream("retry: 2000\nid: p1", a_frame(an_event(2)), ": heartbeat\nid: p2"),
+        Reply(b"", cut=True),
+        problem(503, "no_leader"),
+        a_stream(a_frame(hostile), "event: resume\nid: p4\ndata: {}", rest="id: p5\ndata: cut o"),
+        a_stream("event: progress\ndata: {}", 'event: resync\nid: p9\ndata: {"detail": "gone"}'),
+        a_stream(rest=f"{a_frame(an_event(10))}\n"),
+    )
     terminal = FakeTerminal()
-    terminal.sleeps_left = 12
+    terminal.sleeps_left = 5
 
-    assert cli.run("events", "-f", terminal=terminal) == 0
+    assert cli.run("events", "-f", "--kind", "vm.*", terminal=terminal) == 0
 
-    assert len(cli.stdout.splitlines()) == 2
+    told = cli.stdout.splitlines()
+    assert len(told) == 3
     assert "\x1b" not in cli.stdout
-    since = [request.query.get("since") for request in api.requests]
-    assert since[0] is None
-    assert since[1:10] == [["e1"]] * 9
-    assert since[10:] == [["e2"], *[["r7"]] * (len(since) - 11)]
+    assert "events are missing here: gone" in cli.stderr
+    assert "since" not in api.requests[0].query
+    assert [request.query["kind"] for request in api.requests] == [["vm.*"]] * len(api.requests)
+    last = [request.headers.get("last-event-id") for request in api.requests]
+    assert last == [None, "r7", "p2", "p2", "p2", "p4", "p9"]
+    assert all(r.headers["accept"] == "text/event-stream" for r in api.requests[1:])
+
+
+def test_followed_events_in_json_are_one_a_line(cli: Cli, api: FakeApi) -> None:
+    api.on("GET", "events", listing(), a_stream(a_frame(an_event(1)), a_frame(an_event(2))))
+    terminal = FakeTerminal()
+    terminal.sleeps_left = 0
+
+    assert cli.run("events", "-f", "--since", "e0", "-o", "json", terminal=terminal) == 0
+
+    assert [json.loads(line) for line in cli.stdout.splitlines()] == [an_event(1), an_event(2)]
+    assert api.requests[0].query["since"] == ["e0"]
+
+
+def test_following_ends_at_what_does_not_pass(cli: Cli, api: FakeApi) -> None:
+    api.on("GET", "events", listing(), problem(403, "forbidden"))
+    assert cli.run("events", "-f") == 5
+    api.on("GET", "events", listing(), Reply({"items": []}))
+    assert cli.run("events", "-f") == 1
+    assert "does not answer with a stream" in cli.stderr
 
 
 def test_events_of_a_name_are_those_of_its_object(cli: Cli, api: FakeApi) -> None:
@@ -201,8 +242,8 @@ def test_events_of_a_name_are_those_of_its_object(cli: Cli, api: FakeApi) -> Non
     api.on("GET", "vms/web-1", a_vm())
     api.on("GET", "events", listing())
 
-    assert cli.run("events", "--object", "n1") == 0
-    assert api.requests[-1].query["object"] == ["n1"]
+    assert cli.run("events", "--object", "n1", "--object", "web-1") == 0
+    assert api.requests[-1].query["object"] == ["n1", "web-1"]
     assert cli.run("node", "events", "n1") == 0
     assert api.requests[-1].query["object"] == ["node-1"]
     assert cli.run("vm", "events", "web-1") == 0

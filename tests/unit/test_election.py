@@ -15,7 +15,7 @@ from controlplane.election import Election, ElectionSettings, Reign
 from controlplane.store import keys
 from controlplane.store.port import Store
 from shared.codec import pack, unpack
-from shared.errors import LeadershipLost, OutcomeUnknown
+from shared.errors import LeadershipLost, OutcomeUnknown, ReleaseTooOld
 from shared.model import LeaderKey
 from tests.contract.store_worlds import ModelCluster, World, model_world
 from tests.sim.virtual_loop import run_virtual
@@ -50,7 +50,8 @@ class Candidate:
         self.terms: list[int] = []
         self.reign: Reign | None = None
         self.fails_with: Exception | None = None
-        self.running = asyncio.ensure_future(self.election.run(self._lead))
+        self.unfit = ""
+        self.running = asyncio.ensure_future(self.election.run(self._lead, lambda: self.unfit))
 
     @property
     def leads(self) -> bool:
@@ -62,6 +63,7 @@ class Candidate:
         try:
             if self.fails_with is not None:
                 error, self.fails_with = self.fails_with, None
+                self.unfit = str(error) if isinstance(error, ReleaseTooOld) else ""
                 raise error
             await asyncio.Event().wait()
         finally:
@@ -254,6 +256,45 @@ def test_an_error_of_the_store_ends_the_term_and_not_the_process() -> None:
             await asyncio.sleep(10)
             assert leader.leads
             assert not leader.running.done()
+
+    virtual(main())
+
+
+def test_one_that_is_unfit_never_stands_and_still_knows_who_leads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            old = it.stand("r1")
+            old.unfit = "the cluster is too new"
+            await asyncio.sleep(60)
+            assert old.terms == []
+            assert await it.key() is None
+            new = it.stand("r2")
+            await asyncio.sleep(TAKEOVER_S)
+            assert new.leads
+            assert old.election.leader == new.me
+            old.unfit = ""
+            await new.stop()
+            await asyncio.sleep(TAKEOVER_S)
+            assert old.leads
+
+    virtual(main())
+    told = [record for record in caplog.records if "the cluster is too new" in record.message]
+    assert len(told) == 1
+
+
+def test_one_that_finds_itself_too_old_on_takeover_resigns_at_once() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            old = it.stand("r1")
+            old.fails_with = ReleaseTooOld("the cluster is too new")
+            # The key is gone before its lease could have run out.
+            await asyncio.sleep(SETTINGS.lease_ttl_s / 2)
+            assert len(old.terms) == 1
+            assert await it.key() is None
+            await asyncio.sleep(60)
+            assert len(old.terms) == 1
 
     virtual(main())
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.store.history import PAGE_MAX, EventFilter, History
+from controlplane.store.history import (
+    PAGE_MAX,
+    EntryFilter,
+    EntryType,
+    History,
+    OperationFilter,
+    Reach,
+    kind_matches,
+)
 from shared.model import AuditRecord, Event, FinishedOperation, Operation
 from shared.offload import inline
 from tests.unit.core_world import BORN
@@ -45,7 +53,7 @@ async def test_what_is_appended_twice_is_there_once(history: History) -> None:
     await history.append(entries)
     await history.append([*entries, event(3)])
 
-    found = await history.events(EventFilter(tenant="default"))
+    found = await history.entries(EntryFilter(tenant="default"))
     assert found == [event(1), event(2), event(3)]
     assert await history.copied_seq() == 3
 
@@ -64,13 +72,22 @@ async def test_events_are_filtered(history: History) -> None:
     )
 
     async def seqs(**wanted: object) -> list[int]:
-        chosen = EventFilter(**{"tenant": "default", **wanted})  # type: ignore[arg-type]
-        return [entry.seq for entry in await history.events(chosen)]
+        chosen = EntryFilter(**{"tenant": "default", **wanted})  # type: ignore[arg-type]
+        return [entry.seq for entry in await history.entries(chosen)]
 
     assert await seqs() == [1, 2, 3, 7]
     assert await seqs(since=2) == [3, 7]
-    assert await seqs(object="vm-2") == [3]
-    assert await seqs(kind="vm.crashed") == [2]
+    assert await seqs(until=2) == [1, 2]
+    assert await seqs(objects=("vm-2",)) == [3]
+    assert await seqs(objects=("vm-2", "vm-1", "vm-2")) == [1, 2, 3, 7]
+    assert await seqs(objects=("vm-1",), kinds=("vm.crashed", "node.*")) == [2]
+    assert await seqs(kinds=("vm.crashed",)) == [2]
+    assert await seqs(kinds=("vm.running", "vm.*"), limit=3) == [1, 2, 3]
+    assert await seqs(kinds=("vm.*",), since=1) == [2, 3, 7]
+    assert await seqs(kinds=("v.*", "vm.cra.*", "node.*")) == []
+    assert await seqs(type=EntryType.AUDIT) == [5]
+    assert await seqs(type=EntryType.AUDIT, kinds=("vm.start",), objects=("vm-1",)) == [5]
+    assert await seqs(type=EntryType.AUDIT, kinds=("vm.*",)) == [5]
     assert await seqs(limit=2) == [1, 2]
     assert await seqs(tenant="other") == [4]
     assert await seqs(tenant="nobody") == []
@@ -84,17 +101,24 @@ async def test_finished_operations_are_found_newest_first(history: History) -> N
     assert await history.operation("op-0002") == finished(2, of="vm-2").operation
     assert await history.operation("op-none") is None
     assert await history.operation("event-5") is None
-    found = await history.operations("default", None, 10)
-    assert [operation.id for operation in found] == ["op-0003", "op-0002", "op-0001"]
-    found = await history.operations("default", "vm-1", 10, before="op-0003")
-    assert [operation.id for operation in found] == ["op-0001"]
-    assert len(await history.operations("default", None, 2)) == 2
+
+    async def ids(**wanted: object) -> list[str]:
+        chosen = OperationFilter(**{"tenant": "default", **wanted})  # type: ignore[arg-type]
+        return [operation.id for operation in await history.operations(chosen)]
+
+    assert await ids() == ["op-0003", "op-0002", "op-0001"]
+    assert await ids(target="vm-1", before="op-0003") == ["op-0001"]
+    assert await ids(until=2) == ["op-0002", "op-0001"]
+    assert await ids(limit=2) == ["op-0003", "op-0002"]
+    assert await ids(kinds=("vm.start",), limit=1) == ["op-0003"]
+    assert await ids(kinds=("vm.*",), target="vm-2") == ["op-0002"]
+    assert await ids(kinds=("vm.stop",)) == await ids(kinds=("node.*",)) == []
 
 
 async def test_a_page_is_bounded(history: History) -> None:
     await history.append([event(seq) for seq in range(1, PAGE_MAX + 10)])
 
-    found = await history.events(EventFilter(tenant="default", limit=10**6))
+    found = await history.entries(EntryFilter(tenant="default", limit=10**6))
     assert len(found) == PAGE_MAX
 
 
@@ -106,5 +130,76 @@ async def test_the_copy_outlives_the_process(tmp_path: Path) -> None:
     second = History(tmp_path / "history.db", inline)
 
     assert await second.copied_seq() == 2
-    assert await second.events(EventFilter(tenant="default")) == [event(1)]
+    assert await second.entries(EntryFilter(tenant="default")) == [event(1)]
     await second.close()
+
+
+async def test_a_copy_knows_from_where_on_it_is_whole(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.db", inline)
+    assert await history.reach() == Reach(1, 0)
+    await history.append([event(1), event(2)])
+    assert await history.reach() == Reach(1, 2)
+    await history.append([event(5), event(6)])
+    assert await history.reach() == Reach(5, 6)
+    await history.append([event(6), event(7)])
+    assert await history.reach() == Reach(5, 7)
+    await history.close()
+    again = History(tmp_path / "history.db", inline)
+    assert await again.reach() == Reach(5, 7)
+    await again.close()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        EntryFilter(tenant="default", since=5, until=9),
+        EntryFilter(tenant="default", kinds=("vm.running",)),
+        EntryFilter(tenant="default", kinds=("vm.*", "node.*")),
+        EntryFilter(tenant="default", objects=("vm-1", "vm-2"), kinds=("vm.*",)),
+        EntryFilter(tenant="default", type=EntryType.AUDIT),
+        EntryFilter(tenant="default", type=EntryType.AUDIT, kinds=("vm.start",)),
+        EntryFilter(tenant="default", type=EntryType.AUDIT, objects=("vm-1",)),
+        OperationFilter(tenant="default", until=9),
+        OperationFilter(tenant="default", kinds=("vm.*",), before="op-0003"),
+        OperationFilter(tenant="default", target="vm-1", kinds=("vm.start",)),
+    ],
+)
+async def test_no_query_looks_at_what_it_does_not_return(
+    history: History, wanted: EntryFilter | OperationFilter
+) -> None:
+    """SQLite says how it goes about each query: along an index, without sorting what it found."""
+    await history.append([event(1), event(2, kind="vm.crashed"), event(3, kind="node.silent")])
+    await history.append([finished(4), finished(5)])
+    asked: list[str] = []
+    database = history._database
+    database.set_trace_callback(asked.append)
+    if isinstance(wanted, EntryFilter):
+        await history.entries(wanted)
+    else:
+        await history.operations(wanted)
+    database.set_trace_callback(None)
+    assert asked
+    for query in asked:
+        steps = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {query}")]
+        inner = [step for step in steps if "history" in step]
+        assert inner
+        assert all(step.startswith("SEARCH history USING") for step in inner), steps
+        by_kind = "kind = " in query and wanted.kinds
+        whole = "USING INTEGER PRIMARY KEY" in " ".join(inner)
+        assert not (by_kind and whole), steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms", "matches"),
+    [
+        ("vm.running", (), True),
+        ("vm.running", ("vm.running",), True),
+        ("vm.running", ("node.ready", "vm.*"), True),
+        ("vm.running", ("vm.run.*", "v.*", "vm"), False),
+        ("vmx.running", ("vm.*",), False),
+    ],
+)
+def test_kinds_are_named_or_lie_below_a_name(
+    kind: str, terms: tuple[str, ...], matches: bool
+) -> None:
+    assert kind_matches(kind, terms) is matches

@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
+from controlplane.commands.draft import Draft
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.vms import CreateVm
 from controlplane.election import Reign
@@ -18,14 +21,15 @@ from controlplane.reconcilers.history import CopyHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.state import ClusterState
+from controlplane.store import keys
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
 from controlplane.telemetry.exporter import unscraped_metrics
 from controlplane.telemetry.windows import Windows
-from shared.errors import LeadershipLost, NoLeader, NovacronError
+from shared.errors import LeadershipLost, NoLeader, NovacronError, ReleaseTooOld
 from shared.ids import IdSource
-from shared.model import ApiKey, Cluster
+from shared.model import SCHEMA_LEVEL, ApiKey, Cluster
 from shared.offload import inline
 from shared.protocol import Query, QueryKind
 from tests.contract.store_worlds import World, model_world
@@ -37,6 +41,15 @@ FOUNDING = Founding(
     Cluster(id="cluster-1", cell="abc123", epoch=3, created_at=BORN),
     ApiKey(id="key-1", sha256="", principal="admin", role="admin", created_at=BORN),
 )
+
+
+class PutCluster(Struct, frozen=True, kw_only=True):
+    """Writes the cluster's record as it is given."""
+
+    cluster: Cluster
+
+    def decide(self, draft: Draft) -> None:
+        draft.put(self.cluster)
 
 
 class Replica:
@@ -60,6 +73,7 @@ class Replica:
                 scheduler=SchedulerSettings(),
                 metrics=unscraped_metrics(Windows()),
                 limits=MigrationLimits(),
+                offload=inline,
                 progress=lambda told: None,
             )
         )
@@ -152,6 +166,36 @@ def test_a_lost_term_ends_everything_and_the_next_one_knows_everything() -> None
             await asyncio.gather(leading, return_exceptions=True)
             await asyncio.sleep(5)
             assert it.names() == {"web-1", "web-3"}, "a follower again"
+
+    virtual(main())
+
+
+def test_a_cluster_above_our_level_is_not_led_and_nothing_of_it_is_touched() -> None:
+    async def main() -> None:
+        async with replica() as it:
+            leading = await it.win()
+            assert it.leader.unfit() == ""
+            # As a leader of the next release raises it, while this one follows.
+            newer = replace(FOUNDING.cluster, schema_level=SCHEMA_LEVEL + 1)
+            await it.leader.submit(PutCluster(cluster=newer))
+            term = it.leader.term
+            assert term is not None
+            leading.cancel()
+            await asyncio.gather(leading, return_exceptions=True)
+            await it.world.store.resign(term.revision)
+            await asyncio.sleep(5)
+            revision = it.state.revision
+
+            leading = await it.win()
+            with pytest.raises(ReleaseTooOld, match="upgrade this replica"):
+                await leading
+            assert "upgrade this replica" in it.leader.unfit()
+            assert it.leader.term is None
+            assert it.state.cluster() == newer
+            with pytest.raises(NoLeader):
+                await it.create("web-1")
+            listing = await it.store.list(keys.STATE)
+            assert max(item.mod_revision for item in listing.items) <= revision
 
     virtual(main())
 

@@ -109,6 +109,7 @@ class Agents:
         process = subprocess.Popen(
             ["sh", "-c", self._shell, sys.executable, encode(part)],
             env=self.world.environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._given,
             start_new_session=True,
@@ -146,6 +147,7 @@ async def test_relays_outlive_their_agents(agents: Agents, number: signal.Signal
 async def test_a_relay_that_nobody_used_yet_outlives_its_agent(agents: Agents) -> None:
     """The destination's agent must live to take it in; the source's need not."""
     await asyncio.to_thread(agents.kill_source)
+    agents.break_stderr()
 
     async with connected(agents.uri) as (reader, writer):
         assert await exchange(reader, writer, BULK) == BULK
@@ -165,6 +167,7 @@ async def test_an_agent_without_standard_error_has_relays_that_work(agents: Agen
         assert await exchange(reader, writer, BULK) == BULK
 
 
+@pytest.mark.parametrize("agents", ["7</dev/zero"], indirect=True)
 async def test_relays_hold_nothing_of_their_agents(agents: Agents) -> None:
     """Neither in their groups, nor with a descriptor of theirs but standard error."""
     async with connected(agents.uri) as (reader, writer):

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from controlplane.commands.vms import CreateVm
+from controlplane.services.context import ROLES, Permission
 from shared.model import BootSpec, VmSpec
 from tests.unit.api_world import SYSTEM, World
 
@@ -176,3 +177,60 @@ async def test_events_of_one_object_and_after_a_lists_revision(world: World) -> 
         assert [event["kind"] for event in after] == ["vm.delete_requested", "vm.deleted"]
         of_one = await walk(client, "/api/v1/events?object=vm1")
         assert [event["kind"] for event in of_one] == ["vm.created"]
+
+
+@pytest.mark.parametrize("copied", ["nothing", "half", "all"])
+async def test_operations_of_some_kinds_across_memory_and_sqlite(world: World, copied: str) -> None:
+    world.join("n1", artefacts=("k",))
+    made = make_vms(world, 6)
+    async with world.client() as client:
+        gone = [(await client.delete(f"/api/v1/vms/vm{n}")).json()["id"] for n in range(5)]
+        await trim(world, copied)
+        deletes = await walk(client, "/api/v1/operations?limit=2&kind=vm.delete")
+        every = await walk(client, "/api/v1/operations?limit=2&kind=vm.*")
+        none = await walk(client, "/api/v1/operations?kind=node.*&kind=vm.start")
+        of_one = f"/api/v1/operations?kind=vm.create&target={deletes[0]['target']}"
+        assert [item["kind"] for item in await walk(client, of_one)] == ["vm.create"]
+    assert [item["id"] for item in deletes] == sorted(gone, reverse=True)
+    assert [item["id"] for item in every] == sorted([*made, *gone], reverse=True)
+    assert none == []
+
+
+@pytest.mark.parametrize("copied", ["nothing", "half", "all"])
+@pytest.mark.parametrize("limit", [1, 3, 500])
+async def test_audit_records_across_memory_and_sqlite(
+    world: World, copied: str, limit: int
+) -> None:
+    make_vms(world, 4)
+    async with world.client() as client:
+        for name in ("vm1", "vm2"):
+            await client.delete(f"/api/v1/vms/{name}")
+        vm0 = world.state.vm_id_by_name("default", "vm0")
+        await trim(world, copied)
+        path = f"/api/v1/audit-records?limit={limit}"
+        items = await walk(client, path)
+        deletes = await walk(client, f"{path}&action=vm.delete")
+        of_one = await walk(client, f"{path}&object=vm0&action=vm.*")
+        after = await walk(client, f"{path}&since={items[3]['id']}")
+    assert [item["action"] for item in items] == ["vm.create"] * 4 + ["vm.delete"] * 2
+    assert [item["by"] for item in items] == ["system"] * 4 + ["admin"] * 2
+    assert all(item["request_id"].startswith("req-") for item in items[4:])
+    assert deletes == items[4:] == after
+    assert [item["object"] for item in of_one] == [vm0]
+
+
+async def test_audit_records_need_their_own_permission(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ROLES, "admin", frozenset(Permission) - {Permission.AUDIT_READ})
+    async with world.client() as client:
+        assert (await client.get("/api/v1/audit-records")).status_code == 403
+
+
+async def trim(world: World, copied: str) -> None:
+    """Move a part of history from memory to SQLite."""
+    entries = [world.state.history[seq] for seq in sorted(world.state.history)]
+    part = entries[: {"nothing": 0, "half": len(entries) // 2}.get(copied, len(entries))]
+    await world.history.append(part)
+    for entry in part:
+        world.state.remove_history(entry.seq)

@@ -15,6 +15,7 @@ from shared.model import (
     ObservedPower,
     OperationState,
     Power,
+    StepState,
     Vm,
     VmPhase,
     VmStatus,
@@ -24,8 +25,10 @@ from shared.states import (
     ATTEMPT_TRANSITIONS,
     OPERATION_ENDS,
     OPERATION_TRANSITIONS,
+    STEP_TRANSITIONS,
     AttemptEvent,
     OperationEvent,
+    StepEvent,
     VmAction,
     advance,
     check_action,
@@ -74,7 +77,7 @@ def test_an_open_operation_can_come_to_each_end(state: OperationState) -> None:
 
 
 def test_every_pair_of_operation_state_and_event_is_decided() -> None:
-    """Only an open operation moves; starting twice is an error; cancelling is never taken back."""
+    """Only an open operation moves; nothing starts twice; only a turn takes cancelling back."""
     illegal = {
         (state, event)
         for state, event in product(OperationState, OperationEvent)
@@ -84,10 +87,25 @@ def test_every_pair_of_operation_state_and_event_is_decided() -> None:
     assert illegal == {*product(NEVER, OperationEvent)} | {
         (OperationState.RUNNING, OperationEvent.STARTED),
         (OperationState.CANCELLING, OperationEvent.STARTED),
+        (OperationState.PENDING, OperationEvent.TURNED),
     }
     for event in (OperationEvent.STEPPED, OperationEvent.CANCEL_ASKED):
         after = advance(OPERATION_TRANSITIONS, OperationState.CANCELLING, event)
         assert after is OperationState.CANCELLING
+
+
+def test_every_pair_of_step_state_and_event_is_decided() -> None:
+    """What ran may be undone, what was undone is not undone again, and only undoing turns."""
+    touched = {StepState.RUNNING, StepState.FAILED, StepState.DONE}
+    legal = {
+        *((StepState.RUNNING, event) for event in (StepEvent.DONE, StepEvent.FAILED)),
+        *((state, StepEvent.UNDO_BEGUN) for state in touched),
+        *((StepState.UNDOING, event) for event in (StepEvent.UNDONE, StepEvent.TURNED)),
+        *((state, StepEvent.RESET) for state in (touched - {StepState.DONE}) | {StepState.UNDONE}),
+        (StepState.PENDING, StepEvent.BEGUN),
+    }
+
+    assert set(STEP_TRANSITIONS) == legal
 
 
 @pytest.mark.parametrize(("state", "event"), list(product(AttemptState, AttemptEvent)))
