@@ -14,12 +14,15 @@ from agent.inventory import NodeFacts
 from agent.session import INVENTORY_PERIOD_S, Outgoing
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState, simulated_facts
 from agent.simulated_fabric import SimulatedRelays
+from shared.codec import pack, unpack
 from shared.errors import Disconnected, NodeUnreachable
-from shared.model import ObservedPower, Term
+from shared.model import DiskSpec, ObservedPower, Term
 from shared.offload import inline
 from shared.problems import problem_of
 from shared.protocol import (
     Answer,
+    DestinationCheck,
+    DestinationQuestion,
     Heartbeat,
     HeartbeatSeen,
     Hello,
@@ -29,13 +32,14 @@ from shared.protocol import (
     Query,
     QueryKind,
     Rejected,
+    SourceCheck,
     TermAccepted,
     VmReport,
     Welcome,
 )
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.agent_world import StillClock
-from tests.unit.core_world import desired
+from tests.unit.core_world import desired, spec
 from tests.unit.pipes import PipeEnd, pipe
 
 VM = "vm-1"
@@ -237,6 +241,46 @@ def test_queries_are_answered_and_what_is_not_known_is_said() -> None:
                 answers[answer.query_id] = answer
             assert b"count" in answers["0"].data
             assert answers["1"].problem is not None
+
+    virtual(main())
+
+
+def test_a_node_is_asked_what_stands_against_a_migration() -> None:
+    async def main() -> None:
+        async with site() as it:
+            leader, _ = await it.welcome()
+
+            async def asked(kind: QueryKind, vm_id: str = VM, payload: bytes = b"") -> Answer:
+                await leader.send(
+                    Query(id="q", kind=kind, vm_id=vm_id, domain_name=VM, payload=payload)
+                )
+                answer: Answer = await leader.expect(Answer)
+                return answer
+
+            source, destination = QueryKind.MIGRATION_SOURCE, QueryKind.MIGRATION_DESTINATION
+            problem = (await asked(source)).problem
+            assert problem is not None, "no such domain"
+            await leader.send(desired())
+            await leader.expect(VmReport)
+            check = unpack((await asked(source)).data, SourceCheck)
+            assert (check.blockers, check.machine) == ((), "pc-q35-7.2")
+            assert (await asked(source, "vm-2")).problem is not None, "that is another VM's name"
+            it.driver.guest_powers_off(VM)
+            (blocker,) = unpack((await asked(source)).data, SourceCheck).blockers
+            assert blocker.code == "not_running"
+
+            question = DestinationQuestion(
+                vm_id=VM,
+                domain_uuid="00000000-0000-0000-0000-000000000001",
+                spec=spec(disks=(DiskSpec(name="root", size_gib=1),)),
+                copied=(),
+                machine="pc-q35-99.0",
+                cpu_xml="",
+            )
+            answer = await asked(destination, payload=pack(question))
+            codes = {each.code for each in unpack(answer.data, DestinationCheck).blockers}
+            assert codes == {"machine_type", "disk_not_shared"}
+            assert (await asked(destination, payload=b"\xc1")).problem is not None
 
     virtual(main())
 

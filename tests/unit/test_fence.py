@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import pytest
 
-from agent.append_log import MemoryLog
-from agent.fence import REWRITE_RECORDS_MIN, Fence
+from agent.append_log import FileLog, MemoryLog
+from agent.fence import REWRITE_RECORDS_MIN, Departure, Fence
 from shared.errors import RecordUnreadable, StaleRevision, StaleTerm
 from shared.model import Term
 from shared.offload import inline
@@ -87,6 +89,89 @@ async def test_used_generations_and_answers_only_grow() -> None:
     for known in (fence, restarted(log)):
         facts = known.facts(VM)
         assert (facts.used_generation, facts.answered_request, facts.revision) == (3, 5, 7)
+
+
+def leaving(generation: int) -> Departure:
+    return Departure(generation=generation, source_generation=1, domain_name=VM)
+
+
+async def test_a_departure_is_on_disk_when_it_is_known_and_stays_until_it_is_over() -> None:
+    log = MemoryLog()
+    fence = restarted(log)
+    await fence.use_generation(VM, 1)
+    await fence.depart(VM, leaving(2))
+    await fence.depart("vm-other", leaving(7))
+
+    for known in (fence, restarted(log)):
+        assert known.departures() == {VM: leaving(2), "vm-other": leaving(7)}
+        assert known.facts(VM).used_generation == 1
+    await fence.end_departure(VM)
+    await fence.end_departure(VM)
+    for known in (fence, restarted(log)):
+        assert known.departures() == {"vm-other": leaving(7)}
+        assert known.facts(VM).used_generation == 1
+
+
+async def test_of_two_departures_the_newer_one_counts() -> None:
+    log = MemoryLog()
+    fence = restarted(log)
+    for generation in (2, 4, 3, 4):
+        await fence.depart(VM, leaving(generation))
+    assert fence.departures() == restarted(log).departures() == {VM: leaving(4)}
+    assert len(log.read()) == 2
+
+
+async def test_a_departure_that_could_not_be_written_has_not_begun() -> None:
+    log = BrokenDisk()
+    fence = restarted(log)
+    log.broken = True
+    with pytest.raises(OSError, match="no space"):
+        await fence.depart(VM, leaving(2))
+    assert fence.departures() == {}
+    log.broken = False
+    await fence.depart(VM, leaving(2))
+    log.broken = True
+    with pytest.raises(OSError, match="no space"):
+        await fence.end_departure(VM)
+    assert fence.departures() == restarted(log).departures() == {VM: leaving(2)}
+
+
+async def test_a_departure_outlives_a_rewrite_and_not_its_vm() -> None:
+    log = WatchedLog()
+    fence = restarted(log)
+    await fence.depart(VM, leaving(2))
+    for revision in range(2 * REWRITE_RECORDS_MIN):
+        await fence.accept_revision(Term(1, 1), "vm-other", revision)
+    assert log.rewrites > 0
+    assert restarted(log).departures() == {VM: leaving(2)}
+    await fence.forget(VM)
+    assert fence.departures() == restarted(log).departures() == {}
+
+
+async def test_a_file_cut_anywhere_knows_a_departure_wholly_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "fence"
+    log = FileLog(path)
+    fence = Fence(log, inline)
+    await fence.use_generation(VM, 1)
+    before = path.stat().st_size
+    await fence.depart(VM, leaving(2))
+    log.close()
+    whole = path.read_bytes()
+    for length in range(before, len(whole) + 1):
+        path.write_bytes(whole[:length])
+        survivor = FileLog(path)
+        known = Fence(survivor, inline)
+        assert known.facts(VM).used_generation == 1
+        expected = {VM: leaving(2)} if length == len(whole) else {}
+        assert known.departures() == expected
+        survivor.close()
+
+
+def test_a_record_of_an_agent_that_knew_no_departures_is_read() -> None:
+    log = MemoryLog()
+    log.append(msgspec.msgpack.encode({"type": "vm", "vm_id": VM, "used_generation": 3}))
+    facts = restarted(log).facts(VM)
+    assert (facts.used_generation, facts.departure) == (3, None)
 
 
 async def test_a_forgotten_vm_is_as_if_it_had_never_been() -> None:
