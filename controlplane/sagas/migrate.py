@@ -7,6 +7,7 @@ return code, and only then the VM changes its owner. Nothing here acts on a node
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from controlplane.commands.migrations import (
@@ -32,12 +33,13 @@ from controlplane.sagas.context import (
     Writes,
 )
 from controlplane.sagas.matrix import Verdict, verdict
+from controlplane.scheduler.filters import ReasonCode
 from controlplane.scheduler.moves import copied_disks, move_request
 from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
 from shared.codec import pack, unpack
 from shared.errors import FieldError, NodeUnreachable
-from shared.model import Node, ObservedPower, Operation, Power, Problem, Vm
+from shared.model import Node, NodeState, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
 from shared.protocol import (
@@ -73,6 +75,8 @@ async def _admit(context: StepContext) -> Outcome:
     )
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
+        if unheard := _only_unheard(context, candidates):
+            return Waits(unheard)
         raise StepFailed(_unschedulable(vm, candidates))
     full = ""
     for candidate in fitting:
@@ -103,6 +107,8 @@ async def _claim(context: StepContext) -> Outcome:
     assert claim.destination is not None, "it was admitted"
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
     if not candidate.fits:
+        if unheard := _only_unheard(context, [candidate]):
+            return Waits(unheard)
         raise StepFailed(_unschedulable(vm, [candidate]))
     copied = copied_disks(vm, _node(context, claim.source), _node(context, claim.destination))
     return Done(claim_destination(context.parts.capacity.check_move, copied))
@@ -319,6 +325,18 @@ def _explain(context: StepContext, snapshot: Snapshot, vm: Vm, node_id: str) -> 
     if node_id not in snapshot.nodes:
         raise StepFailed(problem("not_found", f"there is no node {node_id} any more"))
     return explain(snapshot.without(vm), move_request(vm, _source(context, vm)), node_id)
+
+
+def _only_unheard(context: StepContext, candidates: Iterable[Candidate]) -> str:
+    """Return whom a new leader has not heard yet and could move the VM to; empty for nobody.
+
+    Every agent needs a moment to find a new leader. One that does not is recorded as silent then.
+    """
+    for candidate in candidates:
+        unheard = {reason.code for reason in candidate.reasons} == {ReasonCode.NODE_SILENT}
+        if unheard and _node(context, candidate.node).state is NodeState.READY:
+            return f"{candidate.node_name} is not heard yet"
+    return ""
 
 
 def _source(context: StepContext, vm: Vm) -> Node:
