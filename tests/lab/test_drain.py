@@ -49,7 +49,7 @@ def test_a_drain_goes_on_without_its_terminal_and_its_leader(cell: MigrationCell
         since = witness.now()
         said = _interrupted_drain(cell, FIRST)
         cell.trial.killed_and_back(REPLICA)
-        (operation,) = WAIT_AGAIN.findall(said)
+        operation = _named(WAIT_AGAIN, said)
         assert operation in _novacron(cell, "op", "wait", operation)
         assert cell.trial.api.operation(operation).state == "succeeded"
         _rest_and_judge(cell, witness, since)
@@ -67,7 +67,7 @@ def test_a_cancelled_drain_leaves_its_node_open(cell: MigrationCell) -> None:
     with cell.witness() as witness:
         since = witness.now()
         said = _interrupted_drain(cell, fullest)
-        (operation,) = UNDO.findall(said)
+        operation = _named(UNDO, said)
         _novacron(cell, "op", "cancel", operation)
         assert cell.trial.api.operation(operation).state == "cancelled"
         _rest_and_judge(cell, witness, since)
@@ -97,6 +97,13 @@ def _interrupted_drain(cell: MigrationCell, node: str) -> str:
         drain.wait()
     assert drain.returncode == INTERRUPTED, said
     return said
+
+
+def _named(line: re.Pattern[str], said: str) -> str:
+    """Return the operation that a command told how to come back to."""
+    found = line.search(said)
+    assert found is not None, said
+    return found.group(1)
 
 
 def _rest_and_judge(cell: MigrationCell, witness: PulseWitness, since: float) -> None:
