@@ -23,6 +23,7 @@ Work = Callable[[libvirt.virConnect], T]
 # A libvirtd that is silent for 5 s x (3 + 1) is taken to be dead; its calls then end.
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_COUNT = 3
+DETACHED_THREAD = "libvirt-detached"
 
 
 class Lane:
@@ -104,7 +105,7 @@ def run_detached(uri: str, work: Work[T]) -> Future[T]:
         finally:
             close_quietly(connection)
 
-    threading.Thread(target=run, name="libvirt-migration", daemon=True).start()
+    threading.Thread(target=run, name=DETACHED_THREAD, daemon=True).start()
     return answer
 
 
