@@ -86,6 +86,8 @@ _CONNECTED = frozenset(
 )
 _RELAYS = frozenset({Victim.SOURCE_RELAY, Victim.DESTINATION_RELAY})
 _BEFORE_TRANSFER = frozenset({Moment.ADMIT, Moment.PRECHECK, Moment.CLAIM, Moment.PREPARE})
+# The records of the last two steps are written within milliseconds, the source ends later.
+_BEFORE_END_OF_SOURCE = frozenset({Moment.RESUMED, Moment.SWITCH, Moment.FINALIZE})
 _BEFORE_CONNECTION = _BEFORE_TRANSFER | {Moment.TRANSFER}
 
 # What runs with every `./dev test`: each victim, each step, each kind of fault at least once.
@@ -146,7 +148,7 @@ def restarts(pair: Pair) -> int:
     """
     if pair.fault is not Fault.KILL:
         return 0
-    arrived = pair.moment in (Moment.RESUMED, Moment.SWITCH, Moment.FINALIZE)
+    arrived = pair.moment in _BEFORE_END_OF_SOURCE
     if pair.victim is Victim.SOURCE_QEMU:
         return 0 if arrived else 1
     return 1 if pair.victim is Victim.DESTINATION_QEMU and arrived else 0
@@ -158,7 +160,7 @@ def may_split(pair: Pair) -> bool:
     It does when the way between the two libvirtds ends in that moment; the agent's reflex then
     holds the source's guest within some 10 to 20 ms (`test_migration_windows.py` measures it).
     """
-    if pair.moment not in (Moment.RESUMED, Moment.SWITCH):
+    if pair.moment not in _BEFORE_END_OF_SOURCE:
         return False
     ended = pair.victim in _RELAYS | {Victim.DESTINATION_LIBVIRTD}
     given_up = pair.fault in _LONG and pair.victim in _CONNECTED
