@@ -39,7 +39,7 @@ from controlplane.scheduler.moves import move_request, shared_pools
 from controlplane.scheduler.place import plan
 from controlplane.scheduler.snapshot import Snapshot
 from shared.errors import FieldError
-from shared.model import AttemptState, FinishedOperation, Node, NodeState, Operation, Problem, Vm
+from shared.model import AttemptState, FinishedOperation, Node, Operation, Problem, Vm
 from shared.moves import DrainJournal, DrainTry, VmLeft
 from shared.problems import problem
 from shared.states import vm_phase
@@ -91,8 +91,6 @@ async def _evacuate(context: StepContext) -> Outcome:
         return Writes(note_left(left))
     if len(left) < len(vms):
         return Waits(f"{len(vms) - len(left)} VMs are on their way")
-    if unheard := _unheard(context):
-        return Waits(f"{unheard} is not heard yet")
     raise StepFailed(_incomplete(node, left))
 
 
@@ -188,13 +186,6 @@ def _fate_after_tries(context: StepContext, journal: DrainJournal, vm: Vm) -> Fa
         return Fate(FateKind.STAY, reason)
     due = attempt.at + RETRY_FIRST * 2 ** (attempt.count - 1)
     return Fate(FateKind.MOVE if due <= _now(context) else FateKind.WAIT, reason)
-
-
-def _unheard(context: StepContext) -> str:
-    """Return a node that counts as ready and that a new leader has not heard yet; else nothing."""
-    nodes = (stored.record for stored in context.state.nodes.values())
-    ready = (node for node in nodes if node.state is NodeState.READY)
-    return next((node.name for node in ready if not context.nodes.trusts(node.id)), "")
 
 
 def _ended(context: StepContext, attempt: DrainTry) -> Operation | None:
