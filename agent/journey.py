@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LOOK_PERIOD_S = 0.5
 
 Progress = Callable[[MigrationProgress], None]
+Travel = Callable[[], Awaitable[None]]
 
 
 class Journey:
@@ -43,7 +44,7 @@ async def follow(
     hypervisor: Hypervisor,
     desired: Desired,
     order: MigrationOrder,
-    travel: Awaitable[None] | None,
+    travel: Travel | None,
     progress: Progress,
 ) -> None:
     """Follow a transfer to its end: of ``travel``, or of the job that an earlier agent began."""
@@ -52,7 +53,7 @@ async def follow(
         if travel is None:
             await _until_no_job(hypervisor, desired.domain_name)
         else:
-            await travel
+            await travel()
     except NovacronError as error:
         log.warning("%s: the transfer ended: %s", desired.name, error)
         journey.fault = journey.fault or problem_of(error)

@@ -24,7 +24,7 @@ from agent.hypervisor import (
     volume_name,
 )
 from agent.inventory import NodeFacts
-from agent.journey import Journey, follow
+from agent.journey import Journey, Travel, follow
 from agent.relay import Relays, RelayTarget
 from shared.errors import HypervisorUnavailable, NovacronError, StateConflict
 from shared.model import Power, Problem
@@ -158,7 +158,7 @@ class Migrations:
                 replace(outgoing, uri=uri),
             )
 
-        self._set_out(desired, order, travel())
+        self._set_out(desired, order, travel)
 
     async def _follow_again(self, desired: Desired, order: MigrationOrder) -> None:
         """Take up a transfer that an earlier agent has begun, if it still goes on."""
@@ -166,9 +166,7 @@ class Migrations:
         if end is not None and end.state is EndState.MOVING:
             self._set_out(desired, order, None)
 
-    def _set_out(
-        self, desired: Desired, order: MigrationOrder, travel: Awaitable[None] | None
-    ) -> None:
+    def _set_out(self, desired: Desired, order: MigrationOrder, travel: Travel | None) -> None:
         journey = Journey(order.generation)
         self._journeys[desired.vm_id] = journey
         work = follow(journey, self._hypervisor, desired, order, travel, self._progress)

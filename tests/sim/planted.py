@@ -308,7 +308,7 @@ def nobody_holds_returned_guests() -> AbstractContextManager[Any]:
 
 PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(fence_forgets_generations, generation_used_once),
-    PlantedBug(permits_for_another_boot, start_was_permitted, first=250),
+    PlantedBug(permits_for_another_boot, start_was_permitted, first=0),
     PlantedBug(failures_reported_as_success, nothing_acknowledged_is_lost),
     PlantedBug(commits_without_the_term, written_by_the_leader),
     PlantedBug(silence_is_death, single_runner),
