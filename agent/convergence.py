@@ -37,11 +37,11 @@ class Convergence:
         self._raised_s = began_s
         self._least: int | None = None
         self._least_s = began_s
+        self._passes = 0
 
     def take(self, transfer: Transfer, now_s: float) -> Surrender | None:
         """Take a look at the transfer in; ``downtime_ms`` is what is allowed from now on."""
-        if self._least is None or transfer.bytes_remaining < self._least:
-            self._least, self._least_s = transfer.bytes_remaining, now_s
+        self._measure(transfer, now_s)
         if now_s >= self._end_s:
             return Surrender.TIMED_OUT
         if now_s - self._least_s >= STALL_LIMIT_S:
@@ -50,6 +50,17 @@ class Convergence:
         if transfer.iteration >= PASSES_BEFORE_STEPS and rested:
             self._raise(now_s)
         return None
+
+    def _measure(self, transfer: Transfer, now_s: float) -> None:
+        """Note when there was less to move than ever before, of what is being moved now."""
+        # While the destination makes ready nothing is known; disks come first, then memory.
+        unknown = transfer.bytes_total == 0
+        memory_begins = self._passes == 0 and transfer.iteration > 0
+        if unknown or memory_begins:
+            self._least, self._least_s = None, now_s
+        if not unknown and (self._least is None or transfer.bytes_remaining < self._least):
+            self._least, self._least_s = transfer.bytes_remaining, now_s
+        self._passes = transfer.iteration
 
     def _raise(self, now_s: float) -> None:
         first_ms = min(DOWNTIME_FIRST_MS, self._limit_ms)

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 
 from agent.convergence import Convergence
 from agent.hypervisor import Hypervisor, Transfer
-from shared.errors import HypervisorError, HypervisorUnavailable, NovacronError
+from shared.errors import HypervisorUnavailable, NovacronError
 from shared.model import Problem
-from shared.moves import EndState, MigrationFigures
+from shared.moves import EndState
 from shared.problems import problem, problem_of
 from shared.protocol import Desired, MigrationOrder, MigrationProgress
 
@@ -29,14 +29,20 @@ Travel = Callable[[], Awaitable[None]]
 
 
 class Journey:
-    """``fault`` is what libvirt said against it; whether the guest moved, it does not say."""
+    """``fault`` is what libvirt said against it; whether the guest moved, it does not say.
+
+    ``unwanted``: it is to end as soon as it can be ended.
+    """
 
     task: asyncio.Future[None]
 
-    def __init__(self, generation: int) -> None:
-        self.generation = generation
+    def __init__(self) -> None:
         self.fault: Problem | None = None
-        self.figures: MigrationFigures | None = None
+        self.unwanted = False
+
+    @property
+    def under_way(self) -> bool:
+        return not self.task.done()
 
 
 async def follow(
@@ -59,8 +65,6 @@ async def follow(
         journey.fault = journey.fault or problem_of(error)
     finally:
         guide.cancel()
-    with contextlib.suppress(NovacronError):
-        journey.figures = await hypervisor.figures(desired.domain_name)
 
 
 async def _until_no_job(hypervisor: Hypervisor, name: str) -> None:
@@ -96,23 +100,26 @@ async def _guide(
                 continue
             progress(_told(order, transfer))
             surrender = convergence.take(transfer, loop.time())
-            if surrender is not None:
+            if surrender is not None and not journey.unwanted:
                 detail = f"the transfer {surrender.value}; the guest stays where it was"
                 journey.fault = problem(f"migration_{surrender.name.lower()}", detail)
+                journey.unwanted = True
+            if journey.unwanted:
                 await hypervisor.abort_migration(name, generation)
             elif convergence.downtime_ms != allowed_ms:
                 allowed_ms = convergence.downtime_ms
                 await hypervisor.set_max_downtime(name, generation, allowed_ms)
-        except HypervisorError as error:
+        except NovacronError as error:
             # It may have ended between two calls, or libvirtd is away: the job is what counts.
             log.info("%s: %s", name, error)
 
 
 def _told(order: MigrationOrder, transfer: Transfer) -> MigrationProgress:
-    total = max(transfer.bytes_total, 1)
+    total = transfer.bytes_total
+    there = 1 - min(1.0, transfer.bytes_remaining / total) if total else 0.0
     return MigrationProgress(
         operation=order.operation,
-        percent=round(100.0 * (1 - min(1.0, transfer.bytes_remaining / total)), 1),
+        percent=round(100.0 * there, 1),
         eta_s=transfer.bytes_remaining / transfer.bytes_per_s if transfer.bytes_per_s else None,
         bytes_done=transfer.bytes_done,
         bytes_total=transfer.bytes_total,

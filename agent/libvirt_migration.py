@@ -242,8 +242,8 @@ def _job(domain: libvirt.virDomain) -> dict[str, Any] | None:
     try:
         stats: dict[str, Any] = domain.jobStats(0)
     except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
-            return None  # it does not run
+        if error.get_error_code() in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
+            return None  # it does not run (any more)
         # The one job that libvirt tells nothing about is one that comes in.
         if error.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
             return {"operation": _IN}

@@ -15,20 +15,16 @@ from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
+from agent.arrivals import Arrivals
 from agent.fence import Departure, Fence
-from agent.hypervisor import (
-    DomainDefinition,
-    Hypervisor,
-    MigrationEnd,
-    Outgoing,
-    volume_name,
-)
+from agent.hypervisor import Hypervisor, MigrationEnd, Outgoing
 from agent.inventory import NodeFacts
 from agent.journey import Journey, Travel, follow
+from agent.orders import definition_of, delete_copies, end_of, relay_name
 from agent.relay import Relays, RelayTarget
-from shared.errors import HypervisorUnavailable, NovacronError, StateConflict
+from shared.errors import DomainNotFound, HypervisorUnavailable, NovacronError, StateConflict
 from shared.model import Power, Problem
-from shared.moves import EndState, MigrationStage
+from shared.moves import EndState, MigrationFigures, MigrationStage
 from shared.problems import problem_of
 from shared.protocol import (
     Desired,
@@ -41,15 +37,6 @@ from shared.protocol import (
 )
 
 log = logging.getLogger(__name__)
-
-# What may be ended on a destination: nothing of it has ever run there.
-_NEVER_RAN = frozenset({EndState.INCOMING, EndState.READY})
-# The same state of a domain means another thing on the node that it comes to.
-_ON_DESTINATION: dict[EndState, EndState] = {
-    EndState.MOVING: EndState.INCOMING,
-    EndState.AWAY: EndState.INCOMING,
-    EndState.HELD: EndState.READY,
-}
 
 
 class Migrations:
@@ -67,11 +54,10 @@ class Migrations:
         self._hypervisor = hypervisor
         self._fence = fence
         self._relays = relays
-        self._node = node
+        self._arrivals = Arrivals(hypervisor, fence, relays, node)
         self._wake = wake
         self._progress = progress
         self._journeys: dict[str, Journey] = {}
-        self._targets: dict[str, tuple[int, MigrationTarget]] = {}
         self._reflexes: dict[asyncio.Task[None], None] = {}
 
     async def work(self, desired: Desired) -> MigrationReport:
@@ -87,7 +73,7 @@ class Migrations:
 
     async def settle(self, vm_id: str) -> None:
         """Take note that a VM has no open migration here (any more)."""
-        self._targets.pop(vm_id, None)
+        self._arrivals.forget(vm_id)
         journey = self._journeys.pop(vm_id, None)
         if journey is not None:
             journey.task.cancel()
@@ -125,7 +111,7 @@ class Migrations:
             if order.target is None:
                 return await self._look(desired, order)
             await self._begin(desired, order, order.target)
-        elif desired.vm_id not in self._journeys:
+        else:
             await self._follow_again(desired, order)
         return await self._look(desired, order)
 
@@ -146,28 +132,44 @@ class Migrations:
             paused=desired.spec.migration.strict or desired.spec.power is Power.PAUSED,
         )
 
+        journey = Journey()
+
         async def travel() -> None:
             uri = await self._relays.open(
-                _relay_name(desired, order),
+                relay_name(desired, order),
                 RelayTarget(target.relay, target.node_name),
                 target.token,
             )
+            if journey.unwanted:
+                raise StateConflict("the migration was cancelled before it began")
             await self._hypervisor.migrate(
                 desired.domain_name,
                 order.source_generation,
                 replace(outgoing, uri=uri),
             )
 
-        self._set_out(desired, order, travel)
+        self._set_out(journey, desired, order, travel)
 
     async def _follow_again(self, desired: Desired, order: MigrationOrder) -> None:
-        """Take up a transfer that an earlier agent has begun, if it still goes on."""
-        end = await self._hypervisor.migration_end(desired.domain_name)
-        if end is not None and end.state is EndState.MOVING:
-            self._set_out(desired, order, None)
+        """Take up a transfer that goes on though nobody follows it: of an earlier agent, or one
+        that libvirtd, held up, has gone on with.
+        """
+        known = self._journeys.get(desired.vm_id)
+        if known is not None and known.under_way:
+            return
+        end = await self._end(desired, order)
+        if end.state is EndState.MOVING:
+            journey = Journey()
+            journey.fault = _said(known)
+            self._set_out(journey, desired, order, None)
 
-    def _set_out(self, desired: Desired, order: MigrationOrder, travel: Travel | None) -> None:
-        journey = Journey(order.generation)
+    def _set_out(
+        self,
+        journey: Journey,
+        desired: Desired,
+        order: MigrationOrder,
+        travel: Travel | None,
+    ) -> None:
         self._journeys[desired.vm_id] = journey
         work = follow(journey, self._hypervisor, desired, order, travel, self._progress)
         journey.task = asyncio.ensure_future(work)
@@ -183,16 +185,27 @@ class Migrations:
 
     async def _abort(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
         await self._depart(desired, order)
-        end = await self._hypervisor.migration_end(desired.domain_name)
-        if end is not None and end.state is EndState.MOVING:
-            await self._hypervisor.abort_migration(desired.domain_name, order.source_generation)
+        await self._end_journey(desired, order)
         return await self._look(desired, order)
+
+    async def _end_journey(self, desired: Desired, order: MigrationOrder) -> None:
+        """Have a transfer end, now or as soon as libvirt has begun it."""
+        await self._follow_again(desired, order)
+        journey = self._journeys.get(desired.vm_id)
+        if journey is not None and journey.under_way:
+            journey.unwanted = True
+            with contextlib.suppress(DomainNotFound):
+                await self._hypervisor.abort_migration(desired.domain_name, order.source_generation)
 
     async def _resume(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
         """The other end is proven empty: whatever paused the guest here, it goes on."""
-        await self._relays.close(_relay_name(desired, order))
-        end = await self._hypervisor.migration_end(desired.domain_name)
-        paused = end is not None and end.state in (EndState.HELD, EndState.AWAY)
+        await self._relays.close(relay_name(desired, order))
+        end = await self._end(desired, order)
+        if end.state is EndState.MOVING:
+            # Begun late: without its relay it comes to nothing, and it has to be over first.
+            await self._end_journey(desired, order)
+            return await self._look(desired, order)
+        paused = end.state in (EndState.HELD, EndState.AWAY)
         if paused and desired.intent is Intent.RUN:
             self._fence.check(desired.term, desired.vm_id, desired.revision)
             await self._hypervisor.resume(desired.domain_name, order.source_generation)
@@ -205,7 +218,7 @@ class Migrations:
         While libvirt is about to do so by itself it is left alone: a domain that is ended in the
         middle of a migration may take the other end with it.
         """
-        name, journey = desired.domain_name, self._journeys.get(desired.vm_id)
+        name = desired.domain_name
         if order.operation and await self._is_under_way(desired, order):
             return await self._look(desired, order)
         domain = await self._hypervisor.domain(name)
@@ -216,49 +229,25 @@ class Migrations:
             self._fence.check(desired.term, desired.vm_id, desired.revision)
             await self._hypervisor.stop(name, domain.generation)
             await self._hypervisor.undefine(name, domain.generation, keep_log=True)
-        await self._delete_copies(desired, order)
+        await delete_copies(self._hypervisor, desired, order)
         if order.purge:
             await self._hypervisor.delete_console_log(name)
         if order.operation:
-            await self._relays.close(_relay_name(desired, order))
-        await self.settle(desired.vm_id)
+            await self._relays.close(relay_name(desired, order))
         report = await self._look(desired, order, settled=True)
-        return report if journey is None else replace(report, figures=journey.figures)
+        await self.settle(desired.vm_id)
+        return report
 
     async def _is_under_way(self, desired: Desired, order: MigrationOrder) -> bool:
-        if desired.vm_id not in self._journeys:
-            await self._follow_again(desired, order)
+        await self._follow_again(desired, order)
         journey = self._journeys.get(desired.vm_id)
-        return journey is not None and not journey.task.done()
-
-    async def _delete_copies(self, desired: Desired, order: MigrationOrder) -> None:
-        for disk in desired.spec.disks:
-            if disk.name in order.copied:
-                volume = volume_name(desired.vm_id, disk.name)
-                await self._hypervisor.delete_volume(disk.pool, volume)
+        return journey is not None and journey.under_way
 
     # The destination.
 
     async def _prepare(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
-        """Make room: volumes of the exact size, a relay for this one migration, no old domain."""
-        if order.boot_id != self._node.boot_id:
-            fault = StateConflict("this node has booted since it was chosen")
-            return await self._look(desired, order, fault=fault)
-        if self._is_ready(desired, order):
-            # Only once: data may be coming into these volumes by now.
-            return await self._look(desired, order, settled=True)
-        # From now on nothing may start this generation here: it comes running.
-        await self._fence.use_generation(desired.vm_id, order.generation)
         try:
-            await self._clear_place(desired, order)
-            # A log of an earlier stay would seem to be of now.
-            await self._hypervisor.delete_console_log(desired.domain_name)
-            for disk in desired.spec.disks:
-                if disk.name in order.copied:
-                    volume = volume_name(desired.vm_id, disk.name)
-                    await self._hypervisor.delete_volume(disk.pool, volume)
-                    await self._hypervisor.ensure_volume(disk.pool, volume, disk.size_gib)
-            await self._admit(desired, order)
+            await self._arrivals.prepare(desired, order)
         except HypervisorUnavailable:
             raise
         except NovacronError as error:
@@ -266,57 +255,16 @@ class Migrations:
             return await self._look(desired, order, fault=error)
         return await self._look(desired, order, settled=True)
 
-    async def _clear_place(self, desired: Desired, order: MigrationOrder) -> None:
-        domain = await self._hypervisor.domain(desired.domain_name)
-        if domain is None:
-            return
-        if domain.vm_id != desired.vm_id or domain.generation >= order.generation:
-            raise StateConflict(f"another domain has the name {desired.domain_name!r} here")
-        await self._hypervisor.undefine(desired.domain_name, domain.generation, keep_log=True)
-
-    def _is_ready(self, desired: Desired, order: MigrationOrder) -> bool:
-        known = self._targets.get(desired.vm_id)
-        return known is not None and known[0] == order.generation
-
-    async def _admit(self, desired: Desired, order: MigrationOrder) -> None:
-        if self._is_ready(desired, order):
-            return
-        layout = await self._hypervisor.layout(definition_of(desired, order.generation))
-        facts = await self._hypervisor.facts()
-        token = await self._relays.admit(_relay_name(desired, order), order.peer)
-        target = MigrationTarget(
-            node_name=self._node.name,
-            address=self._node.address,
-            relay=self._node.relay_address,
-            token=token,
-            tls=facts.migration_tls,
-            layout=layout,
-        )
-        self._targets[desired.vm_id] = (order.generation, target)
-
     async def _receive(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
-        """Keep the relay open; an agent that was started anew admits the source once more."""
-        if order.boot_id == self._node.boot_id:
-            with contextlib.suppress(StateConflict):  # the relay is in use already
-                await self._admit(desired, order)
+        await self._arrivals.receive(desired, order)
         return await self._look(desired, order)
 
     async def _clean(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
-        """Leave nothing, and let nothing come any more; but never end what has run here."""
-        await self._relays.revoke(_relay_name(desired, order))
-        self._targets.pop(desired.vm_id, None)
-        await self._fence.use_generation(desired.vm_id, order.generation)
-        end = await self._end(desired, order)
-        if end.state in _NEVER_RAN:
-            self._fence.check(desired.term, desired.vm_id, desired.revision)
-            await self._hypervisor.stop(desired.domain_name, order.generation)
-            await self._hypervisor.undefine(desired.domain_name, order.generation)
-        end = await self._end(desired, order)
-        if end.state is not EndState.ABSENT:
-            return await self._look(desired, order)
-        await self._delete_copies(desired, order)
-        await self._hypervisor.delete_console_log(desired.domain_name)
-        return await self._look(desired, order, settled=True)
+        try:
+            settled = await self._arrivals.clean(desired, order)
+        except StateConflict as conflict:
+            return await self._look(desired, order, fault=conflict)
+        return await self._look(desired, order, settled=settled)
 
     # Both.
 
@@ -329,9 +277,10 @@ class Migrations:
         fault: NovacronError | None = None,
     ) -> MigrationReport:
         journey = self._journeys.get(desired.vm_id)
-        known = self._targets.get(desired.vm_id)
         end = await self._end(desired, order)
-        if end.returned and order.role is MigrationRole.SOURCE:
+        source = order.role is MigrationRole.SOURCE
+        # In the stage RESUME it is to run.
+        if end.returned and source and order.stage is not MigrationStage.RESUME:
             await self._hypervisor.hold(desired.domain_name, order.source_generation)
             end = await self._end(desired, order)
         return MigrationReport(
@@ -341,26 +290,26 @@ class Migrations:
             end=end.state,
             over=self._is_over(desired, order, end),
             settled=settled,
-            target=known[1] if known is not None and known[0] == order.generation else None,
+            target=self._arrivals.target(desired, order),
             fault=_said(journey) if fault is None else problem_of(fault),
-            figures=None if journey is None else journey.figures,
+            figures=await self._figures(desired),
         )
 
+    async def _figures(self, desired: Desired) -> MigrationFigures | None:
+        """Return what the transfer took; libvirt's word about it may come a little later."""
+        journey = self._journeys.get(desired.vm_id)
+        if journey is None or journey.under_way:
+            return None
+        return await self._hypervisor.figures(desired.domain_name)
+
     async def _end(self, desired: Desired, order: MigrationOrder) -> MigrationEnd:
-        """Return this end, as far as the domain is the order's; another generation is no end."""
-        ours = order.source_generation if order.role is MigrationRole.SOURCE else order.generation
-        end = await self._hypervisor.migration_end(desired.domain_name)
-        if end is None or end.generation != ours:
-            return MigrationEnd(generation=ours, state=EndState.ABSENT)
-        if order.role is MigrationRole.DESTINATION:
-            return replace(end, state=_ON_DESTINATION.get(end.state, end.state))
-        return end
+        return await end_of(self._hypervisor, desired, order)
 
     def _is_over(self, desired: Desired, order: MigrationOrder, end: MigrationEnd) -> bool:
         departure = self._fence.facts(desired.vm_id).departure
         begun = departure is not None and departure.generation >= order.generation
         journey = self._journeys.get(desired.vm_id)
-        under_way = journey is not None and not journey.task.done()
+        under_way = journey is not None and journey.under_way
         return begun and not under_way and end.state is not EndState.MOVING
 
 
@@ -378,21 +327,5 @@ _WORK: dict[tuple[MigrationRole, MigrationStage], _Work] = {
 }
 
 
-def definition_of(desired: Desired, generation: int) -> DomainDefinition:
-    return DomainDefinition(
-        vm_id=desired.vm_id,
-        name=desired.domain_name,
-        uuid=desired.domain_uuid,
-        title=desired.name,
-        tenant=desired.tenant,
-        generation=generation,
-        spec=desired.spec,
-    )
-
-
 def _said(journey: Journey | None) -> Problem | None:
     return None if journey is None else journey.fault
-
-
-def _relay_name(desired: Desired, order: MigrationOrder) -> str:
-    return f"{desired.vm_id}.{order.generation}"

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from agent.fence import Fence
 from agent.hypervisor import DomainInfo, Hypervisor, volume_name
-from agent.migration import Migrations, definition_of
+from agent.migration import Migrations
+from agent.orders import definition_of
 from agent.steps import ShutdownState, Step, next_step
 from agent.workqueue import WorkQueue
 from shared.errors import (

@@ -34,9 +34,9 @@ from shared.protocol import (
     Welcome,
 )
 from tests.sim.virtual_loop import run_virtual
+from tests.unit.agent_world import StillClock
 from tests.unit.core_world import desired
 from tests.unit.pipes import PipeEnd, pipe
-from tests.unit.test_agent_reconciler import StillClock
 
 VM = "vm-1"
 FIRST = Term(1, 1)

@@ -14,8 +14,8 @@ from shared.model import Sample
 from shared.problems import problem_of
 from shared.protocol import Batch, BatchSeen, TelemetryHello, TelemetryRefused
 from tests.sim.virtual_loop import run_virtual
+from tests.unit.agent_world import StillClock
 from tests.unit.pipes import PipeEnd, pipe
-from tests.unit.test_agent_reconciler import StillClock
 
 HELLO = TelemetryHello(node_name="n1", node_id="node-1", incarnation="i1")
 

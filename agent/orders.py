@@ -1,0 +1,57 @@
+"""What an order of a migration names on this node: its domain, its relay, its end, its disks."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from agent.hypervisor import DomainDefinition, Hypervisor, MigrationEnd, volume_name
+from shared.moves import EndState
+from shared.protocol import Desired, MigrationOrder, MigrationRole
+
+# The same state of a domain means another thing on the node that it comes to.
+_ON_DESTINATION: dict[EndState, EndState] = {
+    EndState.MOVING: EndState.INCOMING,
+    EndState.AWAY: EndState.INCOMING,
+    EndState.HELD: EndState.READY,
+}
+
+
+def definition_of(desired: Desired, generation: int) -> DomainDefinition:
+    return DomainDefinition(
+        vm_id=desired.vm_id,
+        name=desired.domain_name,
+        uuid=desired.domain_uuid,
+        title=desired.name,
+        tenant=desired.tenant,
+        generation=generation,
+        spec=desired.spec,
+    )
+
+
+def relay_name(desired: Desired, order: MigrationOrder) -> str:
+    return f"{desired.vm_id}.{order.generation}"
+
+
+async def end_of(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder) -> MigrationEnd:
+    """Return this end, as far as the domain is the order's; another generation is no end."""
+    ours = order.source_generation if order.role is MigrationRole.SOURCE else order.generation
+    end = await hypervisor.migration_end(desired.domain_name)
+    if end is None or end.generation != ours:
+        return MigrationEnd(generation=ours, state=EndState.ABSENT)
+    if order.role is MigrationRole.DESTINATION:
+        return replace(end, state=_ON_DESTINATION.get(end.state, end.state))
+    return end
+
+
+def copied_volumes(desired: Desired, order: MigrationOrder) -> list[tuple[str, str, int]]:
+    """Return pool, name and size in GiB of each volume whose content moves along."""
+    return [
+        (disk.pool, volume_name(desired.vm_id, disk.name), disk.size_gib)
+        for disk in desired.spec.disks
+        if disk.name in order.copied
+    ]
+
+
+async def delete_copies(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder) -> None:
+    for pool, volume, _ in copied_volumes(desired, order):
+        await hypervisor.delete_volume(pool, volume)
