@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LOOK_PERIOD_S = 0.5
 
 Progress = Callable[[MigrationProgress], None]
+Travel = Callable[[], Awaitable[None]]
 
 
 class Journey:
@@ -49,7 +50,7 @@ async def follow(
     hypervisor: Hypervisor,
     desired: Desired,
     order: MigrationOrder,
-    travel: Callable[[], Awaitable[None]] | None,
+    travel: Travel | None,
     progress: Progress,
 ) -> None:
     """Follow a transfer to its end: of ``travel``, or of the job that an earlier agent began."""

@@ -8,6 +8,7 @@ domain whose metadata does not carry exactly the generation it was given.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import random
 from collections.abc import Callable
@@ -48,6 +49,9 @@ SAMPLES_TIMEOUT_S = 2.0
 SAMPLES_ATTEMPTS = 2
 # Figures are asked for right after a migration, and a node moves two guests out at a time.
 FIGURES_KEPT_MAX = 64
+# libvirt tells them on another connection than the one that answers the call: milliseconds before
+# or after it. Of a migration that failed it tells none, and its end is waited for.
+FIGURES_WAIT_S = 0.25
 
 
 class LibvirtDriver:
@@ -63,6 +67,7 @@ class LibvirtDriver:
         self._other_pools_lock = asyncio.Lock()
         self._last_seen: dict[str, DomainInfo] = {}
         self._figures: dict[str, MigrationFigures] = {}
+        self._figures_came = asyncio.Event()
         self._link = LibvirtLink(
             settings.uri,
             rng,
@@ -246,6 +251,11 @@ class LibvirtDriver:
         )
 
     async def figures(self, name: str) -> MigrationFigures | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIGURES_WAIT_S):
+                while name not in self._figures:
+                    self._figures_came.clear()
+                    await self._figures_came.wait()
         return self._figures.get(name)
 
     async def hold(self, name: str, generation: int) -> bool:
@@ -269,6 +279,7 @@ class LibvirtDriver:
         self._figures[name] = migration.figures_of(figures)
         while len(self._figures) > FIGURES_KEPT_MAX:
             self._figures.pop(next(iter(self._figures)))
+        self._figures_came.set()
 
     async def _act(self, name: str, generation: int, act: libvirt_domains.DomainAct) -> None:
         await self._link.act(

@@ -19,7 +19,7 @@ from agent.arrivals import Arrivals
 from agent.fence import Departure, Fence
 from agent.hypervisor import Hypervisor, MigrationEnd, Outgoing
 from agent.inventory import NodeFacts
-from agent.journey import Journey, follow
+from agent.journey import Journey, Travel, follow
 from agent.orders import definition_of, delete_copies, end_of, relay_name
 from agent.relay import Relays, RelayTarget
 from shared.errors import DomainNotFound, HypervisorUnavailable, NovacronError, StateConflict
@@ -168,7 +168,7 @@ class Migrations:
         journey: Journey,
         desired: Desired,
         order: MigrationOrder,
-        travel: Callable[[], Awaitable[None]] | None,
+        travel: Travel | None,
     ) -> None:
         self._journeys[desired.vm_id] = journey
         work = follow(journey, self._hypervisor, desired, order, travel, self._progress)

@@ -138,8 +138,9 @@ class VmReconciler:
 
     async def _resync(self) -> None:
         while True:
-            await asyncio.sleep(RESYNC_PERIOD_S)
+            # First of all right after the start: a guest may have come back before it.
             self._domain_changed("")
+            await asyncio.sleep(RESYNC_PERIOD_S)
 
     def _domain_changed(self, name: str) -> None:
         self._migrations.domain_changed(name)

@@ -154,6 +154,10 @@ class Travel:
         self._after(fabric.times.prepare_s, self._prepared)
 
     @property
+    def domain_name(self) -> str:
+        return self._domain.name
+
+    @property
     def switched(self) -> bool:
         """Whether the guest has gone on on the destination."""
         return self._arrival is not None and not self._arrival.incoming

@@ -10,11 +10,26 @@ from pathlib import Path
 import pytest
 
 from tests.previous_release import VERSION, build_wheel, environment, unpack
+from tests.unit.samples import write_samples
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack(tmp_path_factory.mktemp("previous"))
+
+
+# Reads every sample whose kind the release knows, and prints the names of those.
+READ_SAMPLES = """
+import sys
+from pathlib import Path
+from shared import model, protocol
+from shared.codec import unpack
+for path in sorted(Path(sys.argv[1]).glob("*.msgpack")):
+    kind = getattr(model, path.stem, None) or getattr(protocol, path.stem, None)
+    if kind is not None:
+        unpack(path.read_bytes(), kind)
+        print(path.stem)
+"""
 
 
 def run(root: Path, *arguments: str) -> str:
@@ -40,6 +55,12 @@ def test_its_own_code_runs(root: Path, package: str) -> None:
 def test_it_is_the_version_that_it_says(root: Path) -> None:
     told = run(root, "-c", "from shared.version import VERSION; print(VERSION)")
     assert told.strip() == VERSION
+
+
+def test_it_reads_what_this_release_writes_of_what_it_knows(root: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path)
+    read = run(root, "-c", READ_SAMPLES, str(tmp_path)).split()
+    assert {"Vm", "Operation", "Node", "Cluster", "Hello", "VmReport", "Desired"} <= set(read)
 
 
 def test_it_can_be_built(root: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import select
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -89,20 +88,25 @@ class PulseAccount:
         """Return the guest's boots, in the order in which they were first seen."""
         return list(dict.fromkeys(pulse.boot for pulse in self.pulses))
 
-    def said_twice(self) -> list[tuple[str, int, tuple[str, ...]]]:
-        """Return each number of a boot that was said more than once, and on which nodes."""
-        counted = Counter((pulse.boot, pulse.number) for pulse in self.pulses)
+    def said_twice(self, since: float) -> list[tuple[int, tuple[str, ...]]]:
+        """Return each number that was said again since a date, and all nodes that it was said on.
+
+        What is in a guest's logs as the witness is called counts as said then.
+        """
+        said: dict[tuple[str, int], list[Pulse]] = {}
+        for pulse in self.pulses:
+            said.setdefault((pulse.boot, pulse.number), []).append(pulse)
         return [
-            (boot, number, tuple(p.node for p in self.pulses if p[2:] == (boot, number)))
-            for (boot, number), times in sorted(counted.items())
-            if times > 1
+            (number, tuple(pulse.node for pulse in times))
+            for (_, number), times in said.items()
+            if len(times) > 1 and times[-1].at >= since
         ]
 
-    def went_back(self) -> list[tuple[Pulse, Pulse]]:
-        """Return each pulse of a boot after which a smaller number of it was said."""
+    def went_back(self, since: float) -> list[tuple[Pulse, Pulse]]:
+        """Return each pulse after which a smaller number of the same boot was said."""
         found = []
         for boot in self.boots():
-            said = [pulse for pulse in self.pulses if pulse.boot == boot]
+            said = [pulse for pulse in self.pulses if pulse.boot == boot and pulse.at >= since]
             found += [
                 (before, after)
                 for before, after in itertools.pairwise(said)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.relay_files import dial_file, holder, lives, used_file
+from agent.relay_files import dial_file, holder, used_file
 from tests.lab.layout import NODE_STATE_DIR
 from tests.lab.nodes import LightNode
+from tests.lab.processes import ProcessKey, is_alive
 
 DIRECTORY = NODE_STATE_DIR / "relay"
 # How a relay process is told from its agent: the module that its command line imports.
@@ -36,8 +37,10 @@ def leftovers(node: LightNode) -> list[str]:
 
 
 def _living(path: Path) -> int | None:
-    key = holder(path)
-    return key.pid if key is not None and lives(key) else None
+    # The boot that the file names, too, is the node's own, which only its processes see.
+    found = holder(path)
+    living = found is not None and is_alive(ProcessKey(found.pid, found.started))
+    return found.pid if found is not None and living else None
 
 
 def _is_relay(pid: int) -> bool:

@@ -29,6 +29,7 @@ from tests.lab.migration_faults import (
     SAMPLE,
     Pair,
     all_pairs,
+    may_split,
     possible_pairs,
     restarts,
     why_impossible,
@@ -70,9 +71,8 @@ class Labs:
     def _new(self) -> MigrationCell:
         cell = MigrationCell(self._scratch.mktemp("cell"), LabPlan(nodes=2))
         cell.__enter__()
-        for zone, name in STAYERS.items():
-            cell.create(speaking_vm(name, zone=zone))
-        cell.create(speaking_vm(MOVER, pool="default"))
+        stayers = [speaking_vm(name, zone=zone) for zone, name in STAYERS.items()]
+        cell.create(*stayers, speaking_vm(MOVER, pool="default"))
         return cell
 
 
@@ -104,7 +104,7 @@ def _tried(cell: MigrationCell, pair: Pair) -> bool:
         boots = {name: len(witness.account(ids[name]).boots()) for name in GUESTS}
         strike = Striker(cell.lab, pair)
         try:
-            move = cell.move(MOVER, pair.moment, strike)
+            move = cell.move(MOVER, {pair.moment: strike})
             strike.close()
         except BaseException:
             strike.abandon()
@@ -120,7 +120,16 @@ def _tried(cell: MigrationCell, pair: Pair) -> bool:
         print(f"\n{pair.id}: QEMU spoilt the guest ({said[0]}): once more")
         return False
     boots[MOVER] += restarts(pair)
-    wrong = [f"{n}: {line}" for n in GUESTS for line in complaints(seen[n], boots[n])]
+    wrong = [
+        f"{name}: {line}"
+        for name in GUESTS
+        for line in complaints(
+            seen[name],
+            boots[name],
+            move.began,
+            may_split=name == MOVER and may_split(pair),
+        )
+    ]
     assert wrong == []
     ended = cell.ended(move)
     where = cell.trial.api.vm(MOVER).status.where
@@ -153,5 +162,6 @@ def _tell(
         f"{time.monotonic() - move.began:.1f} s with the guest on {where} "
         f"({move.source.name} to {move.destination.name}); silent for "
         f"{seen.longest_silence_s(move.began):.2f} s; both ran {both_ms:.0f} ms (resolution "
-        f"{PERIOD_S * 1000:.0f} ms by CPU time, {PULSE_S * 1000:.0f} ms by pulses)"
+        f"{PERIOD_S * 1000:.0f} ms by CPU time, {PULSE_S * 1000:.0f} ms by pulses), "
+        f"{len(seen.said_twice(move.began))} numbers twice"
     )

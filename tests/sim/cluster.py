@@ -101,7 +101,7 @@ class SimCluster:
         self.founding = founding or _founding(rng, self.clock)
         self._observer = observe
         self.network = Network(self.part(), self.trace, METHODS, settings.network)
-        self.fabric = SimulatedFabric(linked=self.network.linked)
+        self.fabric = SimulatedFabric(linked=self._linked)
         self.etcd = EtcdHosts(settings.members, self.part(), self.network, self._committed)
         names = [f"replica-{number + 1}" for number in range(settings.replicas)]
         addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
@@ -167,6 +167,11 @@ class SimCluster:
             pools=("default", SHARED_POOL),
             shared_pools=(SHARED_POOL,),
         )
+
+    def _linked(self, one: str, other: str) -> bool:
+        """Whether bytes pass between two nodes: neither is cut off nor without power."""
+        powered = all(self.nodes[name].powered for name in (one, other))
+        return powered and self.network.linked(one, other)
 
     def _is_ready(self) -> bool:
         leading = self.leading()

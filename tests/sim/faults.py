@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from agent.simulated_fabric import SimulatedRelay
+from shared.model import nodes_of
+from tests.sim.aim import TARGETS, Aim, Target
 from tests.sim.cluster import SimCluster
 from tests.sim.ledger import Ledger
 from tests.sim.node import SimNode
@@ -25,10 +27,18 @@ AT_REST_SHARE = 0.3
 MOMENT_LIMIT_S = 10.0
 MOMENT_LOOK_S = 0.02
 MOMENT_LENGTH_S = 0.6
+# An aim fails where no VM runs yet, or none can be moved: then it is taken a little later.
+AIM_TRIES = 4
+AIM_AGAIN_S = (1.0, 10.0)
+# How many of the faults of one node come to one that has something to do.
+BUSY_SHARE = 0.6
 # How many of the relays that break do so in the few milliseconds in which libvirt runs two guests.
 CRITICAL_SHARE = 0.5
 SWITCH_LOOK_S = 0.002
 SWITCH_LIMIT_S = 5.0
+# Twice as long as a saga waits for a source that it has to clean up.
+ISOLATED_S = 80.0
+CRASH_SHARE = 0.5
 # How many effects a process that dies "somewhere" still has.
 DIE_IN_MAX = 25
 # How long such a process may live before it is killed anyway.
@@ -38,24 +48,53 @@ DIE_IN_LIMIT_S = 5.0
 class Faults:
     """``coverage`` counts which fault met which operation in which phase."""
 
-    def __init__(self, cluster: SimCluster, ledger: Ledger, rng: random.Random) -> None:
+    def __init__(
+        self, cluster: SimCluster, ledger: Ledger, rng: random.Random, aim: Aim, seed: int
+    ) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._rng = rng
+        self._aim = aim
+        self._seed = seed
         self.coverage: Counter[Pair] = Counter()
 
     async def run(self, count: int, duration_s: float) -> None:
-        """Inject ``count`` faults, spread over the time; several may overlap."""
+        """Inject ``count`` faults, spread over the time; several may overlap.
+
+        Half of them are aimed: seed after seed they walk through all pairs of a kind of fault and a
+        step of a saga; in every other walk they strike a little after the step has begun.
+        """
+        aimed = self._rng.sample(range(count), count // 2)
+        places = [self._seed * len(aimed) + turn for turn in range(len(aimed))]
         times = sorted(self._rng.uniform(0, duration_s) for _ in range(count))
         start_s = asyncio.get_running_loop().time()
         async with asyncio.TaskGroup() as under_way:
-            for time_s in times:
+            for number, time_s in enumerate(times):
                 now_s = asyncio.get_running_loop().time()
                 await asyncio.sleep(max(0.0, start_s + time_s - now_s))
+                if number in aimed:
+                    strike = self._strike_at(places.pop(), under_way.create_task)
+                    under_way.create_task(strike)
+                    continue
                 await self._moment()
                 fault = self._rng.choice(FAULTS)
                 self._note(fault.__name__)
                 under_way.create_task(fault(self))
+
+    async def _strike_at(
+        self, place: int, spawn: Callable[[Coroutine[Any, Any, None]], object]
+    ) -> None:
+        """Inject a fault when a saga has come to a step; give up when none does."""
+        walk, position = divmod(place, len(ALL_PAIRS))
+        fault, target = ALL_PAIRS[position]
+        self._cluster.trace.note(f"aim {fault.__name__} at {target.kind}:{target.phase}")
+        for _ in range(AIM_TRIES):
+            if await self._aim.at(target, spawn):
+                await self._while(0.0, MOMENT_LENGTH_S if walk % 2 else 0.0)
+                self._note(fault.__name__)
+                await fault(self)
+                return
+            await self._while(*AIM_AGAIN_S)
 
     async def crash_replica(self) -> None:
         replica = self._replica()
@@ -131,10 +170,9 @@ class Faults:
 
     async def break_relay(self) -> None:
         """End a migration's relay; now and then right after the destination has resumed."""
-        relays = [each for each in self._cluster.fabric.relays.values() if each.travel is not None]
-        if not relays:
+        relay = await self._relay()
+        if relay is None:
             return
-        relay = self._rng.choice(relays)
         if self._rng.random() < CRITICAL_SHARE:
             await self._until_switched(relay)
         self._cluster.trace.note(f"break the relay to {relay.destination}")
@@ -142,10 +180,9 @@ class Faults:
 
     async def fail_libvirtd_at_switch(self) -> None:
         """End a libvirtd between the destination's resume and the source's end."""
-        relays = [each for each in self._cluster.fabric.relays.values() if each.travel is not None]
-        if not relays:
+        relay = await self._relay()
+        if relay is None:
             return
-        relay = self._rng.choice(relays)
         await self._until_switched(relay)
         await self._while(0.0, 0.2)
         names = [relay.destination, *self._cluster.nodes]
@@ -155,6 +192,44 @@ class Faults:
         await self._while(0.2, 20.0)
         if node.libvirtd is libvirtd and node.powered:
             libvirtd.come_back()
+
+    async def isolate_source_at_switch(self) -> None:
+        """Nobody hears the source once its guest has moved; its relay may break, and the guest may
+        crash on its new node long before the old one can be asked again.
+        """
+        relay = await self._relay()
+        if relay is None or relay.travel is None:
+            return
+        travel, source = relay.travel, relay.source_node
+        await self._until_switched(relay)
+        replicas = tuple(self._cluster.replicas)
+        links = [*((source, each) for each in replicas), *((each, source) for each in replicas)]
+        self._cluster.trace.note(f"isolate {source}")
+        for link in links:
+            self._cluster.network.cut(*link)
+        if self._rng.random() < CRITICAL_SHARE:
+            relay.end()
+        await self._while(0.0, ISOLATED_S / 2)
+        state = self._cluster.nodes[relay.destination].state
+        domain = state.domains.get(travel.domain_name)
+        if domain is not None and domain.is_active() and self._rng.random() < CRASH_SHARE:
+            state.guest_crashes(travel.domain_name)
+        await self._while(1.0, ISOLATED_S / 2)
+        for link in links:
+            self._cluster.network.heal(*link)
+
+    async def _relay(self) -> SimulatedRelay | None:
+        """Return a relay through which a guest is being moved, if there is one soon."""
+        for _ in range(round(MOMENT_LIMIT_S / MOMENT_LOOK_S)):
+            relays = [
+                relay
+                for relay in self._cluster.fabric.relays.values()
+                if relay.travel is not None and not relay.travel.done.done()
+            ]
+            if relays:
+                return self._rng.choice(relays)
+            await asyncio.sleep(MOMENT_LOOK_S)
+        return None
 
     async def _until_switched(self, relay: SimulatedRelay) -> None:
         travel = relay.travel
@@ -205,7 +280,13 @@ class Faults:
         return self._rng.choice(list(self._cluster.replicas.values()))
 
     def _node(self) -> SimNode:
-        return self._rng.choice(list(self._cluster.nodes.values()))
+        """Return a node, oftener one on which an operation is under way."""
+        vms = [self._ledger.vms.get(each.target) for each in self._ledger.operations.values()]
+        busy = {node_id for vm in vms if vm is not None for node_id in nodes_of(vm)}
+        names = [self._ledger.nodes[each].name for each in sorted(busy)]
+        if not names or self._rng.random() >= BUSY_SHARE:
+            names = list(self._cluster.nodes)
+        return self._cluster.nodes[self._rng.choice(names)]
 
     def _member(self) -> int:
         return self._rng.randrange(len(self._cluster.etcd.members))
@@ -235,7 +316,8 @@ def _start_agent(node: SimNode) -> None:
         node.start_agent()
 
 
-FAULTS: tuple[Callable[[Faults], Coroutine[Any, Any, None]], ...] = (
+Fault = Callable[[Faults], Coroutine[Any, Any, None]]
+FAULTS: tuple[Fault, ...] = (
     Faults.crash_replica,
     Faults.crash_replica_somewhere,
     Faults.crash_agent,
@@ -251,4 +333,11 @@ FAULTS: tuple[Callable[[Faults], Coroutine[Any, Any, None]], ...] = (
     Faults.cut_nodes,
     Faults.break_relay,
     Faults.fail_libvirtd_at_switch,
+    Faults.isolate_source_at_switch,
+)
+# Neighbours differ in both, so that no seed is spent on one kind of fault or on one step.
+ALL_PAIRS: tuple[tuple[Fault, Target], ...] = tuple(
+    (FAULTS[(number + turn) % len(FAULTS)], TARGETS[number])
+    for turn in range(len(FAULTS))
+    for number in range(len(TARGETS))
 )

@@ -24,6 +24,7 @@ from shared.model import (
     Vm,
     attempt_generation,
 )
+from shared.moves import MigrationClaim, MigrationStage
 from tests.sim.ledger import (
     Acknowledged,
     Committed,
@@ -32,11 +33,16 @@ from tests.sim.ledger import (
     Erased,
     Ledger,
     Resumed,
+    SetOut,
     SimEvent,
     Started,
+    StillRuns,
 )
 
 Invariant = Callable[[Ledger, SimEvent], Iterator[str]]
+
+# An agent that sees a guest come back holds it at once; a call to libvirt may take 8 s.
+HELD_WITHIN_S = 10.0
 
 
 class Violation(AssertionError):
@@ -50,7 +56,8 @@ class Violation(AssertionError):
 class Found(Struct, frozen=True, kw_only=True):
     """What is really there on one node when everything has come to rest.
 
-    ``running`` and ``defined`` are generations by VM id; ``volumes`` are names.
+    ``running`` (also paused, by whomever) and ``defined`` are generations by VM id; ``volumes`` are
+    names.
     """
 
     node: str
@@ -108,6 +115,74 @@ def start_was_permitted(before: Ledger, event: SimEvent) -> Iterator[str]:
         yield f"{event.vm_id} starts on {event.node}, its permit is for {node_id}"
     if boot_id != event.boot_id:
         yield f"{event.vm_id} starts in boot {event.boot_id}, its permit is for {boot_id}"
+
+
+def returned_guest_is_held(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """A guest that libvirt let go on beside another is held soon, by an agent that can."""
+    if not isinstance(event, StillRuns) or event.attended_s < HELD_WITHIN_S:
+        return
+    for node, vm_id in before.running:
+        if vm_id == event.vm_id and node != event.node:
+            yield f"{vm_id} runs on {node}, and for {event.attended_s} s again on {event.node}"
+
+
+def moves_are_begun_once(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """A guest sets out once under each claim, whatever crashed in between."""
+    if isinstance(event, SetOut) and (event.vm_id, event.generation) in before.set_out:
+        yield f"{event.vm_id} sets out once more to become generation {event.generation}"
+
+
+def owner_has_the_guest(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """A VM changes its owner only when its guest has come to the new one."""
+    for vm, claim in _claims_before(before, event):
+        attempt = vm.status.attempt
+        if attempt is None or attempt.generation != claim.generation:
+            continue
+        node = before.nodes.get(attempt.node)
+        where = before.seen.get((vm.id, attempt.generation))
+        if node is None or where != node.name:
+            yield f"{vm.id} is given to {attempt.node} as {attempt.generation}, it is not there"
+
+
+def claim_outlives_the_guest(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """A claim is not given up while the destination has the guest that it was made for."""
+    for vm, claim in _claims_before(before, event):
+        attempt = vm.status.attempt
+        owned = attempt is not None and attempt.generation >= claim.generation
+        node = before.nodes.get(claim.destination or "")
+        if vm.status.migration is not None or owned or node is None:
+            continue
+        if before.running.get((node.name, vm.id)) == claim.generation:
+            yield f"{vm.id} runs on {node.name}, where nobody looks for it any more"
+
+
+def arrived_guest_is_not_cleaned(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """A guest that has run on its destination is never ended as what a failed move left there."""
+    if not isinstance(event, Ended) or not event.by_agent:
+        return
+    vm = before.vms.get(event.vm_id)
+    claim = None if vm is None else vm.status.migration
+    if claim is None or claim.stage is MigrationStage.FINALIZE:
+        return
+    arrived = (event.vm_id, event.generation) in before.ran
+    if arrived and event.generation == claim.generation:
+        yield f"{event.vm_id} has run on {event.node}, and is cleaned up there"
+
+
+def start_has_no_rival(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """No start is permitted while another node may still have the guest."""
+    if not isinstance(event, Committed):
+        return
+    for _, vm_id, record in event.records:
+        vm = before.vms.get(vm_id)
+        if not isinstance(record, Vm) or vm is None or record.status.attempt is None:
+            continue
+        permitted = record.status.attempt.state is AttemptState.PERMITTED
+        known = vm.status.attempt is not None and (
+            vm.status.attempt.generation == record.status.attempt.generation
+        )
+        if permitted and not known and (vm.status.leftovers or vm.status.migration is not None):
+            yield f"{vm_id} may start anew, and may run elsewhere"
 
 
 def end_was_wanted(before: Ledger, event: SimEvent) -> Iterator[str]:
@@ -209,6 +284,12 @@ INVARIANTS: tuple[Invariant, ...] = (
     single_runner,
     generation_used_once,
     start_was_permitted,
+    start_has_no_rival,
+    moves_are_begun_once,
+    owner_has_the_guest,
+    claim_outlives_the_guest,
+    arrived_guest_is_not_cleaned,
+    returned_guest_is_held,
     end_was_wanted,
     erased_was_deleted,
     within_capacity,
@@ -291,6 +372,17 @@ def _settled_vm(vm: Vm, ledger: Ledger, found: dict[str, Found]) -> Iterator[str
         yield f"{vm.name} is wanted {vm.spec.power.value} and is not"
     elif vm.status.power_seen.value != vm.spec.power.value:
         yield f"{vm.name} is {vm.spec.power.value}, recorded is {vm.status.power_seen.value}"
+
+
+def _claims_before(before: Ledger, event: SimEvent) -> Iterator[tuple[Vm, MigrationClaim]]:
+    """Yield the VMs that a commit writes and that were claimed with a generation before it."""
+    if not isinstance(event, Committed):
+        return
+    for _, vm_id, record in event.records:
+        vm = before.vms.get(vm_id)
+        claim = None if vm is None else vm.status.migration
+        if isinstance(record, Vm) and claim is not None and claim.generation:
+            yield record, claim
 
 
 def _is_open(vm: Vm) -> bool:

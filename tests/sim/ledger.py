@@ -40,12 +40,16 @@ class Committed(Struct, frozen=True):
 
 
 class Started(Struct, frozen=True):
-    """A guest of this VM and generation began to run; told by the hypervisor's model."""
+    """A guest of this VM and generation began to run; told by the hypervisor's model.
+
+    ``paused``: it has come as a user has paused it, and has not run one instruction here.
+    """
 
     node: str
     boot_id: str
     vm_id: str
     generation: int
+    paused: bool = False
 
 
 class Left(Struct, frozen=True):
@@ -54,6 +58,23 @@ class Left(Struct, frozen=True):
     node: str
     vm_id: str
     generation: int
+
+
+class SetOut(Struct, frozen=True):
+    """An agent begins to move a guest away, to run on as this generation."""
+
+    node: str
+    vm_id: str
+    generation: int
+
+
+class StillRuns(Struct, frozen=True):
+    """A guest that libvirt let go on runs on, with agent and libvirtd up for so long."""
+
+    node: str
+    vm_id: str
+    generation: int
+    attended_s: float
 
 
 class Resumed(Struct, frozen=True):
@@ -101,7 +122,19 @@ class Died(Struct, frozen=True):
     error: str
 
 
-SimEvent = Committed | Started | Left | Resumed | Ended | Erased | DeleteAsked | Acknowledged | Died
+SimEvent = (
+    Committed
+    | Started
+    | Left
+    | SetOut
+    | StillRuns
+    | Resumed
+    | Ended
+    | Erased
+    | DeleteAsked
+    | Acknowledged
+    | Died
+)
 Attempts = tuple[str, int]
 
 
@@ -121,6 +154,10 @@ class Ledger:
         # A VM, and the node's id on which something of it may go; empty: on every node.
         self.removable: dict[tuple[str, str], None] = {}
         self.started: dict[Attempts, str] = {}
+        # Where a generation's guest has been, whether it ran or only stood still there.
+        self.seen: dict[Attempts, str] = {}
+        self.ran: dict[Attempts, None] = {}
+        self.set_out: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
         self.delete_asked: dict[str, None] = {}
@@ -130,11 +167,17 @@ class Ledger:
             self._commit(event)
         elif isinstance(event, Started):
             self.started[event.vm_id, event.generation] = event.node
+            if not event.paused:
+                self.ran[event.vm_id, event.generation] = None
+            self.seen[event.vm_id, event.generation] = event.node
             self.running[event.node, event.vm_id] = event.generation
         elif isinstance(event, Resumed):
             self.running[event.node, event.vm_id] = event.generation
         elif isinstance(event, Ended | Left):
+            self.seen[event.vm_id, event.generation] = event.node
             self.running.pop((event.node, event.vm_id), None)
+        elif isinstance(event, SetOut):
+            self.set_out[event.vm_id, event.generation] = event.node
         elif isinstance(event, DeleteAsked):
             self.delete_asked[event.vm_id] = None
         elif isinstance(event, Acknowledged):

@@ -25,10 +25,19 @@ from agent.hypervisor import (
 from agent.relay import Relays, RelayTarget
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
 from shared.errors import FieldError, HypervisorUnavailable
-from shared.model import Sample
+from shared.model import ObservedPower, Sample
 from shared.moves import MigrationFigures
 from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
-from tests.sim.ledger import Ended, Erased, Left, Resumed, SimEvent, Started
+from tests.sim.ledger import (
+    Ended,
+    Erased,
+    Left,
+    Resumed,
+    SetOut,
+    SimEvent,
+    Started,
+    StillRuns,
+)
 from tests.sim.process import Process, never_mind, outside
 
 Result = TypeVar("Result")
@@ -39,6 +48,8 @@ QUICK_S = (0.0005, 0.005)
 SLOW_S = (0.05, 0.4)
 # Some calls wait for a lock, a disk, another guest; which share, the cluster's settings say.
 HELD_UP_S = (1.0, 8.0)
+# How often a guest is looked at that libvirt let go on.
+ATTEND_S = 0.5
 
 
 class Libvirtd:
@@ -129,7 +140,7 @@ class Libvirtd:
             by_agent = vm_id in self._ending_by_agent
             self._observe(Ended(self.node, vm_id, generation, by_agent))
         for vm_id, generation in still.items():
-            if before.get(vm_id) == generation:
+            if stood_still.get(vm_id) != generation:
                 self._observe(Left(self.node, vm_id, generation))
         for vm_id, generation in running.items():
             if before.get(vm_id) == generation:
@@ -137,8 +148,28 @@ class Libvirtd:
             if stood_still.get(vm_id) == generation:
                 returned = ours[vm_id].returned
                 self._observe(Resumed(self.node, vm_id, generation, returned))
+                if returned:
+                    self._attend(ours[vm_id].name, vm_id, generation, 0.0)
             else:
-                self._observe(Started(self.node, self.boot_id, vm_id, generation))
+                paused = ours[vm_id].power is ObservedPower.PAUSED
+                self._observe(Started(self.node, self.boot_id, vm_id, generation, paused))
+
+    def _attend(self, name: str, vm_id: str, generation: int, attended_s: float) -> None:
+        """Tell for how long a returned guest runs on while somebody could hold it."""
+        domain = self._state.domains.get(name)
+        if domain is None or domain.generation != generation or not domain.returned:
+            return
+        attended = self.available and any(process.alive for process, _ in self._listeners)
+        if attended and attended_s:
+            self._observe(StillRuns(self.node, vm_id, generation, attended_s))
+        asyncio.get_running_loop().call_later(
+            ATTEND_S,
+            self._attend,
+            name,
+            vm_id,
+            generation,
+            attended_s + ATTEND_S if attended else 0.0,
+        )
 
     def _domain_changed(self, name: str) -> None:
         """Told at once of each change; agents hear of it a little later, while they live."""
@@ -283,9 +314,11 @@ class ProcessHypervisor:
 class RelaysOfProcess:
     """The port ``Relays`` as one agent's process has it; what it opened outlives it."""
 
-    def __init__(self, process: Process, relays: Relays) -> None:
+    def __init__(self, node: str, process: Process, relays: Relays, observe: Observer) -> None:
+        self._node = node
         self._process = process
         self._relays = relays
+        self._observe = observe
 
     async def admit(self, name: str, source_node: str) -> str:
         return await self._call(self._relays.admit(name, source_node))
@@ -294,6 +327,9 @@ class RelaysOfProcess:
         await self._call(self._relays.revoke(name))
 
     async def open(self, name: str, target: RelayTarget, token: str) -> str:
+        self._process.check()
+        vm_id, _, generation = name.rpartition(".")
+        self._observe(SetOut(self._node, vm_id, int(generation)))
         return await self._call(self._relays.open(name, target, token))
 
     async def close(self, name: str) -> None:

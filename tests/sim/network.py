@@ -27,6 +27,9 @@ CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 25.0
 # gRPC's window is 64 KiB: so many small messages may be unread before a sender waits.
 WINDOW_MESSAGES = 64
+# asyncio runs a timer that is due within its clock's resolution. What is not let through then is
+# asked for again at once, and for ever where time stands still meanwhile.
+TIMER_EARLY_S = 1e-6
 
 Address = str
 Link = tuple[str, str]
@@ -283,7 +286,7 @@ class _Pipe:
             self._timer = None
         if self._problem is not None or self._network.is_cut(self.source, self.target):
             return
-        now_s = self._loop.time()
+        now_s = self._loop.time() + TIMER_EARLY_S
         while self._on_the_way and self._on_the_way[0][0] <= now_s:
             data = self._on_the_way.popleft()[1]
             if data is None:

@@ -79,6 +79,9 @@ class SimNode:
         self.powered = False
         self.crash_agent(power_loss=True)
         self.libvirtd.go_away()
+        for relay in self._cluster.fabric.relays.values():
+            if relay.destination == self.name or (relay.used and relay.source_node == self.name):
+                relay.end()
         self.state.reboot()
         # Nothing answers before the next boot, no migration's peer either.
         self.state.libvirtd_dies()
@@ -96,7 +99,9 @@ class SimNode:
         ours = {d.vm_id: d for d in self.state.domains.values() if d.vm_id is not None}
         return Found(
             node=self.name,
-            running={vm: d.generation for vm, d in ours.items() if d.executes},
+            running={
+                vm: d.generation for vm, d in ours.items() if d.is_active() and not d.incoming
+            },
             paused=tuple(vm for vm, d in ours.items() if d.power is ObservedPower.PAUSED),
             defined={vm: d.generation for vm, d in ours.items()},
             volumes=tuple(
@@ -139,7 +144,9 @@ class SimNode:
 
         ports = AgentPorts(
             hypervisor=hypervisor,
-            relays=RelaysOfProcess(process, SimulatedRelays(cluster.fabric, self.name)),
+            relays=RelaysOfProcess(
+                self.name, process, SimulatedRelays(cluster.fabric, self.name), cluster.observe
+            ),
             log=_LogOfProcess(self.log, process),
             offload=inline,
             dial=dial,

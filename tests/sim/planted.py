@@ -6,8 +6,8 @@ a search over seeds that does not find one is a search that finds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -15,13 +15,16 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent import migration
 from agent import reconciler as agent_reconciler
-from agent.fence import Fence
+from agent.fence import Departure, Fence
 from agent.steps import Step, next_step
 from controlplane.commands.attempts import PermitStart
 from controlplane.commands.draft import Draft, SealedDraft
 from controlplane.commands.operations import put_vm
 from controlplane.reconcilers.silence import NoteSilence
+from controlplane.sagas import matrix, migrate
+from controlplane.sagas.context import StepContext
 from controlplane.sessions import hub
 from controlplane.sessions.desired import desired_of
 from controlplane.state import ClusterState
@@ -32,19 +35,29 @@ from controlplane.store.port import Committed, NotCommitted, Write
 from controlplane.store.port import Fence as StoreFence
 from shared.errors import OutcomeUnknown
 from shared.model import AttemptState, Node, Term, Vm
-from shared.protocol import Desired, Intent
+from shared.moves import EndState, MigrationClaim, MigrationStage
+from shared.protocol import Desired, Intent, MigrationReport, MigrationRole
 from tests.sim.invariants import (
     Invariant,
+    arrived_guest_is_not_cleaned,
+    claim_outlives_the_guest,
     end_was_wanted,
     erased_was_deleted,
     generation_used_once,
     history_is_dense,
+    moves_are_begun_once,
     nothing_acknowledged_is_lost,
+    owner_has_the_guest,
+    returned_guest_is_held,
     single_runner,
+    start_has_no_rival,
     start_was_permitted,
     within_capacity,
     written_by_the_leader,
 )
+from tests.sim.libvirtd import ProcessHypervisor
+
+_E = EndState
 
 
 class PlantedBug(Struct, frozen=True):
@@ -183,9 +196,119 @@ def refused_change_uses_a_number() -> AbstractContextManager[Any]:
     return patch.object(Draft, "sealed", eager)
 
 
+def switched_source_is_resumed() -> AbstractContextManager[Any]:
+    """The source of a migration that has switched is told what one that failed is told."""
+
+    def mixed_up(stored: Any, node: Node, term: Term, name_of: Any) -> Desired | None:
+        desired = desired_of(stored, node, term, name_of)
+        if desired is None or desired.migration is None or desired.intent is not Intent.LEAVE:
+            return desired
+        order = replace(desired.migration, stage=MigrationStage.RESUME)
+        return replace(desired, intent=Intent.RUN, migration=order)
+
+    return patch.object(hub, "desired_of", mixed_up)
+
+
+def return_codes_decide() -> AbstractContextManager[Any]:
+    """Where the guest is is read from what the source's call returned."""
+
+    def believed(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[EndState, EndState]:
+        report = migrate._report(context, vm, claim, claim.source)
+        if report is None or not report.over:
+            return EndState.UNKNOWN, EndState.UNKNOWN
+        failed = report.fault is not None
+        return (_E.RUNNING, _E.ABSENT) if failed else (_E.ABSENT, _E.RUNNING)
+
+    return patch.multiple(migrate, _ends=believed, _fresh_ends=believed)
+
+
+@contextmanager
+def running_destination_is_cleaned() -> Iterator[None]:
+    """Of two guests the source's is kept, and whatever is on the destination is ended."""
+    two = {(source, _E.RUNNING): matrix.Verdict.STAYED for source in (_E.RUNNING, _E.HELD)}
+    with (
+        patch.dict(matrix.VERDICTS, two),
+        patch.object(migration, "_NEVER_RAN", frozenset(EndState) - {_E.ABSENT}),
+    ):
+        yield
+
+
+def departures_are_forgotten() -> AbstractContextManager[Any]:
+    """That a guest has set out is in the agent's memory only."""
+
+    async def remember(self: Fence, vm_id: str, departure: Departure) -> None:
+        self._take(replace(self.facts(vm_id), departure=departure))
+
+    return patch.object(Fence, "depart", remember)
+
+
+def unreachable_is_empty() -> AbstractContextManager[Any]:
+    """A destination that cannot be asked counts as one that has nothing."""
+    ends, fresh_ends, report = migrate._ends, migrate._fresh_ends, migrate._report
+
+    def assumed(found: Any) -> Any:
+        def of(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[EndState, EndState]:
+            source, destination = found(context, vm, claim)
+            gone = claim.destination is None or not context.nodes.trusts(claim.destination)
+            return (_E.RUNNING, _E.ABSENT) if gone else (source, destination)
+
+        return of
+
+    def answered(
+        context: StepContext, vm: Vm, claim: MigrationClaim, node_id: str | None
+    ) -> MigrationReport | None:
+        if node_id is None or context.nodes.trusts(node_id):
+            return report(context, vm, claim, node_id)
+        return MigrationReport(
+            generation=claim.generation,
+            role=MigrationRole.DESTINATION,
+            stage=claim.stage,
+            end=EndState.ABSENT,
+            over=True,
+            settled=True,
+        )
+
+    return patch.multiple(
+        migrate, _ends=assumed(ends), _fresh_ends=assumed(fresh_ends), _report=answered
+    )
+
+
+@contextmanager
+def leftovers_are_no_rivals() -> Iterator[None]:
+    """A VM is started anew although its former node may still run it."""
+    decide, index = PermitStart.decide, ClusterState._index_vm
+
+    def careless(self: PermitStart, draft: Draft) -> int:
+        draft.put(_without_leftovers(draft.vm(self.vm_id)))
+        return decide(self, draft)
+
+    def as_if_free(self: ClusterState, vm: Vm) -> None:
+        index(self, vm)
+        index(self, _without_leftovers(vm))
+
+    with (
+        patch.object(PermitStart, "decide", careless),
+        patch.object(ClusterState, "_index_vm", as_if_free),
+    ):
+        yield
+
+
+def _without_leftovers(vm: Vm) -> Vm:
+    return replace(vm, status=replace(vm.status, leftovers=()))
+
+
+def nobody_holds_returned_guests() -> AbstractContextManager[Any]:
+    """An agent lets a guest be that libvirt lets go on although it may have moved."""
+
+    async def look_away(self: ProcessHypervisor, name: str, generation: int) -> bool:
+        return False
+
+    return patch.object(ProcessHypervisor, "hold", look_away)
+
+
 PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(fence_forgets_generations, generation_used_once),
-    PlantedBug(permits_for_another_boot, start_was_permitted, first=95),
+    PlantedBug(permits_for_another_boot, start_was_permitted, first=0),
     PlantedBug(failures_reported_as_success, nothing_acknowledged_is_lost),
     PlantedBug(commits_without_the_term, written_by_the_leader),
     PlantedBug(silence_is_death, single_runner),
@@ -193,4 +316,11 @@ PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(stop_removes, erased_was_deleted),
     PlantedBug(strays_are_stopped, end_was_wanted),
     PlantedBug(refused_change_uses_a_number, history_is_dense),
+    PlantedBug(switched_source_is_resumed, single_runner),
+    PlantedBug(return_codes_decide, owner_has_the_guest),
+    PlantedBug(running_destination_is_cleaned, arrived_guest_is_not_cleaned, first=35),
+    PlantedBug(departures_are_forgotten, moves_are_begun_once),
+    PlantedBug(unreachable_is_empty, claim_outlives_the_guest),
+    PlantedBug(leftovers_are_no_rivals, start_has_no_rival, first=33),
+    PlantedBug(nobody_holds_returned_guests, returned_guest_is_held),
 )

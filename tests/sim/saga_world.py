@@ -44,7 +44,7 @@ from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.invariants import Judge, Violation, everything_settles
 from tests.sim.ledger import Committed, SimEvent
 from tests.sim.node import SHARED_POOL
-from tests.sim.process import adopt_by_context
+from tests.sim.process import adopt_by_context, outside
 from tests.sim.replica import SimReplica
 from tests.sim.virtual_loop import run_virtual
 
@@ -308,6 +308,23 @@ def cancelled_at_once(asked: list[bool]) -> Wrap:
 
 def cancelled_at_its_end(asked: list[bool]) -> Wrap:
     return lambda world, act: _cancelled(world, act, asked, at_its_end=True)
+
+
+def meanwhile(happens: Callable[[SagaWorld], Coroutine[Any, Any, None]]) -> Wrap:
+    """Have something happen beside a step, from its first look on."""
+
+    def beside(world: SagaWorld, act: Act) -> Act:
+        begun: list[asyncio.Task[None]] = []
+
+        async def look(context: StepContext) -> Outcome:
+            if not begun:
+                # Not in the leader's process: it may die meanwhile.
+                begun.append(outside(happens(world), "meanwhile"))
+            return await act(context)
+
+        return look
+
+    return beside
 
 
 def _fails_once(world: SagaWorld, act: Act, *, at_its_end: bool) -> Act:

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from tests.sim.aim import Aim
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.faults import Faults, Pair, heal
 from tests.sim.invariants import (
@@ -76,6 +77,7 @@ class _Run:
         self._trace = Trace(keep_all=keep_trace)
         self._violation: Violation | None = None
         self._stopped = asyncio.Event()
+        self._aim: Aim | None = None
 
     async def main(self) -> Outcome:
         loop = asyncio.get_running_loop()
@@ -90,7 +92,8 @@ class _Run:
             operations=self._settings.operations,
             duration_s=self._settings.duration_s,
         )
-        faults = Faults(cluster, ledger, cluster.part())
+        self._aim = Aim(workload, ledger)
+        faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
         await self._unless_stopped(self._story(cluster, workload, faults))
         virtual_s = loop.time()
         digest, lines, tail = self._trace.digest(), self._trace.lines, self._trace.tail()
@@ -164,6 +167,8 @@ class _Run:
                 self._judge.take(event)
             except Violation as violation:
                 self._stop(violation)
+        if self._aim is not None:
+            self._aim.take(event)
 
     def _stop(self, violation: Violation) -> None:
         self._trace.note(f"violation: {violation}")

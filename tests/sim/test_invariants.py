@@ -30,7 +30,9 @@ from shared.model import (
     VmSpec,
     VmStatus,
 )
+from shared.moves import Leftover, MigrationClaim, MigrationStage
 from tests.sim.invariants import (
+    HELD_WITHIN_S,
     INVARIANTS,
     Found,
     Judge,
@@ -46,8 +48,12 @@ from tests.sim.ledger import (
     Ended,
     Erased,
     Ledger,
+    Left,
+    Resumed,
+    SetOut,
     SimEvent,
     Started,
+    StillRuns,
 )
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -130,11 +136,56 @@ LARGE = replace(
     status=replace(VM.status, attempt=replace(ATTEMPT, state=AttemptState.RUNNING)),
 )
 
+CLAIM = MigrationClaim(
+    operation="op-a",
+    stage=MigrationStage.TRANSFER,
+    source="node-a",
+    source_generation=1,
+    destination="node-b",
+    generation=2,
+    boot_id="boot-1",
+)
+MOVING = replace(VM, status=replace(VM.status, generation=2, migration=CLAIM))
+CLAIMED = (commit(3, replace(NODE, id="node-b", name="b")), commit(4, MOVING))
+CAME = Started("b", "boot-1", "vm-a", 2)
+CLEANED = replace(
+    MOVING, status=replace(MOVING.status, migration=replace(CLAIM, stage=MigrationStage.CLEAN))
+)
+MOVED = replace(
+    VM,
+    status=replace(
+        VM.status,
+        node="node-b",
+        attempt=replace(ATTEMPT, node="node-b", generation=2, state=AttemptState.RUNNING),
+    ),
+)
+LEFT = replace(
+    VM,
+    status=replace(
+        VM.status,
+        attempt=replace(ATTEMPT, state=AttemptState.ENDED),
+        leftovers=(Leftover(node="node-b", generation=1),),
+    ),
+)
+ANEW = replace(VM, status=replace(VM.status, attempt=replace(ATTEMPT, generation=2)))
+
 # For each invariant: what may still happen after GOOD, and what may not happen then.
 CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
     "single_runner": ((RUNS,), replace(RUNS, node="b")),
     "generation_used_once": ((RUNS, Ended("a", "vm-a", 1, by_agent=False)), RUNS),
     "start_was_permitted": ((), replace(RUNS, boot_id="boot-2")),
+    "start_has_no_rival": ((commit(3, LEFT),), commit(4, ANEW)),
+    "moves_are_begun_once": ((*CLAIMED, SetOut("a", "vm-a", 2)), SetOut("a", "vm-a", 2)),
+    "owner_has_the_guest": (CLAIMED, commit(5, MOVED)),
+    "claim_outlives_the_guest": ((*CLAIMED, CAME), commit(5, VM)),
+    "arrived_guest_is_not_cleaned": (
+        (*CLAIMED, CAME, commit(5, CLEANED)),
+        Ended("b", "vm-a", 2, by_agent=True),
+    ),
+    "returned_guest_is_held": (
+        (*CLAIMED, RUNS, Left("a", "vm-a", 1), CAME, Resumed("a", "vm-a", 1, by_libvirt=True)),
+        StillRuns("a", "vm-a", 1, HELD_WITHIN_S),
+    ),
     "end_was_wanted": ((RUNS,), Ended("a", "vm-a", 1, by_agent=True)),
     "erased_was_deleted": ((), Erased("a", "vm-a")),
     "within_capacity": ((), commit(3, LARGE)),
@@ -171,6 +222,49 @@ def test_a_start_needs_its_own_permit(event: Started) -> None:
     for good in GOOD:
         judge.take(good)
     with pytest.raises(Violation, match="start_was_permitted"):
+        judge.take(event)
+
+
+MOVES: dict[str, tuple[SimEvent, ...]] = {
+    "the guest moves, and its old node is cleaned": (
+        RUNS,
+        *CLAIMED,
+        SetOut("a", "vm-a", 2),
+        Left("a", "vm-a", 1),
+        CAME,
+        commit(5, MOVED),
+    ),
+    "nothing came, and the claim ends": (RUNS, *CLAIMED, commit(5, VM)),
+    "what stood still on arrival is cleaned": (
+        RUNS,
+        *CLAIMED,
+        Left("b", "vm-a", 2),
+        commit(5, CLEANED),
+        Ended("b", "vm-a", 2, by_agent=True),
+        commit(6, VM),
+    ),
+    "a guest that a user has paused is cleaned": (
+        RUNS,
+        *CLAIMED,
+        Left("a", "vm-a", 1),
+        replace(CAME, paused=True),
+        commit(5, CLEANED),
+        Ended("b", "vm-a", 2, by_agent=True),
+    ),
+    "a guest goes on that runs nowhere else": (
+        RUNS,
+        *CLAIMED,
+        Left("a", "vm-a", 1),
+        Resumed("a", "vm-a", 1, by_libvirt=True),
+        StillRuns("a", "vm-a", 1, 10 * HELD_WITHIN_S),
+    ),
+}
+
+
+@pytest.mark.parametrize("story", MOVES.values(), ids=MOVES.keys())
+def test_what_a_move_may_do(story: tuple[SimEvent, ...]) -> None:
+    judge = Judge()
+    for event in (*GOOD, *story):
         judge.take(event)
 
 
@@ -254,6 +348,8 @@ def test_what_is_there_must_be_as_recorded(change: dict[str, object], complaint:
         pytest.param(replace(NODE, state=NodeState.SILENT), "silent", id="node"),
         pytest.param(replace(VM, deleting=True), "still being deleted", id="deleting"),
         pytest.param(STOPPED, "wanted stopped and runs", id="stopped"),
+        pytest.param(MOVING, "still claimed", id="claim"),
+        pytest.param(LEFT, "may still hold", id="leftover"),
     ],
 )
 def test_records_must_be_at_rest(record: Record, complaint: str) -> None:

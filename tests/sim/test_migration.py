@@ -145,3 +145,45 @@ def test_a_vm_moves_and_nothing_is_left(spec: dict[str, Any]) -> None:
         await bench.settled()
 
     run(story)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.1])
+def test_a_new_leader_that_has_heard_nobody_yet_fails_no_migration(after_s: float) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        before = await bench.where()
+        operation = await bench.migrate()
+        await asyncio.sleep(after_s)
+        (replica,) = bench.cluster.replicas.values()
+        replica.crash()
+        replica.start()
+        await bench.cluster.until_ready()
+        ended = await bench.ended(operation)
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        assert await bench.where() != before
+        await bench.settled()
+
+    run(story)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.004])
+def test_a_new_leader_that_has_heard_nobody_yet_gives_up_no_drain(after_s: float) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        node_name = await bench.where()
+        assert node_name is not None
+        await bench.create_on(node_name, "rests", ("shared",), Power.STOPPED)
+        context = bench.cluster.context()
+        bench.cluster.observe(DeleteAsked((await get_vm(context, ADMIN, "web-1")).id))
+        await bench.ended(await delete_vm(context, ADMIN, "web-1"))
+        operation = await drain_node(context, ADMIN, node_name, DrainOrder())
+        await asyncio.sleep(after_s)
+        (replica,) = bench.cluster.replicas.values()
+        replica.crash()
+        replica.start()
+        await bench.cluster.until_ready()
+        ended = await bench.ended(operation)
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        await bench.settled()
+
+    run(story)

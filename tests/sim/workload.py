@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from controlplane.commands.migrations import MOVABLE_PHASES
 from controlplane.services.context import Context, Permission, Principal, Scope
 from controlplane.services.drains import drain_node
 from controlplane.services.migrations import migrate_vm
@@ -24,7 +25,7 @@ from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm, create_vm, delete_vm
 from shared.errors import NotFound, NovacronError, OutcomeUnknown, Unavailable
 from shared.model import BootSpec, DiskSpec, MigrationSpec, Power, VmSpec
-from shared.states import OPERATION_ENDS, VmAction
+from shared.states import OPERATION_ENDS, VmAction, vm_phase
 from tests.sim.cluster import SimCluster
 from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger
 from tests.sim.node import SHARED_POOL
@@ -198,8 +199,7 @@ class Workload:
         vms = sorted(self._ledger.vms)
         draw = self._rng.random()
         if not vms or (draw < 0.4 and len(vms) < VMS_MAX):
-            self._made += 1
-            await self.client.create(f"vm-{self._made}", self._spec())
+            await self.create_one()
         elif draw < 0.5:
             await self.client.delete(self._rng.choice(vms))
         elif draw < 0.58:
@@ -207,13 +207,23 @@ class Workload:
         elif draw < 0.78:
             await self.client.migrate(self._rng.choice(vms))
         elif draw < 0.84:
-            await self._drain()
+            await self.drain_one()
         elif draw < 0.88:
             await self._cancel()
         else:
             await self.client.act(self._rng.choice(vms), self._rng.choice(_ACTIONS))
 
-    async def _drain(self) -> None:
+    async def create_one(self) -> None:
+        self._made += 1
+        await self.client.create(f"vm-{self._made}", self._spec())
+
+    async def migrate_one(self) -> None:
+        """Move a VM that runs, if there is one."""
+        running = [vm.id for vm in self._ledger.vms.values() if vm_phase(vm) in MOVABLE_PHASES]
+        if running:
+            await self.client.migrate(self._rng.choice(sorted(running)))
+
+    async def drain_one(self) -> None:
         """Drain a node, and open it again some time later, however the drain went."""
         node_name = self._rng.choice(list(self._cluster.nodes))
         await self.client.drain(node_name)

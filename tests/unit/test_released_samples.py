@@ -50,8 +50,8 @@ def test_a_sample_leaves_no_field_at_its_default(sample: Struct) -> None:
         if field.default is not NODEFAULT and getattr(sample, field.name) == field.default
     ]
 
-    # These have one value only, so far.
-    assert set(at_default) <= {"protocol", "schema_level"}
+    # It has one value only, so far.
+    assert set(at_default) <= {"protocol"}
 
 
 @pytest.mark.parametrize("path", released(), ids=lambda path: f"{path.parent.name}-{path.stem}")
