@@ -149,6 +149,8 @@ def test_a_lease_on_a_shared_disk_never_lets_two_run(cell: MigrationCell, victim
         assert complaints(seen.account, seen.boots, seen.move.began) == []
 
 
+# On a busy machine the relay may be killed too late, and then nothing comes back.
+@pytest.mark.long
 def test_an_agent_holds_a_guest_that_came_back_before_it_has_a_session(cell: MigrationCell) -> None:
     """Nobody is there to hold the source's guest: it runs until its agent is back.
 

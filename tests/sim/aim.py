@@ -1,4 +1,4 @@
-"""Aims a fault: brings an operation into a named step, or its undo, and says when it is there.
+"""Aims a fault: brings a saga into a named step, or its undo, and says when it is there.
 
 Many steps are as short as a commit, so nothing that looks now and then would see them: commits are
 watched as they come. Every kind of fault is aimed at every step in turn, so that all the pairs are
@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from controlplane.commands.drains import DRAIN
 from controlplane.commands.migrations import MIGRATE
-from controlplane.commands.operations import CREATE
 from controlplane.sagas.workflows import SAGAS
 from shared.model import Operation
 from tests.sim.ledger import Committed, Ledger, SimEvent
@@ -26,7 +25,7 @@ WAIT_LIMIT_S = 15.0
 
 
 class Target(Struct, frozen=True):
-    """A step of a kind of operation; ``undo``: of one that is taken back."""
+    """A step of a kind of saga; ``undo``: of one that is taken back."""
 
     kind: str
     step: str
@@ -37,10 +36,7 @@ class Target(Struct, frozen=True):
         return f"undo-{self.step}" if self.undo else self.step
 
 
-# Between a permit and its use lie some 30 ms.
-START = Target(CREATE, "run")
 TARGETS: tuple[Target, ...] = (
-    START,
     *(Target(kind, step.name) for kind, saga in SAGAS.items() for step in saga.steps),
     *(
         Target(kind, step.name, undo=True)
@@ -105,5 +101,4 @@ async def _in_time(came: asyncio.Future[Operation]) -> Operation | None:
 _ASK: dict[str, Callable[[Workload], Coroutine[Any, Any, None]]] = {
     MIGRATE: Workload.migrate_one,
     DRAIN: Workload.drain_one,
-    CREATE: Workload.create_one,
 }

@@ -199,7 +199,8 @@ class Workload:
         vms = sorted(self._ledger.vms)
         draw = self._rng.random()
         if not vms or (draw < 0.4 and len(vms) < VMS_MAX):
-            await self.create_one()
+            self._made += 1
+            await self.client.create(f"vm-{self._made}", self._spec())
         elif draw < 0.5:
             await self.client.delete(self._rng.choice(vms))
         elif draw < 0.58:
@@ -212,10 +213,6 @@ class Workload:
             await self._cancel()
         else:
             await self.client.act(self._rng.choice(vms), self._rng.choice(_ACTIONS))
-
-    async def create_one(self) -> None:
-        self._made += 1
-        await self.client.create(f"vm-{self._made}", self._spec())
 
     async def migrate_one(self) -> None:
         """Move a VM that runs, if there is one."""
