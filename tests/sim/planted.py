@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent import migration
+from agent import arrivals
 from agent import reconciler as agent_reconciler
 from agent.fence import Departure, Fence
 from agent.steps import Step, next_step
@@ -212,7 +212,7 @@ def running_destination_is_cleaned() -> Iterator[None]:
     two = {(source, _E.RUNNING): matrix.Verdict.STAYED for source in (_E.RUNNING, _E.HELD)}
     with (
         patch.dict(matrix.VERDICTS, two),
-        patch.object(migration, "_NEVER_RAN", frozenset(EndState) - {_E.ABSENT}),
+        patch.object(arrivals, "_NEVER_RAN", frozenset(EndState) - {_E.ABSENT}),
     ):
         yield
 
