@@ -29,21 +29,19 @@ class Striker:
         self._pid: int | None = None
         self._cut = False
         self._timer: threading.Timer | None = None
+        self.missed = False
         self.at = 0.0
         # How long the blow itself took, from the moment on.
         self.took_s = 0.0
 
     def __call__(self, move: Move) -> None:
-        """Strike; raises LabError or OSError when there is nothing (any more) to be struck."""
+        """Strike; ``missed`` says that what was to be struck had ended already."""
         self.at = time.monotonic()
-        if self._pair.victim is Victim.NETWORK:
-            anchor = self._lab.link.pid_of(anchor_program(move.source.name))
-            network.drop_between(anchor, move.destination.address)
-            self._cut, self._pid = True, anchor
-        else:
-            self._pid = self._victim_pid(move)
-            number = signal.SIGKILL if self._pair.fault is Fault.KILL else signal.SIGSTOP
-            os.kill(self._pid, number)
+        try:
+            self._strike(move)
+        except (ProcessLookupError, FileNotFoundError):
+            self.missed = True
+            return
         self.took_s = time.monotonic() - self.at
         if stays_s := STAYS_S[self._pair.fault]:
             self._timer = threading.Timer(stays_s, self._undo)
@@ -59,6 +57,16 @@ class Striker:
         if self._timer is not None:
             self._timer.cancel()
             self._undo()
+
+    def _strike(self, move: Move) -> None:
+        if self._pair.victim is Victim.NETWORK:
+            anchor = self._lab.link.pid_of(anchor_program(move.source.name))
+            network.drop_between(anchor, move.destination.address)
+            self._cut, self._pid = True, anchor
+        else:
+            self._pid = self._victim_pid(move)
+            number = signal.SIGKILL if self._pair.fault is Fault.KILL else signal.SIGSTOP
+            os.kill(self._pid, number)
 
     def _undo(self) -> None:
         assert self._pid is not None, "it has struck"

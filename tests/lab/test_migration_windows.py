@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import pytest
 from msgspec import Struct
@@ -30,7 +31,7 @@ from tests.lab.migration_cell import (
     speaking_vm,
 )
 from tests.lab.migration_faults import Fault, Moment, Pair, Victim
-from tests.lab.processes import is_alive, key_of
+from tests.lab.processes import key_of
 from tests.lab.pulses import PulseAccount
 from tests.lab.state import agent_program
 from tests.lab.strikes import REPLICA, Striker, qemu_pid
@@ -48,6 +49,8 @@ ENDS = frozenset({"suspended", "stopped"})
 # Long enough for two guests to be seen, short enough for a test.
 AGENT_AWAY_S = 1.5
 HOLD_LIMIT_S = 60.0
+# On a busy machine a blow may fall after the source has heard that its guest has arrived.
+MISSES_MAX = 4
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +102,15 @@ def test_a_source_libvirtd_killed_before_it_has_stopped_its_guest(cell: Migratio
     outlived: list[bool] = []
 
     def strike(move: Move) -> None:
-        qemu = key_of(qemu_pid(move.source, move.vm.id))
         _striker(cell, Victim.SOURCE_LIBVIRTD)(move)
-        assert qemu is not None, "the source's QEMU is there"
-        outlived.append(is_alive(qemu))
+        with suppress(FileNotFoundError):
+            outlived.append(key_of(qemu_pid(move.source, move.vm.id)) is not None)
 
-    seen = _moved(cell, BARE, {Moment.RESUMED: strike})
-    assert outlived[-1], "the source had ended already: the window was missed"
+    for _ in range(MISSES_MAX):
+        seen = _moved(cell, BARE, {Moment.RESUMED: strike})
+        if outlived[-1:] == [True]:
+            break
+    assert outlived[-1:] == [True], "the source had ended already: the window was missed each time"
     assert (seen.ended.state, seen.where) == ("succeeded", seen.move.destination.name)
     assert complaints(seen.account, seen.boots, seen.move.began) == []
 
@@ -168,18 +173,21 @@ def test_an_agent_holds_a_guest_that_came_back_before_it_has_a_session(cell: Mig
         cell.trial.kill(REPLICA)
 
     def come_back(move: Move) -> None:
-        resumed_at = _told(cell, move, "resumed", move.began)
+        kind, at = _told(cell, move, {"resumed", "stopped"}, move.began)
         time.sleep(AGENT_AWAY_S)
         link.set_restart(agent_program(move.source.name), True)
-        _told(cell, move, "suspended", resumed_at)
+        if kind == "resumed":  # otherwise its libvirtd had heard already, and ended it
+            _told(cell, move, {"suspended"}, at)
         link.set_restart(REPLICA, True)
 
     try:
         strikes = {Moment.MIDDLE: kill_agent, Moment.RESUMED: kill_relay}
-        seen = _moved(cell, BARE, strikes, come_back)
+        moves = (_moved(cell, BARE, strikes, come_back) for _ in range(MISSES_MAX))
+        seen = next((seen for seen in moves if seen.both_s), None)
     finally:
         for program in (REPLICA, *(agent_program(node.name) for node in cell.lab.nodes)):
             link.set_restart(program, True)
+    assert seen is not None, "the source never resumed: the window was missed each time"
     _tell(f"source agent away for {AGENT_AWAY_S} s", seen)
     assert (seen.ended.state, seen.where) == ("succeeded", seen.move.destination.name)
     assert len(seen.account.boots()) == seen.boots
@@ -225,15 +233,16 @@ def _moved(
     raise AssertionError("QEMU spoils every guest")
 
 
-def _told(cell: MigrationCell, move: Move, kind: str, since: float) -> float:
-    """Return when the source's libvirtd told that, waiting for it."""
+def _told(cell: MigrationCell, move: Move, kinds: set[str], since: float) -> tuple[str, float]:
+    """Return what the source's libvirtd told first of that, and when, waiting for it."""
 
-    def dates() -> list[float]:
+    def told() -> list[tuple[str, float]]:
         events = cell.events.of(move.vm.id, since)
-        return [e.at for e in events if (e.node, e.kind) == (move.source.name, kind)]
+        ours = [event for event in events if event.node == move.source.name]
+        return [(event.kind, event.at) for event in ours if event.kind in kinds]
 
-    wait_until(lambda: bool(dates()), f"the source's {kind}", limit_s=HOLD_LIMIT_S)
-    return dates()[0]
+    wait_until(lambda: bool(told()), f"the source's {kinds}", limit_s=HOLD_LIMIT_S)
+    return told()[0]
 
 
 def _tell(what: str, seen: Seen) -> None:
