@@ -2,8 +2,11 @@
 
     settings cpu_overcommit=4 memory_reserve_mib=512      first line, optional
     node n1 cpus=8 memory=16384 [state=silent] [cordon=WHY] [labels=zone:a,…] [networks=lan,…]
-            [artefacts=k,…] [pools=default:100:80,…] [inventory=none]
+            [artefacts=k,…] [pools=default:100:80,san:100:80:shared,…] [inventory=none]
+            [migration=tls|plain|none] [virt=kvm] [qemu=7.2.0]
     vm db-1 on=n1 vcpus=2 memory=4096 [power=stopped] [disks=default:20] [apart=web!] [with=db]
+            [moving=n2] [left=n3]
+    move db-1                                                  a VM that runs, to another node
     place web-1 vcpus=… memory=… [labels=…] [networks=…] [kernel=k] …          a new VM
       -> n2                                                it goes there, and the next line sees it
       -> none                                              or nowhere, and every node is listed
@@ -29,6 +32,7 @@ from shared.model import (
     DiskSpec,
     GroupRule,
     Inventory,
+    MigrationFacts,
     NicSpec,
     Node,
     NodeState,
@@ -40,6 +44,7 @@ from shared.model import (
     VmSpec,
     VmStatus,
 )
+from shared.moves import Leftover, MigrationClaim, MigrationStage
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 Options = dict[str, str]
@@ -47,9 +52,13 @@ Options = dict[str, str]
 
 @dataclass
 class Case:
-    """One VM to place, the node it should go to, and why it cannot go to the others."""
+    """One VM to place, the node it should go to, and why it cannot go to the others.
+
+    ``source`` is where it runs, if it is to move.
+    """
 
     vm: Vm
+    source: Node | None = None
     node: str | None = None
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
@@ -60,6 +69,12 @@ class ClusterText:
     nodes: list[Node]
     vms: list[Vm]
     cases: list[Case]
+
+    def vm(self, name: str) -> Vm:
+        return next(vm for vm in self.vms if vm.name == name)
+
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
 
     def snapshot(self) -> Snapshot:
         return build_snapshot(self.nodes, self.vms, self.settings)
@@ -146,6 +161,10 @@ def _read_line(cluster: ClusterText, words: list[str]) -> None:
         cluster.vms.append(make_vm(rest[0], **_options(rest[1:])))
     elif kind == "place":
         cluster.cases.append(Case(make_vm(rest[0], **_options(rest[1:]))))
+    elif kind == "move":
+        vm = cluster.vm(rest[0])
+        assert vm.status.node is not None, "it runs somewhere"
+        cluster.cases.append(Case(vm, cluster.node(vm.status.node.removeprefix("node-"))))
     else:
         raise ValueError(f"no such line: {kind}")
 
@@ -173,13 +192,25 @@ def _inventory(options: Options) -> Inventory:
         memory_mib=int(options["memory"]),
         cpu=CpuFacts(model="test"),
         pools=tuple(
-            PoolFacts(name=name, capacity_gib=float(capacity), free_gib=float(free))
-            for name, capacity, free in pools
+            PoolFacts(
+                name=name, capacity_gib=float(capacity), free_gib=float(free), shared=bool(shared)
+            )
+            for name, capacity, free, *shared in pools
         ),
         networks=tuple(_words(options.get("networks", ""))),
         artefacts=tuple(_words(options.get("artefacts", "kernel"))),
-        versions=VersionFacts(agent="0", libvirt="9.0.0", qemu="7.2.0", kernel="6.1"),
+        versions=VersionFacts(
+            agent="0", libvirt="9.0.0", qemu=options.get("qemu", "7.2.0"), kernel="6.1"
+        ),
+        virtualization=options.get("virt", "kvm"),
+        migration=_migration(options.get("migration", "tls")),
     )
+
+
+def _migration(able: str) -> MigrationFacts | None:
+    if able == "none":
+        return None
+    return MigrationFacts(address="192.0.2.1", relay="192.0.2.1:8445", tls=able == "tls")
 
 
 def _status(options: Options, power: Power) -> VmStatus:
@@ -195,4 +226,29 @@ def _status(options: Options, power: Power) -> VmStatus:
         state=state,
         permitted_at=EPOCH,
     )
-    return VmStatus(node=node, generation=1, attempt=attempt)
+    return VmStatus(
+        node=node,
+        generation=2 if "moving" in options else 1,
+        attempt=attempt,
+        migration=_claim(options),
+        leftovers=tuple(
+            Leftover(node=f"node-{name}", generation=1) for name in _words(options.get("left", ""))
+        ),
+    )
+
+
+def _claim(options: Options) -> MigrationClaim | None:
+    """A claim for which a generation was given out; every disk is copied."""
+    if "moving" not in options:
+        return None
+    disks = _words(options.get("disks", ""))
+    return MigrationClaim(
+        operation="op-1",
+        stage=MigrationStage.TRANSFER,
+        source=f"node-{options['on']}",
+        source_generation=1,
+        destination=f"node-{options['moving']}",
+        generation=2,
+        boot_id="boot-1",
+        copied=tuple(f"d{number}" for number in range(len(disks))),
+    )

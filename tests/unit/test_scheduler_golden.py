@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from controlplane.scheduler.moves import move_request
 from controlplane.scheduler.place import place, plan
 from controlplane.scheduler.request import request_of
 from tests.unit.cluster_text import read_cluster
@@ -14,7 +15,12 @@ FILES = sorted((Path(__file__).parent.parent / "data").glob("*.cluster"))
 
 
 def test_there_are_golden_clusters() -> None:
-    assert {path.stem for path in FILES} >= {"three_nodes", "every_reason", "groups"}
+    assert {path.stem for path in FILES} >= {
+        "three_nodes",
+        "every_reason",
+        "groups",
+        "moves",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -24,6 +30,9 @@ def test_golden_cluster(path: Path) -> None:
     snapshot = cluster.snapshot()
     for case in cluster.cases:
         request = request_of(case.vm)
+        if case.source is not None:
+            request = move_request(case.vm, case.source)
+            snapshot = snapshot.without(case.vm)
         result = plan(snapshot, request)
         assert result.node_name == case.node, f"{case.vm.name}: {result.summary()}"
         assert place(snapshot, request).node == result.node
