@@ -319,6 +319,22 @@ def test_a_leftover_keeps_an_unbound_vm_from_being_bound() -> None:
     assert vm_id not in world.state.vm_ids_to_place()
 
 
+def test_a_deleted_vm_is_gone_when_its_last_leftover_is() -> None:
+    """Also the log that its former node keeps of it."""
+    world = MoveWorld()
+    vm_id = world.left_over()
+    delete = world.apply(DeleteVm(vm_id=vm_id, by=USER))
+    world.apply(seen(world.other_id, vm_id, ObservedPower.ABSENT, 2))
+    assert world.vm(vm_id).status.node is None
+    for left in world.vm(vm_id).status.leftovers:
+        assert vm_id in world.state.vms
+        sweep = SweepLeftover(vm_id=vm_id, node_id=left.node, generation=left.generation)
+        world.apply(sweep)
+
+    assert vm_id not in world.state.vms
+    assert world.ended(delete).state is OperationState.SUCCEEDED
+
+
 def test_a_source_that_was_swept_leaves_no_leftover() -> None:
     world = MoveWorld()
     vm_id, operation_id = world.moving("finalize")
