@@ -218,6 +218,9 @@ class Travel:
     def _prepared(self) -> None:
         if not self._reachable(self._prepared):
             return
+        if not self._destination.libvirtd_runs:
+            self._fail("the destination's libvirtd does not answer")
+            return
         name = self._domain.name
         if name in self._destination.domains:
             self._fail(f"a domain {name!r} is there already")
