@@ -1,4 +1,4 @@
-"""Lists, in every format: fetched, shown as a table, as names, or as the API sent them."""
+"""Lists and single objects, fetched and shown in every format: told, as names, or as sent."""
 
 from __future__ import annotations
 
@@ -31,6 +31,24 @@ def show_list(
         output.names([each.name or each.id for each in references])
     else:
         output.table(tabulate([decode(item, kind) for item in listing.items]))
+
+
+def show_one(
+    invocation: Invocation,
+    output: Output,
+    path: str,
+    kind: type[View],
+    describe: Callable[[View], list[tuple[str, str]]],
+) -> None:
+    """Fetch one object and print it; raises what the client raises."""
+    answer = invocation.client.get(path)
+    if output.form is Format.JSON:
+        output.json(answer.body)
+    elif output.form is Format.NAME:
+        reference = answer.decode(Reference)
+        output.names([reference.name or reference.id])
+    else:
+        output.description(describe(answer.decode(kind)))
 
 
 def label_query(labels: Sequence[tuple[str, str]]) -> Query:

@@ -9,9 +9,9 @@ import click
 from controlplane.cli import output as out
 from controlplane.cli.client import Query, path_of
 from controlplane.cli.invocation import Invocation, output_option, pass_invocation, watch_options
-from controlplane.cli.listing import show_list
+from controlplane.cli.listing import show_list, show_one
 from controlplane.cli.op import cancel_operations, error_told, steps_told
-from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.output import Table
 from controlplane.cli.views import MigrationView
 from controlplane.cli.watching import show
 
@@ -78,7 +78,9 @@ def show_migration(
     output = invocation.output(form)
     show(
         invocation.terminal,
-        lambda: _show(invocation, output, migration_id),
+        lambda: show_one(
+            invocation, output, path_of("migrations", migration_id), MigrationView, _fields
+        ),
         watch=watch,
         interval_s=interval,
     )
@@ -112,17 +114,6 @@ def _percent(each: MigrationView) -> str:
     if each.progress is None or each.progress.percent is None:
         return out.NOTHING
     return f"{each.progress.percent:.0f}%"
-
-
-def _show(invocation: Invocation, output: Output, migration_id: str) -> None:
-    answer = invocation.client.get(path_of("migrations", migration_id))
-    seen = answer.decode(MigrationView)
-    if output.form is Format.JSON:
-        output.json(answer.body)
-    elif output.form is Format.NAME:
-        output.names([seen.id])
-    else:
-        output.description(_fields(seen))
 
 
 def _fields(seen: MigrationView) -> list[tuple[str, str]]:

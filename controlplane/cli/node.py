@@ -17,9 +17,9 @@ from controlplane.cli.invocation import (
     pass_invocation,
     watch_options,
 )
-from controlplane.cli.listing import label_query, show_list
+from controlplane.cli.listing import label_query, show_list, show_one
 from controlplane.cli.node_drain import drain
-from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.output import Format, Table
 from controlplane.cli.top import show_usage, show_usage_of
 from controlplane.cli.views import InventoryView, NodeView, Reference
 from controlplane.cli.watching import show
@@ -73,7 +73,13 @@ def show_node(
     output = invocation.output(form)
     show(
         invocation.terminal,
-        lambda: _show_node(invocation, output, name),
+        lambda: show_one(
+            invocation,
+            output,
+            path_of("nodes", name),
+            NodeView,
+            lambda seen: _node_fields(invocation, seen),
+        ),
         watch=watch,
         interval_s=interval,
     )
@@ -177,17 +183,6 @@ def _node_table(invocation: Invocation, nodes: Sequence[NodeView]) -> Table:
 
 def _state(each: NodeView) -> str:
     return f"{each.state}, cordoned" if each.cordoned else each.state
-
-
-def _show_node(invocation: Invocation, output: Output, name: str) -> None:
-    answer = invocation.client.get(path_of("nodes", name))
-    seen = answer.decode(NodeView)
-    if output.form is Format.JSON:
-        output.json(answer.body)
-    elif output.form is Format.NAME:
-        output.names([seen.name])
-    else:
-        output.description(_node_fields(invocation, seen))
 
 
 def _node_fields(invocation: Invocation, seen: NodeView) -> list[tuple[str, str]]:

@@ -16,8 +16,8 @@ from controlplane.cli.invocation import (
     wait_options,
     watch_options,
 )
-from controlplane.cli.listing import show_list
-from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.listing import show_list, show_one
+from controlplane.cli.output import Format, Table
 from controlplane.cli.views import OperationView, ProblemView, StepView
 from controlplane.cli.wait import Waiting, run_operations
 from controlplane.cli.watching import show
@@ -90,7 +90,13 @@ def show_operation(
     output = invocation.output(form)
     show(
         invocation.terminal,
-        lambda: _show_operation(invocation, output, operation_id),
+        lambda: show_one(
+            invocation,
+            output,
+            path_of("operations", operation_id),
+            OperationView,
+            _operation_fields,
+        ),
         watch=watch,
         interval_s=interval,
     )
@@ -180,17 +186,6 @@ def _operation_table(invocation: Invocation, operations: Sequence[OperationView]
         for each in operations
     )
     return Table(("ID", "KIND", "TARGET", "STATE", "PHASE", "AGE"), rows)
-
-
-def _show_operation(invocation: Invocation, output: Output, operation_id: str) -> None:
-    answer = invocation.client.get(path_of("operations", operation_id))
-    seen = answer.decode(OperationView)
-    if output.form is Format.JSON:
-        output.json(answer.body)
-    elif output.form is Format.NAME:
-        output.names([seen.id])
-    else:
-        output.description(_operation_fields(seen))
 
 
 def steps_told(steps: Sequence[StepView]) -> str:

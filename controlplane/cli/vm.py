@@ -16,8 +16,8 @@ from controlplane.cli.invocation import (
     pass_invocation,
     watch_options,
 )
-from controlplane.cli.listing import label_query, show_list
-from controlplane.cli.output import Format, Output, Table
+from controlplane.cli.listing import label_query, show_list, show_one
+from controlplane.cli.output import Table
 from controlplane.cli.top import show_usage, show_usage_of
 from controlplane.cli.views import DiskView, GroupRuleView, NicView, Reference, VmView
 from controlplane.cli.vm_actions import ACTIONS, remove
@@ -78,7 +78,13 @@ def show_vm(
     output = invocation.output(form)
     show(
         invocation.terminal,
-        lambda: _show_vm(invocation, output, name),
+        lambda: show_one(
+            invocation,
+            output,
+            path_of("vms", name),
+            VmView,
+            lambda seen: _vm_fields(invocation, seen),
+        ),
         watch=watch,
         interval_s=interval,
     )
@@ -157,17 +163,6 @@ def _vm_table(invocation: Invocation, vms: Sequence[VmView]) -> Table:
         for each in vms
     )
     return Table(("NAME", "STATE", "NODE", "VCPU", "MEMORY", "AGE"), rows)
-
-
-def _show_vm(invocation: Invocation, output: Output, name: str) -> None:
-    answer = invocation.client.get(path_of("vms", name))
-    seen = answer.decode(VmView)
-    if output.form is Format.JSON:
-        output.json(answer.body)
-    elif output.form is Format.NAME:
-        output.names([seen.name])
-    else:
-        output.description(_vm_fields(invocation, seen))
 
 
 def _vm_fields(invocation: Invocation, seen: VmView) -> list[tuple[str, str]]:
