@@ -11,10 +11,8 @@ import enum
 
 from agent.hypervisor import Transfer
 
-# The steps begin at QEMU's own limit, or at the VM's if that is lower. With half of it every second
-# move of an idle guest took another pass over its memory: 0.45 s more, for 50 to 100 ms of downtime
-# instead of 150 (`./dev bench migrate`).
-DOWNTIME_FIRST_MS = 300
+# The steps begin at half of QEMU's own limit of 300 ms: most guests never need more.
+DOWNTIME_FIRST_MS = 150
 DOWNTIME_STEPS = 5
 # The first passes bring everything over once; only later ones say whether the guest is slower than
 # the link.
