@@ -228,11 +228,7 @@ class MigrationCell:
         except LabError as error:
             raise LabError("\n".join((str(error), *self.leftovers()))) from None
         for name in names:
-            vm = self.trial.eventually(
-                partial(self.trial.api.vm, name),
-                lambda vm: vm.status.phase == "Running",
-                f"{name} to run",
-            )
+            vm = self._running(name)
             qemus = self.trial.witness.account()
             assert len(qemus.running(vm.id)) == 1, f"{name} runs in {qemus.running(vm.id)}"
             try:
@@ -259,6 +255,18 @@ class MigrationCell:
         for console in STATE_DIR.glob(f"nodes/*/var-lib/{POOLS[CONSOLE_POOL][9:]}/*.log"):
             shutil.copyfile(console, kept / f"{console.parents[3].name}.{console.name}")
         return kept
+
+    def _running(self, name: str) -> VmView:
+        try:
+            return self.trial.eventually(
+                partial(self.trial.api.vm, name),
+                lambda vm: vm.status.phase == "Running",
+                f"{name} to run",
+            )
+        except LabError as error:
+            vm = self.trial.api.vm(name)
+            state = virsh(self.lab.node(vm.status.where), "domstate", "--reason", vm.id).strip()
+            raise LabError(f"{error}; its domain on {vm.status.where} is {state}") from None
 
     def _revive(self, vm: VmView) -> None:
         """Start a guest anew that libvirt takes for a running one."""

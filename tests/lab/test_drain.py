@@ -78,6 +78,9 @@ def test_a_cancelled_drain_leaves_its_node_open(cell: MigrationCell) -> None:
 
 def _interrupted_drain(cell: MigrationCell, node: str) -> str:
     """Begin a drain, press Ctrl-C once a guest is on its way, and return what was said then."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So a shell starts what it runs in the background; who is started by it would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     drain = subprocess.Popen(
         _command("node", "drain", node),
         env=_environment(cell),

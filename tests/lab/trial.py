@@ -71,7 +71,10 @@ class Trial:
                 return False
             return holds(last[0])
 
-        wait_until(fits, what, limit_s=SETTLE_LIMIT_S)
+        try:
+            wait_until(fits, what, limit_s=SETTLE_LIMIT_S)
+        except LabError as error:
+            raise LabError(f"{error}; the last answer was {last}") from None
         return last[0]
 
     def burst(self, ask: Callable[[str], OperationView], names: Iterable[str]) -> list[Asked]:
