@@ -21,6 +21,7 @@ from shared.errors import StateConflict
 from shared.model import (
     Attempt,
     AttemptState,
+    NodeState,
     ObservedPower,
     Operation,
     OperationState,
@@ -125,7 +126,13 @@ def admit(destination: str, limits: MigrationLimits) -> Effect:
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
         others = [each for each in draft.claims() if each.operation != operation.id]
-        full = no_slot(others, claim.source, destination, limits)
+        full = no_slot(
+            others,
+            claim.source,
+            destination,
+            limits,
+            lambda node_id: draft.node(node_id).state is NodeState.READY,
+        )
         if full:
             raise StateConflict(full)
         _put_claim(draft, vm, replace(claim, destination=destination))
@@ -135,10 +142,22 @@ def admit(destination: str, limits: MigrationLimits) -> Effect:
 
 
 def no_slot(
-    claims: Iterable[MigrationClaim], source: str, destination: str, limits: MigrationLimits
+    claims: Iterable[MigrationClaim],
+    source: str,
+    destination: str,
+    limits: MigrationLimits,
+    answers: Callable[[str], bool],
 ) -> str:
-    """Return why a migration has to wait for others to end; empty when it has not."""
-    admitted = [c for c in claims if c.destination is not None]
+    """Return why a migration has to wait for others to end; empty when it has not.
+
+    One whose node does not answer may stay open for days, and moves nothing meanwhile: it holds
+    no slot.
+    """
+    admitted = [
+        c
+        for c in claims
+        if c.destination is not None and answers(c.source) and answers(c.destination)
+    ]
     if len(admitted) >= limits.cluster:
         return f"{len(admitted)} migrations are under way in the cluster (limit {limits.cluster})"
     out = sum(c.source == source for c in admitted)

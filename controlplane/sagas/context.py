@@ -8,6 +8,7 @@ themselves, but through the engine; what one step found reaches another through 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
@@ -81,6 +82,11 @@ class StepContext(Struct, frozen=True):
     @property
     def nodes(self) -> Nodes:
         return self.parts.nodes
+
+    def is_over_limit(self, limit: timedelta) -> bool:
+        """Whether the present step, or its undo, has been under way for longer than ``limit``."""
+        began = max(step.at for step in self.operation.steps if step.at is not None)
+        return self.parts.clock.now() - began > limit
 
     def unheard(self) -> str:
         """Return which nodes may take something, but have not greeted this leader (yet).

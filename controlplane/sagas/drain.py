@@ -50,6 +50,9 @@ from shared.states import vm_phase
 MOVES_AT_ONCE = 5
 TRIES_MAX = 3
 RETRY_FIRST = timedelta(seconds=20)
+# What is cancelled ends within seconds, unless a node of it is away: then whoever cancels the drain
+# gets the node back, and the migration ends once it can be told where its guest is.
+RECALL_LIMIT = timedelta(seconds=60)
 # Asking again changes nothing about these.
 TERMINAL = frozenset({"unschedulable", "migration_blocked", "guest_ended", "cancelled"})
 
@@ -101,7 +104,9 @@ async def _recall(context: StepContext) -> Outcome:
     open_ones = [each.record for each in stored if each is not None]
     if any(not child.undoing and not is_past_return(child) for child in open_ones):
         return Writes(cancel_moves)
-    return Waits("its migrations end") if open_ones else Done(unchanged)
+    if open_ones and not context.is_over_limit(RECALL_LIMIT):
+        return Waits("its migrations end")
+    return Done(unchanged)
 
 
 # The workflow.

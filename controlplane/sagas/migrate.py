@@ -39,7 +39,7 @@ from controlplane.scheduler.moves import copied_disks, move_request
 from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
 from shared.errors import FieldError, NodeUnreachable, NovacronError
-from shared.model import Node, ObservedPower, Operation, Power, Problem, Vm
+from shared.model import Node, NodeState, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
 from shared.protocol import MigrationReport
@@ -72,7 +72,7 @@ async def _precheck(context: StepContext) -> Outcome:
     try:
         blockers = await _blockers(context, vm, claim.source, claim.destination)
     except NodeUnreachable as unreachable:
-        if _is_over_limit(context, PRECHECK_LIMIT):
+        if context.is_over_limit(PRECHECK_LIMIT):
             raise StepFailed(problem("node_unreachable", str(unreachable))) from unreachable
         return Waits(str(unreachable))
     if blockers:
@@ -102,7 +102,7 @@ async def _prepare(context: StepContext) -> Outcome:
             raise StepFailed(report.fault)
         if report.settled:
             return Done(to_stage(MigrationStage.TRANSFER))
-    if _is_over_limit(context, PREPARE_LIMIT):
+    if context.is_over_limit(PREPARE_LIMIT):
         raise StepFailed(
             problem("destination_not_ready", "the destination has not made ready in time")
         )
@@ -188,7 +188,7 @@ async def _finalize(context: StepContext) -> Outcome:
     figures = None if report is None else report.figures
     # A strict one is resumed by its new owner, which has just been told.
     goes_on = vm.spec.power is not Power.RUNNING or vm.status.power_seen is not ObservedPower.PAUSED
-    if (swept and goes_on) or _is_over_limit(context, FINALIZE_LIMIT):
+    if (swept and goes_on) or context.is_over_limit(FINALIZE_LIMIT):
         return Done(close_claim(figures, swept=swept))
     return Waits("the source cleans up, and the guest goes on")
 
@@ -237,7 +237,13 @@ async def _choose(context: StepContext, vm: Vm, claim: MigrationClaim) -> str | 
     others = [each for each in _claims(context) if each.operation != context.operation.id]
     full = ""
     for candidate in fitting:
-        full = no_slot(others, claim.source, candidate.node, context.parts.limits)
+        full = no_slot(
+            others,
+            claim.source,
+            candidate.node,
+            context.parts.limits,
+            lambda node_id: _node(context, node_id).state is NodeState.READY,
+        )
         if not full:
             return candidate.node
     return Waits(full)
@@ -355,12 +361,6 @@ def _journal(operation: Operation) -> MigrationJournal:
     return operation.saga
 
 
-def _is_over_limit(context: StepContext, limit: timedelta) -> bool:
-    """Whether the present step has been under way for longer than ``limit``."""
-    began = max(step.at for step in context.operation.steps if step.at is not None)
-    return context.parts.clock.now() - began > limit
-
-
 def _check_may_begin(
     context: StepContext, claim: MigrationClaim, report: MigrationReport | None
 ) -> None:
@@ -375,7 +375,7 @@ def _check_may_begin(
             problem("destination_not_ready", f"{destination.name!r} has booted meanwhile")
         )
     idle = report is not None and report.end in (EndState.RUNNING, EndState.HELD)
-    if idle and _is_over_limit(context, PREPARE_LIMIT):
+    if idle and context.is_over_limit(PREPARE_LIMIT):
         raise StepFailed(
             problem("destination_not_ready", "the source was never told where to move the guest")
         )

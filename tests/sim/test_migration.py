@@ -13,11 +13,12 @@ from controlplane.services.context import Permission, Principal, Scope
 from controlplane.services.drains import drain_node, plan_drain
 from controlplane.services.migrations import migrate_vm
 from controlplane.services.nodes import get_node, set_cordon
-from controlplane.services.operations import get_operation
+from controlplane.services.operations import cancel_operation, get_operation
 from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm
 from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm, create_vm, delete_vm, get_vm
 from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, Power, VmSpec
+from shared.moves import MigrationStage
 from shared.states import VmAction
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.invariants import Judge, everything_settles
@@ -49,19 +50,29 @@ class Bench:
         return operation.target
 
     async def create_on(
-        self, node_name: str, name: str, pools: tuple[str, ...], power: Power
+        self,
+        node_name: str,
+        name: str,
+        pools: tuple[str, ...],
+        power: Power,
+        others: tuple[str, ...] = (),
     ) -> None:
-        """Make a VM that comes to be bound to a node, and then has the power asked for."""
+        """Make a VM that comes to be bound to a node, and then has the power asked for.
+
+        ``others`` are the nodes that are open but for that; all of them when they are not named.
+        """
         context = self.cluster.context()
-        other = next(each for each in self.cluster.nodes if each != node_name)
+        others = others or tuple(each for each in self.cluster.nodes if each != node_name)
         cordon = CordonOrder()
-        await set_cordon(context, ADMIN, other, cordon, cordoned=True)
+        for other in others:
+            await set_cordon(context, ADMIN, other, cordon, cordoned=True)
         disks = tuple(DiskSpec(name=f"d{i}", size_gib=1, pool=p) for i, p in enumerate(pools))
         spec = VmSpec(vcpus=1, memory_mib=256, boot=BootSpec(kernel="tiny-kernel"), disks=disks)
         await self.ended(await create_vm(context, ADMIN, NewVm(name=name, spec=spec)))
         if power is Power.STOPPED:
             await self.ended(await act_on_vm(context, ADMIN, name, VmAction.STOP))
-        await set_cordon(context, ADMIN, other, cordon, cordoned=False)
+        for other in others:
+            await set_cordon(context, ADMIN, other, cordon, cordoned=False)
 
     async def ended(self, operation: OperationView, wait_s: float = 120) -> OperationView:
         return await get_operation(self.cluster.context(), ADMIN, operation.id, wait_s)
@@ -72,14 +83,28 @@ class Bench:
     async def where(self) -> str | None:
         return (await get_vm(self.cluster.context(), ADMIN, "web-1")).status.node_name
 
+    def on_the_move(self) -> list[str]:
+        """Return the names of the VMs whose transfer may be under way."""
+        claimed = ((vm.name, vm.status.migration) for vm in self.judge.ledger.vms.values())
+        stages = (MigrationStage.REQUESTED, MigrationStage.PREPARE)
+        return [name for name, claim in claimed if claim and claim.stage not in stages]
+
+    def places(self) -> dict[str, str]:
+        """Return the name of the node that each VM is bound to."""
+        ledger = self.judge.ledger
+        return {vm.name: ledger.nodes[vm.status.node or ""].name for vm in ledger.vms.values()}
+
+    async def until(self, holds: Callable[[], bool], limit_s: float = 200) -> None:
+        async with asyncio.timeout(limit_s):
+            while not holds():  # noqa: ASYNC110 - what it waits for is spread over parts
+                await asyncio.sleep(0.1)
+
     def complaints(self) -> list[str]:
         found = [node.found() for node in self.cluster.nodes.values()]
         return list(everything_settles(self.judge.ledger, found))
 
     async def settled(self, limit_s: float = 200) -> None:
-        async with asyncio.timeout(limit_s):
-            while self.complaints():  # noqa: ASYNC110 - what it waits for is spread over parts
-                await asyncio.sleep(1)
+        await self.until(lambda: not self.complaints(), limit_s)
 
 
 def run(story: Callable[[Bench], Awaitable[None]], nodes: int = 2) -> None:
@@ -123,6 +148,34 @@ def test_a_drain_empties_a_node_and_tells_beforehand() -> None:
         await bench.settled()
 
     run(story)
+
+
+def test_a_drain_whose_destination_is_gone_moves_the_rest_and_can_be_cancelled() -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        home = await bench.where()
+        assert home is not None
+        context = bench.cluster.context()
+        gone, away = (name for name in bench.cluster.nodes if name != home)
+        await set_cordon(context, ADMIN, away, CordonOrder(), cordoned=True)
+        for number in range(3):
+            await bench.create_on(home, f"app-{number}", (), Power.RUNNING, others=(gone,))
+        stuck = await drain_node(context, ADMIN, home, DrainOrder())
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        bench.cluster.nodes[gone].lose_power()
+        await set_cordon(context, ADMIN, away, CordonOrder(), cordoned=False)
+        await bench.until(lambda: sum(w == away for w in bench.places().values()) == 2)
+        # Of the first two nobody can tell where they are.
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        await cancel_operation(context, ADMIN, stuck.id)
+        assert (await bench.ended(stuck)).state is OperationState.CANCELLED
+        assert len(bench.on_the_move()) == 2
+        assert not (await get_node(context, ADMIN, home)).cordoned
+        bench.cluster.nodes[gone].boot()
+        await bench.settled()
+        assert sorted(bench.places().values()) == sorted([home, home, away, away])
+
+    run(story, nodes=3)
 
 
 SPECS: dict[str, dict[str, Any]] = {
