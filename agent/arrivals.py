@@ -37,8 +37,11 @@ class Arrivals:
         known = self._targets.get(desired.vm_id)
         return known[1] if known is not None and known[0] == order.generation else None
 
-    def forget(self, vm_id: str) -> None:
-        self._targets.pop(vm_id, None)
+    async def forget(self, vm_id: str) -> None:
+        """Take note that nobody comes for a VM any more."""
+        known = self._targets.pop(vm_id, None)
+        if known is not None:
+            await self._relays.withdraw(relay_name(vm_id, known[0]))
 
     async def prepare(self, desired: Desired, order: MigrationOrder) -> None:
         """Make room: volumes of the exact size, a relay for this one migration, no old domain.
@@ -49,13 +52,17 @@ class Arrivals:
             raise StateConflict("this node has booted since it was chosen")
         if self.target(desired, order) is not None:
             return  # Only once: data may be coming into these volumes by now.
+        begun = self._has_begun(desired, order)
+        if not begun:
+            await self._check_volumes(desired, order)
         # From now on nothing may start this generation here: it comes running.
-        await self._fence.use_generation(desired.vm_id, order.generation)
+        await self._fence.expect_arrival(desired.vm_id, order.generation)
         await self._clear_place(desired, order)
         # A log of an earlier stay would seem to be of now.
         await self._hypervisor.delete_console_log(desired.domain_name)
         for pool, volume, size_gib in copied_volumes(desired, order):
-            await self._hypervisor.delete_volume(pool, volume)
+            if begun:  # by an earlier agent, which may have made it with less than its size
+                await self._hypervisor.delete_volume(pool, volume)
             await self._hypervisor.ensure_volume(pool, volume, size_gib)
         await self._admit(desired, order)
 
@@ -70,17 +77,22 @@ class Arrivals:
 
         Raises StateConflict for a newer generation.
         """
-        await self._relays.revoke(relay_name(desired, order))
-        self.forget(desired.vm_id)
+        await self._relays.revoke(relay_name(desired.vm_id, order.generation))
+        await self.forget(desired.vm_id)
         await self._fence.use_generation(desired.vm_id, order.generation)
         domain = await self._hypervisor.domain(desired.domain_name)
         if domain is not None and domain.generation > order.generation:
             raise StateConflict("a newer generation of it is here, and these are its disks")
         if not await self._end_what_comes(desired, order):
             return False
-        await delete_copies(self._hypervisor, desired, order)
+        if self._has_begun(desired, order):
+            await delete_copies(self._hypervisor, desired, order)
         await self._hypervisor.delete_console_log(desired.domain_name)
         return True
+
+    def _has_begun(self, desired: Desired, order: MigrationOrder) -> bool:
+        """Whether anything was made here for this very order, by whichever agent."""
+        return self._fence.facts(desired.vm_id).arrival == order.generation
 
     async def _end_what_comes(self, desired: Desired, order: MigrationOrder) -> bool:
         """End and forget a domain that has not run; True when there is none (any more)."""
@@ -99,6 +111,15 @@ class Arrivals:
             end = await end_of(self._hypervisor, desired, order)
         return end.state is EndState.ABSENT
 
+    async def _check_volumes(self, desired: Desired, order: MigrationOrder) -> None:
+        """Raise StateConflict for a volume that is here before anything was made for the order.
+
+        It may be the guest's own disk, in a pool that nobody has said to be shared.
+        """
+        for pool, volume, _ in copied_volumes(desired, order):
+            if volume in await self._hypervisor.volumes(pool):
+                raise StateConflict(f"pool {pool!r} has a volume {volume!r} here already")
+
     async def _clear_place(self, desired: Desired, order: MigrationOrder) -> None:
         domain = await self._hypervisor.domain(desired.domain_name)
         if domain is None:
@@ -112,7 +133,7 @@ class Arrivals:
             return
         layout = await self._hypervisor.layout(definition_of(desired, order.generation))
         facts = await self._hypervisor.facts()
-        token = await self._relays.admit(relay_name(desired, order), order.peer)
+        token = await self._relays.admit(relay_name(desired.vm_id, order.generation), order.peer)
         target = MigrationTarget(
             node_name=self._node.name,
             address=self._node.address,

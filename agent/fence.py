@@ -41,7 +41,8 @@ class Departure(Struct, frozen=True, kw_only=True):
 class VmFacts(Struct, frozen=True, kw_only=True, tag="vm"):
     """Per VM: the highest revision told, the highest generation used up, the last request answered.
 
-    A generation is used up when a start under it was begun, or when it was revoked.
+    A generation is used up when a start under it was begun, or when it was revoked. ``arrival`` is
+    the last one for which disks were made here: what was here before is not that claim's to delete.
     """
 
     vm_id: str
@@ -49,6 +50,7 @@ class VmFacts(Struct, frozen=True, kw_only=True, tag="vm"):
     used_generation: int = 0
     answered_request: int = 0
     departure: Departure | None = None
+    arrival: int = 0
 
 
 class VmForgotten(Struct, frozen=True, tag="forgotten"):
@@ -93,6 +95,13 @@ class Fence:
         facts = self.facts(vm_id)
         if generation > facts.used_generation:
             await self._write(replace(facts, used_generation=generation))
+
+    async def expect_arrival(self, vm_id: str, generation: int) -> None:
+        """Persist that a generation comes here running, and that its disks are about to be made."""
+        facts = self.facts(vm_id)
+        if generation > facts.arrival:
+            used = max(generation, facts.used_generation)
+            await self._write(replace(facts, used_generation=used, arrival=generation))
 
     async def answer_request(self, vm_id: str, number: int) -> None:
         facts = self.facts(vm_id)

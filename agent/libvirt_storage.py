@@ -77,7 +77,9 @@ def list_volumes(connection: libvirt.virConnect, pool: str) -> tuple[str, ...]:
 def check_arrival(
     connection: libvirt.virConnect, question: DestinationQuestion
 ) -> list[FieldError]:
-    """Return why a VM's disks keep it from coming here: shared ones must be here already."""
+    """Return why a VM's disks keep it from coming here: the shared ones must be here already, and
+    those that are copied must not.
+    """
     blockers = []
     for disk in question.spec.disks:
         try:
@@ -86,12 +88,23 @@ def check_arrival(
             blockers.append(FieldError("", "missing_pool", str(error)))
             continue
         volume = volume_name(question.vm_id, disk.name)
-        if disk.name not in question.copied and _volume(pool, volume) is None:
+        here, copied = _volume(pool, volume) is not None, disk.name in question.copied
+        if not here and not copied:
             blockers.append(
                 FieldError(
                     "",
                     "disk_not_shared",
                     f"pool {disk.pool!r} is said to be shared, but has no volume {volume!r} here",
+                )
+            )
+        if here and copied:
+            blockers.append(
+                FieldError(
+                    "",
+                    "volume_exists",
+                    f"pool {disk.pool!r} has a volume {volume!r} here already: if other nodes see "
+                    "the pool as well, name it in their agents' shared_pools; if not, the volume "
+                    "is of an earlier stay, and may be deleted by hand",
                 )
             )
     return blockers

@@ -20,10 +20,10 @@ from agent.fence import Departure, Fence
 from agent.hypervisor import Hypervisor, MigrationEnd, Outgoing
 from agent.inventory import NodeFacts
 from agent.journey import Journey, Travel, follow
-from agent.orders import definition_of, delete_copies, end_of, relay_name
+from agent.orders import arrives_paused, definition_of, delete_copies, end_of, relay_name
 from agent.relay import Relays, RelayTarget
 from shared.errors import DomainNotFound, HypervisorUnavailable, NovacronError, StateConflict
-from shared.model import Power, Problem
+from shared.model import Problem
 from shared.moves import EndState, MigrationFigures, MigrationStage
 from shared.problems import problem_of
 from shared.protocol import (
@@ -73,7 +73,7 @@ class Migrations:
 
     async def settle(self, vm_id: str) -> None:
         """Take note that a VM has no open migration here (any more)."""
-        self._arrivals.forget(vm_id)
+        await self._arrivals.forget(vm_id)
         journey = self._journeys.pop(vm_id, None)
         if journey is not None:
             journey.task.cancel()
@@ -85,7 +85,7 @@ class Migrations:
         """
         for departure in self._fence.departures().values():
             if name in ("", departure.domain_name):
-                reflex = asyncio.ensure_future(self._hold(departure))
+                reflex = asyncio.ensure_future(self._reflex(departure))
                 self._reflexes[reflex] = None
                 reflex.add_done_callback(self._reflexes.pop)
 
@@ -94,20 +94,22 @@ class Migrations:
         for task in (*self._reflexes, *(journey.task for journey in self._journeys.values())):
             task.cancel()
 
-    async def _hold(self, departure: Departure) -> None:
+    async def _reflex(self, departure: Departure) -> None:
         with contextlib.suppress(NovacronError):  # looked at again under the VM's lock
-            held = await self._hypervisor.hold(departure.domain_name, departure.source_generation)
-            if held:
-                log.error(
-                    "%s ran again although it may have moved: held until that is known",
-                    departure.domain_name,
-                )
+            await self._hold(departure)
+
+    async def _hold(self, departure: Departure) -> None:
+        held = await self._hypervisor.hold(departure.domain_name, departure.source_generation)
+        if held:
+            log.error(
+                "%s ran again although it may have moved: held until that is known",
+                departure.domain_name,
+            )
 
     # The source.
 
     async def _transfer(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
-        departure = self._fence.facts(desired.vm_id).departure
-        if departure is None or departure.generation < order.generation:
+        if self._departure(desired, order) is None:
             if order.target is None:
                 return await self._look(desired, order)
             await self._begin(desired, order, order.target)
@@ -129,14 +131,14 @@ class Migrations:
             layout=target.layout,
             copied=order.copied,
             tls=target.tls,
-            paused=desired.spec.migration.strict or desired.spec.power is Power.PAUSED,
+            paused=arrives_paused(desired),
         )
 
         journey = Journey()
 
         async def travel() -> None:
             uri = await self._relays.open(
-                relay_name(desired, order),
+                relay_name(desired.vm_id, order.generation),
                 RelayTarget(target.relay, target.node_name),
                 target.token,
             )
@@ -199,7 +201,7 @@ class Migrations:
 
     async def _resume(self, desired: Desired, order: MigrationOrder) -> MigrationReport:
         """The other end is proven empty: whatever paused the guest here, it goes on."""
-        await self._relays.close(relay_name(desired, order))
+        await self._relays.close(relay_name(desired.vm_id, order.generation))
         end = await self._end(desired, order)
         if end.state is EndState.MOVING:
             # Begun late: without its relay it comes to nothing, and it has to be over first.
@@ -233,7 +235,7 @@ class Migrations:
         if order.purge:
             await self._hypervisor.delete_console_log(name)
         if order.operation:
-            await self._relays.close(relay_name(desired, order))
+            await self._relays.close(relay_name(desired.vm_id, order.generation))
         report = await self._look(desired, order, settled=True)
         await self.settle(desired.vm_id)
         return report
@@ -278,10 +280,10 @@ class Migrations:
     ) -> MigrationReport:
         journey = self._journeys.get(desired.vm_id)
         end = await self._end(desired, order)
-        source = order.role is MigrationRole.SOURCE
-        # In the stage RESUME it is to run.
-        if end.returned and source and order.stage is not MigrationStage.RESUME:
-            await self._hypervisor.hold(desired.domain_name, order.source_generation)
+        # In the stage RESUME it is to run; and what has not set out cannot have moved.
+        departure = self._departure(desired, order)
+        if end.returned and departure is not None and order.stage is not MigrationStage.RESUME:
+            await self._hold(departure)
             end = await self._end(desired, order)
         return MigrationReport(
             generation=order.generation,
@@ -306,11 +308,16 @@ class Migrations:
         return await end_of(self._hypervisor, desired, order)
 
     def _is_over(self, desired: Desired, order: MigrationOrder, end: MigrationEnd) -> bool:
-        departure = self._fence.facts(desired.vm_id).departure
-        begun = departure is not None and departure.generation >= order.generation
         journey = self._journeys.get(desired.vm_id)
         under_way = journey is not None and journey.under_way
+        begun = self._departure(desired, order) is not None
         return begun and not under_way and end.state is not EndState.MOVING
+
+    def _departure(self, desired: Desired, order: MigrationOrder) -> Departure | None:
+        """Return that the order's transfer was begun here; None while it was not."""
+        departure = self._fence.facts(desired.vm_id).departure
+        begun = departure is not None and departure.generation >= order.generation
+        return departure if begun else None
 
 
 _Role, _Stage = MigrationRole, MigrationStage

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from agent.hypervisor import DomainDefinition, Hypervisor, MigrationEnd, volume_name
+from shared.model import Power
 from shared.moves import EndState
 from shared.protocol import Desired, MigrationOrder, MigrationRole
 
@@ -12,7 +13,6 @@ from shared.protocol import Desired, MigrationOrder, MigrationRole
 _ON_DESTINATION: dict[EndState, EndState] = {
     EndState.MOVING: EndState.INCOMING,
     EndState.AWAY: EndState.INCOMING,
-    EndState.HELD: EndState.READY,
 }
 
 
@@ -28,8 +28,8 @@ def definition_of(desired: Desired, generation: int) -> DomainDefinition:
     )
 
 
-def relay_name(desired: Desired, order: MigrationOrder) -> str:
-    return f"{desired.vm_id}.{order.generation}"
+def relay_name(vm_id: str, generation: int) -> str:
+    return f"{vm_id}.{generation}"
 
 
 async def end_of(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder) -> MigrationEnd:
@@ -38,9 +38,18 @@ async def end_of(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder
     end = await hypervisor.migration_end(desired.domain_name)
     if end is None or end.generation != ours:
         return MigrationEnd(generation=ours, state=EndState.ABSENT)
-    if order.role is MigrationRole.DESTINATION:
-        return replace(end, state=_ON_DESTINATION.get(end.state, end.state))
-    return end
+    if order.role is MigrationRole.SOURCE:
+        return end
+    if end.state is EndState.HELD:
+        # libvirt has the same word for one that has run already, and was paused since.
+        waits = arrives_paused(desired)
+        return replace(end, state=EndState.READY if waits else EndState.RUNNING)
+    return replace(end, state=_ON_DESTINATION.get(end.state, end.state))
+
+
+def arrives_paused(desired: Desired) -> bool:
+    """Return whether a guest is to stay paused on its new node until it is resumed there."""
+    return desired.spec.migration.strict or desired.spec.power is Power.PAUSED
 
 
 def copied_volumes(desired: Desired, order: MigrationOrder) -> list[tuple[str, str, int]]:

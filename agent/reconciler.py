@@ -207,7 +207,8 @@ class VmReconciler:
         part = await self._migrations.work(desired)
         domain = await self._hypervisor.domain(desired.domain_name)
         report = self._seen(desired.vm_id, desired.generation, domain, desired.revision)
-        if desired.intent is Intent.LEAVE and part.settled:
+        left = desired.intent is Intent.LEAVE and part.settled
+        if left and self._desired.get(desired.vm_id) is desired:
             # What is told of it must outlast it: nobody works on the VM here any more.
             self._drop(desired.vm_id)
             await self._fence.forget(desired.vm_id)

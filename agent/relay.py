@@ -21,7 +21,7 @@ class RelayTarget(Struct, frozen=True):
 
 
 class Relays(Protocol):
-    """Both sides: a destination admits and revokes, a source opens and closes.
+    """Both sides: a destination admits, withdraws and revokes, a source opens and closes.
 
     Neither ``revoke`` nor ``close`` asks whether a migration still needs the relay: libvirt may
     resume a guest on both nodes when its connection breaks around the switch.
@@ -32,6 +32,10 @@ class Relays(Protocol):
 
         Raises StateConflict when a token of that name was used or revoked, Overloaded.
         """
+        ...
+
+    async def withdraw(self, name: str) -> None:
+        """Refuse the name's token for good; a relay that has used it goes on."""
         ...
 
     async def revoke(self, name: str) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import secrets
 import socket
+from pathlib import Path
 
 from agent.relay_files import NOBODY, claim, holder, sweep, used_file
 from agent.relay_link import TOKEN_BYTES
@@ -88,14 +89,23 @@ class RelayListener:
         )
         return token.hex()
 
+    async def withdraw(self, name: str) -> None:
+        """Refuse the token from now on; see ``Relays.withdraw``."""
+        self._refuse(name)
+
     async def revoke(self, name: str) -> None:
         """Refuse the token from now on, and end who used it; see ``Relays.revoke``."""
+        used = self._refuse(name)
+        await kill(holder(used) or NOBODY)
+
+    def _refuse(self, name: str) -> Path:
+        """Have nobody use the token from now on; returns the mark of who has used it."""
         sweep(self._settings.directory)
         self._admitted.pop(checked(name), None)
         used = used_file(self._settings.directory, name)
         # A process that holds the token already finds it used, by nobody.
-        if not claim(used, NOBODY):
-            await kill(holder(used) or NOBODY)
+        claim(used, NOBODY)
+        return used
 
     def _hand_over(self, connection: socket.socket, address: str) -> None:
         if not self._admitted:

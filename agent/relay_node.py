@@ -46,6 +46,9 @@ class NodeRelays:
     async def admit(self, name: str, source_node: str) -> str:
         return await self._listener.admit(name, source_node)
 
+    async def withdraw(self, name: str) -> None:
+        await self._listener.withdraw(name)
+
     async def revoke(self, name: str) -> None:
         await self._listener.revoke(name)
 

@@ -571,7 +571,7 @@ def _stop(domain: SimulatedDomain) -> None:
 def check_volumes(
     pools: dict[str, dict[str, int]], question: DestinationQuestion
 ) -> list[FieldError]:
-    """Return what a VM's disks miss on a node that it is to move to."""
+    """Return why a VM's disks keep it from coming to a node."""
     blockers = []
     for disk in question.spec.disks:
         volume = volume_name(question.vm_id, disk.name)
@@ -579,4 +579,6 @@ def check_volumes(
             blockers.append(FieldError("", "missing_pool", f"no storage pool {disk.pool!r} here"))
         elif disk.name not in question.copied and volume not in pools[disk.pool]:
             blockers.append(FieldError("", "disk_not_shared", f"no volume {volume!r} here"))
+        elif disk.name in question.copied and volume in pools[disk.pool]:
+            blockers.append(FieldError("", "volume_exists", f"a volume {volume!r} is here already"))
     return blockers

@@ -104,6 +104,11 @@ class SimulatedRelays:
         self._fabric.relays[name] = SimulatedRelay(self._address, source_node, token)
         return token
 
+    async def withdraw(self, name: str) -> None:
+        known = self._fabric.relays.get(name)
+        if known is None or not known.used:
+            await self.revoke(name)
+
     async def revoke(self, name: str) -> None:
         known = self._fabric.relays.get(name)
         if known is None:

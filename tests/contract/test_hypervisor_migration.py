@@ -510,6 +510,9 @@ async def test_a_destination_names_all_that_stands_against_it(world: MigrationWo
     assert await codes(definition(disks=(SHARED,))) == ["disk_not_shared"]
     nowhere = DiskSpec(name="root", size_gib=1, pool="fast")
     assert await codes(definition(disks=(nowhere, SHARED))) == ["disk_not_shared", "missing_pool"]
+    await destination.ensure_volume("default", volume_name(NAME, "root"), 1)
+    assert await codes(definition(disks=(ROOT,))) == ["volume_exists"]
+    await destination.delete_volume("default", volume_name(NAME, "root"))
 
     await destination.define(definition(generation=1))
     assert await codes(definition()) == [], "a stopped one of ours makes way"

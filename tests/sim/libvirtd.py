@@ -323,6 +323,9 @@ class RelaysOfProcess:
     async def admit(self, name: str, source_node: str) -> str:
         return await self._call(self._relays.admit(name, source_node))
 
+    async def withdraw(self, name: str) -> None:
+        await self._call(self._relays.withdraw(name))
+
     async def revoke(self, name: str) -> None:
         await self._call(self._relays.revoke(name))
 

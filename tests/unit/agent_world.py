@@ -38,6 +38,7 @@ READS = frozenset(
         "layout",
         "check_source",
         "check_destination",
+        "volumes",
     }
 )
 

@@ -8,7 +8,7 @@ import pytest
 
 from agent.relay import RelayTarget
 from shared.errors import Unavailable
-from shared.model import NicSpec, ObservedPower
+from shared.model import MigrationSpec, NicSpec, ObservedPower
 from shared.moves import EndState, MigrationStage
 from tests.unit.agent_world import VM, virtual
 from tests.unit.core_world import spec
@@ -56,10 +56,34 @@ def test_a_node_that_has_booted_since_makes_nothing_ready() -> None:
     virtual(main())
 
 
-def test_an_earlier_copy_of_the_disks_makes_way() -> None:
+def test_a_disk_that_is_here_already_is_nobodys_to_replace() -> None:
+    """It may be the running guest's own, in a pool that nobody has said to be shared."""
+
     async def main() -> None:
         async with pair() as it:
+            it.two.state.pools["default"] = {VOLUME: 1}
+            it.two.hooks.acts.clear()
+            report = await it.told(DESTINATION, Stage.PREPARE)
+            assert not report.settled
+            assert report.fault is not None
+            assert "already" in report.fault.detail
+            assert it.two.hooks.acts == []
+            report = await it.told(DESTINATION, Stage.CLEAN)
+            assert it.two.state.pools["default"] == {VOLUME: 1}
+
+    virtual(main())
+
+
+def test_what_an_agent_made_ready_before_it_died_is_made_anew() -> None:
+    async def main() -> None:
+        async with pair() as it:
+            it.two.hooks.hold_after["ensure_volume"] = asyncio.Event()
+            it.tell(DESTINATION, Stage.PREPARE)
+            await asyncio.sleep(A_WHILE_S)
+            await it.two.stop_agent()
             it.two.state.pools["default"] = {VOLUME: 7}
+            del it.two.hooks.hold_after["ensure_volume"]
+            await it.two.start_agent()
             await it.prepare()
             assert it.two.state.pools["default"] == {VOLUME: 1}
 
@@ -77,6 +101,7 @@ def test_a_domain_of_an_earlier_stay_makes_way_with_its_log() -> None:
             assert not report.settled, "it runs"
             assert report.fault is not None
             await it.two.driver.stop(VM, OLD)
+            await it.two.driver.delete_volume("default", VOLUME)
             await it.prepare()
             assert it.two.state.domains == {}
             assert await it.two.driver.console_size(VM) == 0
@@ -194,6 +219,7 @@ def test_what_was_never_made_ready_never_is_afterwards() -> None:
 def test_what_has_arrived_and_waits_is_ended() -> None:
     async def main() -> None:
         async with pair() as it:
+            it.spec = spec(disks=(ROOT,), migration=MigrationSpec(strict=True))
             await come_in(it)
             arrival = it.two.state.domains[VM]
             arrival.arrive(it.one.state.domains[VM], paused=True)

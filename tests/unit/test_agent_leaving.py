@@ -273,6 +273,23 @@ def test_nothing_stays_of_a_vm_that_is_deleted() -> None:
     virtual(main())
 
 
+def test_what_is_told_in_the_moment_of_leaving_is_done_too() -> None:
+    async def main() -> None:
+        async with pair() as it:
+            await moved_but_not_forgotten(it)
+            it.one.hooks.hold_before["undefine"] = asyncio.Event()
+            it.tell(SOURCE, Stage.FINALIZE)
+            await asyncio.sleep(A_WHILE_S)
+            it.tell(SOURCE, Stage.FINALIZE, purge=True)
+            it.one.hooks.hold_before.pop("undefine").set()
+            await asyncio.sleep(A_WHILE_S)
+            assert it.report(SOURCE).settled
+            assert await it.one.driver.console_size(VM) == 0
+            assert it.one.agent.known() == ()
+
+    virtual(main())
+
+
 @pytest.mark.parametrize("operation", ["op-1", ""])
 def test_leaving_never_touches_a_newer_generation(operation: str) -> None:
     async def main() -> None:

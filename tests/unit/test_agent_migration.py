@@ -486,3 +486,17 @@ def test_other_stages_only_look() -> None:
             assert it.one.hooks.acts == it.two.hooks.acts == []
 
     virtual(main())
+
+
+def test_a_guest_that_once_came_back_is_held_only_if_it_has_set_out_since() -> None:
+    """libvirt's word for it stays until the guest is paused again, whoever had moved it."""
+
+    async def main() -> None:
+        async with pair() as it:
+            it.one.state.domains[VM].go_away()
+            it.one.state.domains[VM].come_back()
+            for stage in (Stage.PREPARE, Stage.TRANSFER):
+                assert (await it.told(SOURCE, stage)).end is EndState.RUNNING
+            assert it.running() == {"one": OLD}
+
+    virtual(main())

@@ -296,6 +296,28 @@ async def test_admitting_again_voids_the_token_before(
         await destination.admit(NAME, SOURCE)
 
 
+async def test_what_is_withdrawn_takes_nobody_in_and_leaves_who_is_in(
+    world: RelayWorld, destination: NodeRelays
+) -> None:
+    source = world.relays(world.settings(SOURCE))
+    used_token = await destination.admit(NAME, SOURCE)
+    unused_token = await destination.admit("vm-other.1", SOURCE)
+    uri = await source.open(NAME, world.target, used_token)
+    async with connected(uri) as (reader, writer):
+        assert await exchange(reader, writer, b"x") == b"x"
+
+        await destination.withdraw(NAME)
+        await destination.withdraw("vm-other.1")
+
+        assert await exchange(reader, writer, b"y") == b"y"
+        await destination.admit("vm-third.1", SOURCE)  # or nobody would be expected
+        for token in (used_token, unused_token):
+            assert not await Peer(world.port, world.tls[SOURCE]).is_let_through(greeting(token))
+        for name in (NAME, "vm-other.1"):
+            with pytest.raises(StateConflict):
+                await destination.admit(name, SOURCE)
+
+
 async def test_admissions_are_bounded(destination: NodeRelays) -> None:
     for number in range(relay_listener.ADMITTED_MAX):
         await destination.admit(f"vm-a.{number}", SOURCE)
@@ -304,6 +326,8 @@ async def test_admissions_are_bounded(destination: NodeRelays) -> None:
         await destination.admit("vm-b.1", SOURCE)
     await destination.revoke("vm-a.0")
     await destination.admit("vm-b.1", SOURCE)
+    await destination.withdraw("vm-a.1")
+    await destination.admit("vm-b.2", SOURCE)
 
 
 async def test_tokens_are_nowhere_on_disk_or_in_the_log(
