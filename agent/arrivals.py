@@ -17,7 +17,7 @@ from shared.moves import EndState
 from shared.protocol import Desired, MigrationOrder, MigrationTarget
 
 # What may be ended: nothing of it has ever run here.
-_NEVER_RAN = frozenset({EndState.INCOMING, EndState.READY})
+_NEVER_RAN = frozenset({EndState.INCOMING, EndState.NEVER_RAN, EndState.READY})
 
 
 class Arrivals:

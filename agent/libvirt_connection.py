@@ -64,18 +64,21 @@ class LibvirtLink:
         uri: str,
         rng: random.Random,
         prepare: Work[None],
-        notify: Callable[[str], None],
+        events_lost: Callable[[], None],
+        domain_changed: Callable[[str, int, int], None],
         job_completed: Callable[[str, dict[str, Any]], None],
     ) -> None:
         """``prepare`` runs in a thread on each new connection, before any other call.
 
-        ``notify(name)`` is called after a domain has changed, ``job_completed(name, figures)``
-        after a long piece of work on it has ended; both on the event loop.
+        ``events_lost()`` is called when events come (again) from now on, ``domain_changed(name,
+        event, detail)`` with libvirt's numbers after a domain has changed, ``job_completed(name,
+        figures)`` after a long piece of work on it has ended; all on the event loop.
         """
         self._uri = uri
         self._rng = rng
         self._prepare = prepare
-        self._notify = notify
+        self._events_lost = events_lost
+        self._domain_changed = domain_changed
         self._job_completed = job_completed
         self._watched: Watched | None = None
         self._connected = asyncio.Event()
@@ -103,7 +106,7 @@ class LibvirtLink:
                 delays = RECONNECT.delays(self._rng)
                 self._watched = watched
                 self._connected.set()
-                self._notify("")
+                self._events_lost()
                 await watched.lost.wait()
                 if not self._closed:
                     _log.warning("the connection to libvirtd is lost")
@@ -226,8 +229,10 @@ class LibvirtLink:
         def closed(_connection: object, _reason: int, _opaque: object) -> None:
             _tell(loop, lost.set)
 
-        def changed(_connection: object, domain: Any, *_details: object) -> None:
-            _tell(loop, self._notify, domain.name())
+        def changed(
+            _connection: object, domain: Any, event: int, detail: int, _opaque: object
+        ) -> None:
+            _tell(loop, self._domain_changed, domain.name(), event, detail)
 
         def completed(_connection: object, domain: Any, figures: Any, _opaque: object) -> None:
             _tell(loop, self._job_completed, domain.name(), dict(figures))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import libvirt
+from msgspec.structs import replace
 
 from agent import libvirt_domains
 from agent import libvirt_migration as migration
@@ -32,6 +33,7 @@ from agent.hypervisor import (
 )
 from agent.libvirt_connection import LibvirtLink
 from agent.libvirt_facts import existing_networks, read_facts
+from agent.libvirt_incoming import IncomingDomains
 from agent.libvirt_probe import EMULATION, PROBE_NAME, probe_virtualization
 from agent.libvirt_samples import read_samples
 from agent.libvirt_settings import LibvirtSettings
@@ -68,11 +70,13 @@ class LibvirtDriver:
         self._last_seen: dict[str, DomainInfo] = {}
         self._figures: dict[str, MigrationFigures] = {}
         self._figures_came = asyncio.Event()
+        self._incoming = IncomingDomains()
         self._link = LibvirtLink(
             settings.uri,
             rng,
             functools.partial(storage.ensure_pools, targets=settings.pool_targets()),
-            self._notify,
+            self._events_lost,
+            self._domain_changed,
             self._job_completed,
         )
 
@@ -194,7 +198,11 @@ class LibvirtDriver:
         return await self._link.statistics(read, SAMPLES_TIMEOUT_S)
 
     async def migration_end(self, name: str) -> MigrationEnd | None:
-        return await self._link.read_job(functools.partial(migration.migration_end, name=name))
+        end = await self._link.read_job(functools.partial(migration.migration_end, name=name))
+        if end is None:
+            self._incoming.gone(name)
+            return None
+        return replace(end, state=self._incoming.judged(name, end.state))
 
     async def check_source(self, name: str, generation: int) -> SourceCheck:
         return await self._link.read_job(
@@ -266,9 +274,16 @@ class LibvirtDriver:
     def listen(self, listener: DomainListener) -> None:
         self._listeners.append(listener)
 
+    def _events_lost(self) -> None:
+        self._incoming.forget()
+        self._notify("")
+
+    def _domain_changed(self, name: str, event: int, detail: int) -> None:
+        if name != PROBE_NAME:
+            self._incoming.told(name, event, detail)
+            self._notify(name)
+
     def _notify(self, name: str) -> None:
-        if name == PROBE_NAME:
-            return
         for listener in self._listeners:
             listener(name)
 

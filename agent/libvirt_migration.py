@@ -51,7 +51,7 @@ def migration_end(connection: libvirt.virConnect, name: str) -> MigrationEnd | N
         operation = _operation(domain)
         state, reason = domain.state()
         end = _end_state(state, reason, operation)
-        if end in (EndState.DOWN, EndState.INCOMING) and not _is_kept(domain):
+        if end in (EndState.DOWN, EndState.NEVER_RAN) and not _is_kept(domain):
             return None
     except libvirt.libvirtError as error:
         if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -213,7 +213,7 @@ def _end_state(state: int, reason: int, operation: int | None) -> EndState:
     if state == libvirt.VIR_DOMAIN_SHUTOFF:
         # It was to begin here and could not: nothing of it has run.
         failed = reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED
-        return EndState.INCOMING if failed else EndState.DOWN
+        return EndState.NEVER_RAN if failed else EndState.DOWN
     if state == libvirt.VIR_DOMAIN_CRASHED:
         return EndState.DOWN
     if operation == _OUT:

@@ -39,7 +39,8 @@ async def end_of(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder
     if end is None or end.generation != ours:
         return MigrationEnd(generation=ours, state=EndState.ABSENT)
     if order.role is MigrationRole.SOURCE:
-        return end
+        came_to_an_end = end.state is EndState.NEVER_RAN  # after an earlier arrival
+        return replace(end, state=EndState.DOWN) if came_to_an_end else end
     if end.state is EndState.HELD:
         # libvirt has the same word for one that has run already, and was paused since.
         waits = arrives_paused(desired)

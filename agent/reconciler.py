@@ -43,6 +43,8 @@ WORKERS = 5
 STEPS_MAX = 8
 # While libvirtd is away it is asked again soon: guests may have ended meanwhile.
 LOOK_AGAIN_BACKOFF = Backoff(first_s=0.5, cap_s=5.0)
+# A guest that stops by itself as soon as it goes on (its pool is full) is not resumed oftener.
+RESUME_PERIOD_S = 10.0
 # Events can be lost; every VM is looked at this often anyway.
 RESYNC_PERIOD_S = 30.0
 
@@ -80,6 +82,7 @@ class VmReconciler:
         self._faults: dict[str, Problem] = {}
         self._powers: dict[str, ObservedPower] = {}
         self._shutdowns: dict[str, tuple[int, float]] = {}
+        self._resumed_s: dict[str, float] = {}
         self._retries: dict[str, Iterator[float]] = {}
         hypervisor.listen(self._domain_changed)
 
@@ -180,6 +183,16 @@ class VmReconciler:
             await self._take_part(desired)
             return
         await self._migrations.settle(desired.vm_id)
+        try:
+            await self._settle(desired)
+        except HypervisorUnavailable:
+            raise
+        except HypervisorError as error:
+            await self._tell_refusal(desired, error)
+            raise
+
+    async def _settle(self, desired: Desired) -> None:
+        """Take one step after the other. Raises HypervisorError for one that cannot be done."""
         for _ in range(STEPS_MAX):
             domain = await self._hypervisor.domain(desired.domain_name)
             step = next_step(
@@ -220,9 +233,10 @@ class VmReconciler:
         if step is Step.START:
             await self._start(desired)
         elif step is Step.PAUSE:
+            self._resumed_s.pop(desired.vm_id, None)
             await self._hypervisor.pause(name, generation)
         elif step is Step.RESUME:
-            await self._hypervisor.resume(name, generation)
+            await self._resume(desired)
         elif step in (Step.REBOOT, Step.RESET):
             await self._restart_guest(step, desired)
         elif step is Step.ASK_TO_SHUT_DOWN:
@@ -251,6 +265,17 @@ class VmReconciler:
             await self._fence.use_generation(desired.vm_id, desired.generation)
             self._faults[desired.vm_id] = problem_of(error)
             log.warning("%s: the start failed: %s", desired.name, error)
+
+    async def _resume(self, desired: Desired) -> None:
+        now_s = asyncio.get_running_loop().time()
+        resumed_s = self._resumed_s.get(desired.vm_id)
+        if resumed_s is not None and now_s - resumed_s < RESUME_PERIOD_S:
+            raise HypervisorError(
+                "the guest stops again as soon as it is resumed: see whether its pools are full, "
+                "and what QEMU's log on its node says"
+            )
+        self._resumed_s[desired.vm_id] = now_s
+        await self._hypervisor.resume(desired.domain_name, desired.generation)
 
     async def _restart_guest(self, step: Step, desired: Desired) -> None:
         """Answered first: a guest that is rebooted twice is worse than one that is asked again."""
@@ -309,7 +334,7 @@ class VmReconciler:
         desired = self._desired.pop(vm_id, None)
         if desired is not None:
             self._vm_of_domain.pop(desired.domain_name, None)
-        for known in (self._faults, self._powers, self._shutdowns):
+        for known in (self._faults, self._powers, self._shutdowns, self._resumed_s):
             known.pop(vm_id, None)
 
     def _tell(self, desired: Desired, domain: DomainInfo | None, step: Step) -> None:
@@ -323,6 +348,18 @@ class VmReconciler:
         report = self._seen(desired.vm_id, generation, domain, desired.revision, fault)
         self._powers[desired.vm_id] = report.power
         self._report(report)
+
+    async def _tell_refusal(self, desired: Desired, error: HypervisorError) -> None:
+        """Tell why a guest that is there is not as it should be; it is tried again."""
+        domain = await self._hypervisor.domain(desired.domain_name)
+        if domain is None or domain.generation != desired.generation:
+            return
+        if domain.power in RUNNING_POWERS:
+            report = self._seen(
+                desired.vm_id, desired.generation, domain, desired.revision, problem_of(error)
+            )
+            self._powers[desired.vm_id] = report.power
+            self._report(report)
 
     def _seen(
         self,

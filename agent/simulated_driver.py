@@ -172,7 +172,7 @@ class SimulatedNodeState:
     def receive(self, definition: DomainDefinition) -> SimulatedDomain:
         """Make the domain that a migration fills."""
         domain = self.make(definition)
-        domain.incoming = True
+        domain.incoming = domain.never_ran = True
         domain.power = ObservedPower.PAUSED
         self.domains[domain.name] = domain
         self.changed(domain.name)

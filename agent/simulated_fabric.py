@@ -31,6 +31,8 @@ class TravelTimes(Struct, frozen=True, kw_only=True):
     prepare_s: float = 0.2
     transfer_s: float = 1.0
     switch_s: float = 0.1
+    # Of which, at its end, the domain is one that stays and the guest does not run yet.
+    stays_s: float = 0.03
     reply_s: float = 0.01
     confirm_s: float = 0.8
     # libvirt's keepalive between the two: 5 s, six times.
@@ -240,8 +242,16 @@ class Travel:
 
     def _switch(self) -> None:
         if self._reachable(self._switch):
+            times = self._fabric.times
             self._domain.go_away()
-            self._after(self._fabric.times.switch_s, self._resume)
+            self._after(times.switch_s - times.stays_s, self._persist)
+
+    def _persist(self) -> None:
+        if not self._reachable(self._persist):
+            return
+        assert self._arrival is not None, "it was prepared"
+        self._arrival.stays = True
+        self._after(self._fabric.times.stays_s, self._resume)
 
     def _resume(self) -> None:
         if not self._reachable(self._resume):
@@ -300,7 +310,10 @@ class Travel:
         if self._arrival is not None and self._arrival.incoming:
             arrival, self._arrival = self._arrival, None
             arrival.travel = None
-            self._destination.forget(arrival)
+            if not arrival.stays:
+                self._destination.forget(arrival)
+            elif arrival.is_active():
+                arrival.end(ObservedPower.STOPPED)
 
     def _finish(self, why: str | None) -> None:
         if self._timer is not None:

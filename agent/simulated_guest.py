@@ -83,10 +83,13 @@ class SimulatedDomain:
         self._counted = 0
         self._due: list[tuple[float, str]] = []
         self._timer: asyncio.TimerHandle | None = None
-        # On the move: its migration, whether it still comes in, why it is paused, and whether
-        # libvirt has let it go on after it had switched.
+        # On the move: its migration, whether it still comes in, has come and not gone on yet, and
+        # stays if it ends, why it is paused, and whether libvirt has let it go on after it had
+        # switched.
         self.travel: Travel | None = None
         self.incoming = False
+        self.never_ran = False
+        self.stays = False
         self.held_for = HeldFor.NOTHING
         self.returned = False
         self.arrived = False
@@ -111,10 +114,10 @@ class SimulatedDomain:
 
     def end_state(self) -> EndState:
         """Return what it is as one end of a migration."""
+        if not self.is_active():
+            return EndState.NEVER_RAN if self.never_ran else EndState.DOWN
         if self.incoming:
             return EndState.INCOMING
-        if not self.is_active():
-            return EndState.DOWN
         if self.travel is not None and not self.arrived:
             return EndState.MOVING
         if self.power is ObservedPower.RUNNING:
@@ -124,6 +127,7 @@ class SimulatedDomain:
         return EndState.AWAY if away else EndState.HELD
 
     def start(self) -> None:
+        self.incoming = False
         self._boot()
         self._set_power(ObservedPower.RUNNING)
 
@@ -254,6 +258,7 @@ class SimulatedDomain:
             self._go_on()
 
     def _go_on(self) -> None:
+        self.never_ran = False
         self._resumed_at = asyncio.get_running_loop().time()
         self._arm()
 

@@ -33,7 +33,8 @@ class EndState(OpenEnum):
     """What one end of a migration is, as its agent sees it: the reconcile matrix's rows.
 
     ``away``: paused by a migration that switched. ``held``: paused by the agent or a user.
-    ``ready``: everything has arrived, and it waits to be resumed.
+    ``ready``: everything has arrived, and it waits to be resumed. ``never_ran``: it came here, and
+    ended before it went on; its definition stays.
     """
 
     ABSENT = "absent"
@@ -44,6 +45,7 @@ class EndState(OpenEnum):
     HELD = "held"
     INCOMING = "incoming"
     READY = "ready"
+    NEVER_RAN = "never_ran"
     UNKNOWN = "unknown"
 
 

@@ -24,19 +24,28 @@ class Verdict(enum.Enum):
 
 
 _E, _V = EndState, Verdict
-DESTINATION_ENDS = (_E.ABSENT, _E.INCOMING, _E.READY, _E.RUNNING, _E.DOWN, _E.UNKNOWN)
+DESTINATION_ENDS = (
+    _E.ABSENT,
+    _E.INCOMING,
+    _E.NEVER_RAN,
+    _E.READY,
+    _E.RUNNING,
+    _E.DOWN,
+    _E.UNKNOWN,
+)
 # A destination that runs, or that has a definition and ran, owns the guest whatever the source
 # says: its disks have been written to since. "Both run" is the split that libvirt 9.0 makes of a
 # relay that dies too early; the older generation is the one to end.
 _ROWS: dict[EndState, tuple[Verdict, ...]] = {
-    _E.MOVING: (_V.WAIT, _V.WAIT, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    _E.RUNNING: (_V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    _E.HELD: (_V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    _E.AWAY: (_V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    # Without a source, what is incoming will either come to run or be ended by its libvirtd.
-    _E.DOWN: (_V.LOST, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    _E.ABSENT: (_V.LOST, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
-    _E.UNKNOWN: (_V.WAIT, _V.WAIT, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.MOVING: (_V.WAIT, _V.WAIT, _V.WAIT, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.RUNNING: (_V.STAYED, _V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.HELD: (_V.STAYED, _V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.AWAY: (_V.STAYED, _V.STAYED, _V.STAYED, _V.STAYED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    # Without a source, what is incoming will either come to run or be ended by its libvirtd. All of
+    # one that fell right then has arrived: its disks are there.
+    _E.DOWN: (_V.LOST, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.ABSENT: (_V.LOST, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
+    _E.UNKNOWN: (_V.WAIT, _V.WAIT, _V.WAIT, _V.WAIT, _V.SWITCHED, _V.SWITCHED, _V.WAIT),
 }
 VERDICTS: dict[tuple[EndState, EndState], Verdict] = {
     (source, destination): verdict

@@ -173,7 +173,7 @@ async def _switch(context: StepContext) -> Outcome:
     """Make the destination the owner."""
     vm, claim = _claimed(context)
     report = _report(context, vm, claim, claim.destination)
-    waits = report is not None and report.end in (EndState.READY, EndState.HELD)
+    waits = report is not None and report.end is EndState.READY
     return Done(switch(ObservedPower.PAUSED if waits else ObservedPower.RUNNING))
 
 

@@ -284,6 +284,28 @@ async def test_a_paused_guest_arrives_paused(world: MigrationWorld) -> None:
     await until_counts(destination)
 
 
+async def test_a_guest_that_ends_before_it_goes_on_has_never_run(world: MigrationWorld) -> None:
+    destination = world.two.driver
+    await run_guest(world.one.driver, definition())
+    await (await set_out(world, paused=True))
+    world.two.crash_guest(NAME)
+    await until_state(destination, EndState.NEVER_RAN)
+    assert await power_of(destination) is ObservedPower.CRASHED
+    await destination.start(NAME, 2)
+    assert await state_of(destination) is EndState.RUNNING
+    world.two.crash_guest(NAME)
+    await until_state(destination, EndState.DOWN)
+
+
+async def test_a_guest_that_ends_once_it_has_gone_on_has_run(world: MigrationWorld) -> None:
+    destination = world.two.driver
+    await run_guest(world.one.driver, definition())
+    await (await set_out(world, paused=True))
+    await destination.resume(NAME, 2)
+    world.two.crash_guest(NAME)
+    await until_state(destination, EndState.DOWN)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 async def test_the_guest_itself_goes_on(world: MigrationWorld, strict: bool) -> None:
     """QEMU 7.2 loses an emulated guest's pages now and then: one of some guests is to arrive."""

@@ -52,7 +52,12 @@ def libvirtd() -> Iterator[LibvirtProcess]:
 @pytest.fixture
 async def link(libvirtd: LibvirtProcess) -> AsyncIterator[LibvirtLink]:
     made = LibvirtLink(
-        libvirtd.uri, random.Random(1), lambda _: None, lambda _: None, lambda *_: None
+        libvirtd.uri,
+        random.Random(1),
+        lambda _: None,
+        lambda: None,
+        lambda *_: None,
+        lambda *_: None,
     )
     running = asyncio.create_task(made.run())
     try:

@@ -144,6 +144,20 @@ def test_a_strict_migration_never_lets_two_run(cell: MigrationCell, victim: Vict
         assert complaints(seen.account, seen.boots, seen.move.began) == []
 
 
+def test_a_guest_that_dies_before_it_goes_on_goes_on_where_it_was(cell: MigrationCell) -> None:
+    """What never ran over there has changed nothing, although its domain was there to stay."""
+    stayed = 0
+    for _ in range(OTHER_KILLS):
+        seen = _moved(cell, STRICT, {Moment.ARRIVED: _striker(cell, Victim.DESTINATION_QEMU)})
+        _tell("strict, destination-qemu killed", seen)
+        # Once the source's libvirtd has heard that all has arrived, it ends its guest.
+        lost = seen.where == seen.move.destination.name
+        stayed += not lost
+        assert seen.both_s == 0.0
+        assert complaints(seen.account, seen.boots + lost, seen.move.began) == []
+    assert stayed, "the source had heard already each time: the window was missed"
+
+
 @pytest.mark.parametrize("victim", [Victim.SOURCE_RELAY, Victim.DESTINATION_RELAY])
 def test_a_lease_on_a_shared_disk_never_lets_two_run(cell: MigrationCell, victim: Victim) -> None:
     for _ in range(OTHER_KILLS):

@@ -17,9 +17,18 @@ from controlplane.services.operations import cancel_operation, get_operation
 from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm
 from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm, create_vm, delete_vm, get_vm
-from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, Power, VmSpec
-from shared.moves import MigrationStage
-from shared.states import VmAction
+from shared.model import (
+    BootSpec,
+    DiskSpec,
+    MigrationSpec,
+    ObservedPower,
+    OperationState,
+    Power,
+    VmPhase,
+    VmSpec,
+)
+from shared.moves import EndState, MigrationStage
+from shared.states import VmAction, vm_phase
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.invariants import Judge, everything_settles
 from tests.sim.ledger import DeleteAsked
@@ -238,5 +247,33 @@ def test_a_new_leader_that_has_heard_nobody_yet_gives_up_no_drain(after_s: float
         ended = await bench.ended(operation)
         assert ended.state is OperationState.SUCCEEDED, ended.error
         await bench.settled()
+
+    run(story)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_a_guest_that_dies_before_it_goes_on_goes_on_where_it_was(spec: dict[str, Any]) -> None:
+    """Its domain over there is one that stays; what has never run has changed nothing."""
+
+    async def story(bench: Bench) -> None:
+        await bench.start(**spec)
+        before = await bench.where()
+        nodes = bench.cluster.nodes.values()
+        (destination,) = (node.state for node in nodes if node.name != before)
+        operation = await bench.migrate()
+        async with asyncio.timeout(60):
+            while not any(domain.stays for domain in destination.domains.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        (arrival,) = destination.domains.values()
+        assert arrival.incoming
+        arrival.end(ObservedPower.CRASHED)
+        assert arrival.end_state() is EndState.NEVER_RAN
+        ended = await bench.ended(operation)
+        assert ended.state is OperationState.FAILED
+        assert await bench.where() == before
+        await bench.settled()
+        (vm,) = bench.judge.ledger.vms.values()
+        assert (vm_phase(vm), vm.status.crashes) == (VmPhase.RUNNING, 0)
+        assert destination.domains == {}
 
     run(story)

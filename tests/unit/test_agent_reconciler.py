@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from agent.hypervisor import DomainDefinition, volume_name
+from agent.reconciler import RESUME_PERIOD_S
+from shared.errors import HypervisorError
 from shared.model import DiskSpec, GuestRequest, ObservedPower, RequestKind, Term
 from shared.protocol import Desired, Intent
 from tests.unit.agent_world import A_WHILE_S, VM, node, virtual
@@ -275,6 +277,65 @@ def test_a_guest_that_does_not_shut_down_is_stopped_after_its_deadline() -> None
 
 def _deaf(outcome: str) -> None:
     """Ignore the power button, as a guest without ACPI does."""
+
+
+def test_a_guest_that_stops_again_and_again_is_told_of_and_resumed_now_and_then() -> None:
+    async def main() -> None:
+        async with node() as it:
+            await it.wants()
+            resume = it.driver.resume
+
+            async def stops_again(name: str, generation: int) -> None:
+                await resume(name, generation)
+                it.state.domains[VM].pause()
+
+            it.driver.resume = stops_again  # type: ignore[method-assign]
+            it.state.domains[VM].pause()
+            report = await it.later()
+            assert report.power is ObservedPower.PAUSED
+            assert report.fault is not None
+            assert "stops again" in report.fault.detail
+            await asyncio.sleep(3 * RESUME_PERIOD_S)
+            assert 3 <= it.hooks.acts.count("resume") <= 6
+            it.driver.resume = resume  # type: ignore[method-assign]
+            await asyncio.sleep(2 * RESUME_PERIOD_S)
+            report = await it.later()
+            assert (report.power, report.fault) == (ObservedPower.RUNNING, None)
+
+    virtual(main())
+
+
+def test_a_guest_that_was_paused_by_its_user_is_resumed_at_once() -> None:
+    async def main() -> None:
+        async with node() as it:
+            await it.wants()
+            for revision in range(20, 24, 2):
+                await it.wants(revision=revision, intent=Intent.PAUSE)
+                report = await it.wants(revision=revision + 1)
+                assert report.power is ObservedPower.RUNNING
+
+    virtual(main())
+
+
+def test_a_stop_that_is_refused_is_told_of() -> None:
+    async def main() -> None:
+        async with node() as it:
+            await it.wants()
+            stop = it.driver.stop
+
+            async def refused(name: str, generation: int) -> None:
+                raise HypervisorError("its process does not end")
+
+            it.driver.stop = refused  # type: ignore[method-assign]
+            report = await it.wants(revision=20, intent=Intent.STOP)
+            assert report.power is ObservedPower.RUNNING
+            assert report.fault is not None
+            assert "does not end" in report.fault.detail
+            it.driver.stop = stop  # type: ignore[method-assign]
+            await asyncio.sleep(A_WHILE_S)
+            assert (await it.later()).power is ObservedPower.STOPPED
+
+    virtual(main())
 
 
 def test_a_newer_wish_is_followed_while_an_older_one_is_worked_on() -> None:

@@ -11,7 +11,7 @@ from shared.moves import EndState
 
 PAIRS = list(product(EndState, EndState))
 # What a source, and what a destination, can be at all.
-SOURCES = set(EndState) - {EndState.INCOMING, EndState.READY}
+SOURCES = set(EndState) - {EndState.INCOMING, EndState.NEVER_RAN, EndState.READY}
 DESTINATIONS = set(EndState) - {EndState.MOVING, EndState.AWAY, EndState.HELD}
 HAS_RUN = {EndState.RUNNING, EndState.DOWN}
 ALIVE = {EndState.RUNNING, EndState.HELD, EndState.AWAY}
@@ -28,8 +28,8 @@ def expected(source: EndState, destination: EndState) -> Verdict:
     if source in ALIVE:
         return Verdict.STAYED
     assert source in GONE
-    without_source = {EndState.ABSENT: Verdict.LOST, EndState.READY: Verdict.SWITCHED}
-    return without_source.get(destination, Verdict.WAIT)
+    without_source = {EndState.ABSENT: Verdict.LOST, EndState.INCOMING: Verdict.WAIT}
+    return without_source.get(destination, Verdict.SWITCHED)
 
 
 @pytest.mark.parametrize(("source", "destination"), PAIRS)
