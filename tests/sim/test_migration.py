@@ -103,10 +103,12 @@ class Bench:
         ledger = self.judge.ledger
         return {vm.name: ledger.nodes[vm.status.node or ""].name for vm in ledger.vms.values()}
 
-    async def until(self, holds: Callable[[], bool], limit_s: float = 200) -> None:
+    async def until(
+        self, holds: Callable[[], bool], limit_s: float = 200, look_s: float = 0.1
+    ) -> None:
         async with asyncio.timeout(limit_s):
             while not holds():  # noqa: ASYNC110 - what it waits for is spread over parts
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(look_s)
 
     def complaints(self) -> list[str]:
         found = [node.found() for node in self.cluster.nodes.values()]
@@ -261,9 +263,9 @@ def test_a_guest_that_dies_before_it_goes_on_goes_on_where_it_was(spec: dict[str
         nodes = bench.cluster.nodes.values()
         (destination,) = (node.state for node in nodes if node.name != before)
         operation = await bench.migrate()
-        async with asyncio.timeout(60):
-            while not any(domain.stays for domain in destination.domains.values()):  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await bench.until(
+            lambda: any(domain.stays for domain in destination.domains.values()), look_s=0.001
+        )
         (arrival,) = destination.domains.values()
         assert arrival.incoming
         arrival.end(ObservedPower.CRASHED)
