@@ -7,6 +7,8 @@ what was sent (400, 413, 422), then what it is about (404, 409).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -33,6 +35,8 @@ from controlplane.services.writes import TiedSubmit, answer_again, tied
 from controlplane.telemetry.exporter import Metrics
 from shared.errors import MalformedRequest, Unavailable
 from shared.states import OPERATION_ENDS
+
+T = TypeVar("T")
 
 # How long a read waits for a replica to see a write that the client has seen elsewhere.
 CATCH_UP_S = 2.0
@@ -68,6 +72,8 @@ _HEADERS = {
     b"if-none-match": "if_none_match",
     b"prefer": "prefer",
 }
+# Those that hold a list, which a client or a proxy may send in several lines.
+_LISTS = frozenset({"accept", "if_match", "if_none_match", "prefer"})
 
 
 class _Prepared(Struct, frozen=True):
@@ -147,11 +153,10 @@ class Endpoint:
 
     async def _read(self, request: _Request) -> Answer:
         body = request.prepared.body.body(b"")
-        handling = request.route.handler(self._call(self._context, request, body))
+        handling = self._tagged(request.route.handler(self._call(self._context, request, body)))
         if isinstance(request.query, WaitQuery):
             handling = self._streams.unless_closing(handling)
-        result = await handling
-        etag = etag_of(self._context.state, result)
+        result, etag = await handling
         known = request.sent.if_none_match
         if etag is not None and known is not None and is_known(etag, known.decode("latin-1")):
             return Answer(304, b"", b"", ((b"etag", etag.encode()),))
@@ -174,24 +179,30 @@ class Endpoint:
             result = await request.route.handler(self._call(tied(context, submit), request, body))
             replayed = submit.replayed
         more: Headers = (REPLAYED,) if replayed else ()
+        etag = etag_of(context.state, result)
         wait_s = preferred_wait_s(request.sent.prefer)
         if wait_s is not None and isinstance(result, OperationView):
-            result = await self._awaited(principal, result, wait_s)
+            result, etag = await self._awaited(principal, result, wait_s)
             more = (*more, (b"preference-applied", b"wait=%d" % wait_s))
-        answer = _answer(request.route, result, etag_of(context.state, result))
+        answer = _answer(request.route, result, etag)
         ended = isinstance(result, OperationView) and result.state in OPERATION_ENDS
         status = 200 if wait_s is not None and ended else answer.status
         return replace(answer, status=status, headers=(*answer.headers, *more))
 
     async def _awaited(
         self, principal: Principal, operation: OperationView, wait_s: int
-    ) -> OperationView:
+    ) -> tuple[OperationView, str | None]:
         """Return an operation at its end, or after a while; it is accepted, whatever comes."""
         waiting = await_end(self._context, principal, operation, wait_s)
         try:
-            return await self._streams.unless_closing(waiting)
+            return await self._streams.unless_closing(self._tagged(waiting))
         except Unavailable:
-            return operation
+            return operation, etag_of(self._context.state, operation)
+
+    async def _tagged(self, work: Awaitable[T]) -> tuple[T, str | None]:
+        """Return what ``work`` returns and its ETag, both of one moment: no commit in between."""
+        result = await work
+        return result, etag_of(self._context.state, result)
 
     def _call(self, context: Context, request: _Request, body: Struct) -> Call:
         path = request.scope.get("path_params", {})
@@ -243,8 +254,10 @@ def _read_headers(scope: Scope) -> _Sent:
     sent = _Sent()
     for name, value in scope["headers"]:
         field = _HEADERS.get(name)
-        if field is not None:
-            setattr(sent, field, value)
+        if field is None:
+            continue
+        before = getattr(sent, field) if field in _LISTS else None
+        setattr(sent, field, b"%s, %s" % (before, value) if before else value)
     return sent
 
 

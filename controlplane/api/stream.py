@@ -33,6 +33,7 @@ from controlplane.services.events import (
 )
 from controlplane.services.requests import EventQuery
 from controlplane.services.revisions import epoch_of, event_id
+from controlplane.services.scope import FollowedObjects
 from controlplane.services.stretches import Stretch
 from controlplane.services.views import EventView, event_view
 from shared.codec import to_json
@@ -143,6 +144,7 @@ class _Follower:
         self._context = context
         self._principal = principal
         self._query = query
+        self._objects = FollowedObjects(context, principal, query.object)
         self._send = send
         self._reader = reader
         self._since = since
@@ -186,7 +188,8 @@ class _Follower:
     async def _tell(self) -> bool:
         """Send what there is to tell, one stretch of it; return whether that was all."""
         context, principal, query = self._context, self._principal, self._query
-        stretch: Stretch = await followed(context, principal, query, self._since)
+        objects = self._objects.ids()
+        stretch: Stretch = await followed(context, principal, query, objects, self._since)
         self._since = stretch.seq
         if stretch.entries:
             epoch = epoch_of(context.state)
@@ -196,7 +199,7 @@ class _Follower:
         if self._since - self._told >= FOLLOW_STEP:
             await self._part(self._position())
         if self._reader is not None:
-            frames = shown_progress(context, principal, query, self._reader.take())
+            frames = shown_progress(context, principal, objects, self._reader.take())
             if frames:
                 await self._part(
                     b"".join(b"event: progress\ndata: %s\n\n" % to_json(f) for f in frames)

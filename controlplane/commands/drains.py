@@ -23,7 +23,7 @@ from controlplane.commands.sagas import (
 )
 from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
-from shared.model import AttemptState, Node, Operation, OperationState
+from shared.model import AttemptState, Node, Operation, OperationState, Vm
 from shared.moves import DrainJournal, DrainTry, Leftover, VmLeft
 
 DRAIN = "node.drain"
@@ -34,7 +34,8 @@ DRAIN_DEADLINE = timedelta(hours=24)
 class RequestDrain(Struct, frozen=True, kw_only=True):
     """Returns the id of the operation; whoever asks again gets the one that is under way.
 
-    Raises NotFound, UpgradeUnfinished, StateConflict while an earlier drain is being undone.
+    Raises NotFound, UpgradeUnfinished, StateConflict while an earlier drain is being undone, or
+    when the one under way skips other VMs.
     """
 
     node_id: str
@@ -53,6 +54,7 @@ class RequestDrain(Struct, frozen=True, kw_only=True):
                     f"{operation.id} is being cancelled: try again when it has ended"
                 )
             if operation.kind == DRAIN:
+                self._check_same(draft, operation)
                 return operation.id
         operation = Operation(
             id=draft.new_id("op"),
@@ -74,6 +76,17 @@ class RequestDrain(Struct, frozen=True, kw_only=True):
             "node.drain_requested", node.id, self.by, name=node.name, operation=operation.id
         )
         return operation.id
+
+    def _check_same(self, draft: Draft, under_way: Operation) -> None:
+        """Raise StateConflict when other VMs are to be skipped than the drain under way skips."""
+        skips = journal_of(under_way).skip
+        if set(skips) != set(self.skip):
+            names = [vm.name for each in skips if (vm := draft.find(Vm, each)) is not None]
+            raise StateConflict(
+                f"{under_way.id} drains the node already, and skips "
+                f"{', '.join(sorted(names)) or 'no VM'}: wait for it, or cancel it "
+                f"(novacron op cancel {under_way.id}) and ask again"
+            )
 
 
 def cordon_for(draft: Draft, operation: Operation) -> Operation:

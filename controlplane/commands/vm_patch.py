@@ -58,7 +58,8 @@ class VmPatch(Struct, frozen=True, kw_only=True):
 class ChangeVm(Struct, frozen=True, kw_only=True, tag="change_vm"):
     """Changes a VM in place and returns its id; writes nothing where nothing is different.
 
-    Raises NotFound, UpgradeUnfinished, StateConflict while it is being deleted, ValidationFailed.
+    Raises NotFound, UpgradeUnfinished, ValidationFailed; StateConflict while it is being deleted,
+    and for migration settings while it is migrated: both nodes go by them.
     """
 
     vm_id: str
@@ -75,6 +76,12 @@ class ChangeVm(Struct, frozen=True, kw_only=True, tag="change_vm"):
             raise ValidationFailed(faults)
         if changed == vm:
             return vm.id
+        claim = vm.status.migration
+        if claim is not None and changed.spec.migration != vm.spec.migration:
+            raise StateConflict(
+                f"the migration settings of {vm.name!r} cannot be changed while {claim.operation} "
+                f"migrates it: wait for that, or cancel it (novacron op cancel {claim.operation})"
+            )
         check_spec(draft, changed.spec)
         draft.audit("vm.change", vm.id, self.by, vm.tenant)
         draft.event("vm.changed", vm.id, self.by, tenant=vm.tenant, changed=_parts(vm, changed))

@@ -22,13 +22,14 @@ async def list_audit_records(
     """
     authorize(principal, Permission.AUDIT_READ)
     filters = ("audit", principal.scope.tenant, query.since, query.object, query.action)
-    here = walk(context.state, query.cursor, *filters)
+    objects = object_ids(context, principal, query.object)
+    here = walk(context.state, query.cursor, *filters, objects=objects)
     wanted = EntryFilter(
         type=EntryType.AUDIT,
         tenant=principal.scope.tenant,
         since=await page_start(context, here, query.since),
         until=here.at.seq,
-        objects=object_ids(context, principal, query.object),
+        objects=here.objects,
         kinds=query.action,
         limit=query.limit,
     )

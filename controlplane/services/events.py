@@ -41,9 +41,10 @@ async def list_events(context: Context, principal: Principal, query: EventQuery)
     """
     authorize(principal, Permission.EVENTS_READ)
     filters = (principal.scope.tenant, query.since, query.object, query.kind)
-    here = walk(context.state, query.cursor, *filters)
+    objects = object_ids(context, principal, query.object)
+    here = walk(context.state, query.cursor, *filters, objects=objects)
     since = await page_start(context, here, query.since)
-    wanted = _wanted(context, principal, query, since, query.limit, here.at.seq)
+    wanted = _wanted(principal, query, here.objects, since, query.limit, here.at.seq)
     stretch = await stretch_after(context, wanted)
     epoch = epoch_of(context.state)
     return EventList(
@@ -78,10 +79,18 @@ async def start(context: Context, principal: Principal, query: EventQuery) -> St
 
 
 async def followed(
-    context: Context, principal: Principal, query: EventQuery, since: int
+    context: Context,
+    principal: Principal,
+    query: EventQuery,
+    objects: tuple[str, ...],
+    since: int,
 ) -> Stretch:
-    """Return the next stretch of a follower. Does not check permissions."""
-    return await stretch_after(context, _wanted(context, principal, query, since, FOLLOW_STEP))
+    """Return the next stretch of a follower: ``objects`` are the ids of those it has named.
+
+    Does not check permissions.
+    """
+    wanted = _wanted(principal, query, objects, since, FOLLOW_STEP)
+    return await stretch_after(context, wanted)
 
 
 def events_of(stretch: Stretch) -> Iterable[Event]:
@@ -89,10 +98,12 @@ def events_of(stretch: Stretch) -> Iterable[Event]:
 
 
 def shown_progress(
-    context: Context, principal: Principal, query: EventQuery, frames: Sequence[ProgressFrame]
+    context: Context,
+    principal: Principal,
+    objects: tuple[str, ...],
+    frames: Sequence[ProgressFrame],
 ) -> list[ProgressFrameView]:
     """Return the frames that a follower may see and wants; of what has ended there are none."""
-    objects = object_ids(context, principal, query.object)
     found: list[ProgressFrameView] = []
     for frame in frames:
         stored = context.state.operations.get(frame.operation)
@@ -105,9 +116,9 @@ def shown_progress(
 
 
 def _wanted(
-    context: Context,
     principal: Principal,
     query: EventQuery,
+    objects: tuple[str, ...],
     since: int,
     limit: int,
     until: int | None = None,
@@ -116,7 +127,7 @@ def _wanted(
         tenant=principal.scope.tenant,
         since=since,
         until=until,
-        objects=object_ids(context, principal, query.object),
+        objects=objects,
         kinds=query.kind,
         limit=limit,
     )

@@ -14,7 +14,7 @@ from controlplane.services.context import Context, Permission, Principal, Scope
 from controlplane.services.pages import records, walk
 from controlplane.services.requests import OperationQuery
 from controlplane.services.revisions import ClusterRevision
-from controlplane.services.scope import authorize, shown
+from controlplane.services.scope import authorize, object_ids, shown
 from controlplane.services.views import OperationList, OperationView, Progress, operation_view
 from controlplane.state import ClusterState
 from controlplane.store.history import OperationFilter, kind_matches
@@ -91,8 +91,14 @@ async def list_operations(
     """
     authorize(principal, Permission.OPERATIONS_READ)
     state, tenant = context.state, principal.scope.tenant
-    target = _target_id(context, principal, query.target)
-    here = walk(state, query.cursor, tenant, query.state, query.target, query.kind)
+    named = () if query.target is None else (query.target,)
+    here = walk(
+        state,
+        query.cursor,
+        *(tenant, query.state, query.target, query.kind),
+        objects=object_ids(context, principal, named),
+    )
+    target = here.objects[0] if here.objects else None
     in_memory = _operations_in_state(state, here.at)
     stored = await context.history.operations(
         OperationFilter(
@@ -173,10 +179,3 @@ def _operations_in_state(state: ClusterState, at: ClusterRevision) -> list[Opera
         if isinstance(entry, FinishedOperation) and entry.seq <= at.seq
     ]
     return [*ended, *opened]
-
-
-def _target_id(context: Context, principal: Principal, reference: str | None) -> str | None:
-    """Return the id of a target named by id or name; a VM that is gone has its id only."""
-    if reference is None:
-        return None
-    return context.state.vm_id_by_name(principal.scope.tenant, reference) or reference

@@ -1,9 +1,10 @@
 """Pages of lists: limits, cursors, and the one moment that all pages of a walk show.
 
 A cursor is opaque to clients. It names the last key of its page, the filter it belongs to and the
-revision that the first page was read at: the walk goes on through the records as they were then.
-With another filter it is refused, because the walk would skip or repeat items without anybody
-noticing; where the moment is no longer known it has expired, and the client starts again.
+revision that the first page was read at: the walk goes on through the records as they were then,
+and a name in its filter means what it meant then. With another filter it is refused, because the
+walk would skip or repeat items without anybody noticing; where the moment is no longer known it has
+expired, and the client starts again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from shared.model import Record
 LIMIT_DEFAULT = 50
 # A page of 500 VMs is 1.2 MB of JSON and takes about 10 ms to make.
 LIMIT_MAX = 500
-_CURSOR_LENGTH_MAX = 400
+# Holds the ids of as many objects as a filter may name.
+_CURSOR_LENGTH_MAX = 1000
 _FINGERPRINT_BYTES = 6
 
 R = TypeVar("R", bound=Record)
@@ -53,29 +55,37 @@ class Cursor(Struct, frozen=True, array_like=True):
     last: str
     fingerprint: bytes
     at: str = ""
+    objects: tuple[str, ...] = ()
 
 
 class Walk(Struct, frozen=True):
-    """Where a client is in a list: behind ``last`` (None: before the first), as of ``at``."""
+    """Where a client is in a list: behind ``last`` (None: before the first), as of ``at``.
+
+    ``objects`` are the ids of those that its filter names.
+    """
 
     at: ClusterRevision
     last: str | None
     fingerprint: bytes
+    objects: tuple[str, ...] = ()
 
     def cursor(self, last: str) -> str:
         """Return the cursor of a page that ends with ``last``."""
-        raw = pack(Cursor(last, self.fingerprint, str(self.at)))
+        raw = pack(Cursor(last, self.fingerprint, str(self.at), self.objects))
         return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def walk(state: ClusterState, cursor: str | None, *filters: object) -> Walk:
+def walk(
+    state: ClusterState, cursor: str | None, *filters: object, objects: tuple[str, ...] = ()
+) -> Walk:
     """Return where a request for a page stands; without a cursor a new walk begins, as of now.
 
+    ``objects`` are the ids that the filter's names stand for now: a new walk takes them along.
     Raises ValidationFailed, CursorExpired; Unavailable while this replica is behind the walk.
     """
     fingerprint = _fingerprint(filters)
     if cursor is None:
-        return Walk(present(state), None, fingerprint)
+        return Walk(present(state), None, fingerprint, objects)
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         read = unpack(raw, Cursor)
@@ -88,7 +98,7 @@ def walk(state: ClusterState, cursor: str | None, *filters: object) -> Walk:
         raise CursorExpired("the cursor is of before an upgrade or a restore: list from the start")
     if at.revision > state.revision:
         raise Unavailable("this replica has not seen the revision of the cursor yet")
-    return Walk(at, read.last, fingerprint)
+    return Walk(at, read.last, fingerprint, read.objects)
 
 
 def records(state: ClusterState, kind: type[R], at: ClusterRevision) -> Then[R]:

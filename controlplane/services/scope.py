@@ -15,6 +15,8 @@ from shared.model import Node, Vm
 
 # A path may hold kilobytes; an answer repeats only as much as helps to recognize it.
 _SHOWN_MAX = 80
+# Four times as many as can be named at once; each is a part of one SQL query.
+_FOLLOWED_MAX = 64
 
 
 def authorize(principal: Principal, permission: Permission) -> None:
@@ -55,6 +57,27 @@ def object_ids(
         state.vm_id_by_name(tenant, each) or state.node_id_by_name(each) or each
         for each in references
     )
+
+
+class FollowedObjects:
+    """The objects that somebody who follows has named: a name stays what it has once meant.
+
+    Its deletion is so told as well, and whatever takes the name after it.
+    """
+
+    def __init__(self, context: Context, principal: Principal, references: Sequence[str]) -> None:
+        self._context = context
+        self._principal = principal
+        self._references = references
+        self._ids: dict[str, None] = {}
+
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids of all that the names have meant since; empty when none were given."""
+        now = object_ids(self._context, self._principal, self._references)
+        if not self._ids.keys() >= set(now):
+            newest = (*(each for each in self._ids if each not in now), *now)
+            self._ids = dict.fromkeys(newest[-_FOLLOWED_MAX:])
+        return tuple(self._ids)
 
 
 def shown(text: str) -> str:

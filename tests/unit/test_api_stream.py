@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Message
 
 from controlplane.api import stream
-from controlplane.commands.vms import CreateVm
+from controlplane.commands.vms import CreateVm, DeleteVm
 from controlplane.services.context import ROLES, Permission
 from controlplane.services.events import FOLLOW_STEP
 from shared.model import BootSpec, VmSpec
@@ -96,6 +96,24 @@ async def test_a_stream_starts_now_and_follows(world: World) -> None:
     create(world, "second")
     events = await reader.events(2)
     assert [event["data"]["name"] for event in events] == ["first", "second"]
+    reader.leave()
+    await reader.task
+
+
+async def test_who_follows_a_name_hears_of_its_end_and_of_whatever_has_it_next(
+    world: World,
+) -> None:
+    create(world, "web")
+    reader = Reader(world, "object=web&kind=vm.created&kind=vm.deleted")
+    await reader.chunks.get()
+    (vm_id,) = world.state.vms
+    world.apply(DeleteVm(vm_id=vm_id, by=SYSTEM))
+    (event,) = await reader.events(1)
+    assert (event["kind"], event["object"]) == ("vm.deleted", vm_id)
+    create(world, "web")
+    create(world, "other")
+    (event,) = await reader.events(1)
+    assert (event["kind"], event["object"] != vm_id) == ("vm.created", True)
     reader.leave()
     await reader.task
 

@@ -65,6 +65,18 @@ def test_whoever_asks_again_gets_the_drain_that_is_under_way() -> None:
     assert isinstance(world.refused(world.drain("node-nowhere")), NotFound)
 
 
+def test_a_drain_that_would_skip_others_is_not_the_one_under_way() -> None:
+    world = MoveWorld()
+    vm_id = world.running()
+    first = world.apply(world.drain(skip=(vm_id,)))
+
+    assert world.apply(world.drain(skip=(vm_id, vm_id))) == first
+    refused = world.refused(world.drain())
+    assert isinstance(refused, StateConflict)
+    assert first in str(refused)
+    assert world.vm(vm_id).name in str(refused)
+
+
 def test_while_a_drain_is_undone_no_other_is_taken() -> None:
     world = MoveWorld()
     operation_id = draining(world)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from controlplane.services import operations
+from controlplane.services.context import Context
+from controlplane.services.views import OperationView
 from shared.model import Operation
 from tests.unit.api_world import World, new_vm
 
@@ -142,3 +146,41 @@ async def test_an_operation_that_has_ended_has_an_etag_too(world: World) -> None
     assert world.state.get(Operation, operation_id) is None
     assert deleted.headers["etag"] != ended.headers["etag"]
     assert ended.headers["etag"].startswith('"ended-')
+
+
+async def test_an_etag_that_comes_in_several_lines_is_one_list(world: World) -> None:
+    async with world.client() as client:
+        etag = (await client.get(WEB)).headers["etag"]
+        for lines in ((etag, '"9.9"'), ('"9.9"', etag)):
+            headers = [("If-Match", line) for line in lines]
+            answer = await client.patch(WEB, json={"labels": {}}, headers=headers)
+            assert answer.status_code == 200
+            etag = answer.headers["etag"]
+            again = [("If-None-Match", line) for line in (etag, '"9.9"')]
+            assert (await client.get(WEB, headers=again)).status_code == 304
+
+
+async def test_the_etag_of_an_operation_is_of_what_is_shown(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that comes right after the operation was read is not in its tag."""
+    (operation_id,) = world.state.operations
+    path = f"/api/v1/operations/{operation_id}"
+    loop = asyncio.get_running_loop()
+    show = operations.show_operation
+
+    def commit() -> None:
+        stored = world.state.operations[operation_id]
+        world.state.put(replace(stored.record, phase="later"), world.state.revision + 1)
+
+    def show_then_commit(context: Context, operation: Operation) -> OperationView:
+        loop.call_soon(commit)
+        return show(context, operation)
+
+    async with world.client() as client:
+        before = (await client.get(path)).headers["etag"]
+        monkeypatch.setattr(operations, "show_operation", show_then_commit)
+        seen = await client.get(path)
+    assert seen.json()["phase"] == "place"
+    assert seen.headers["etag"] == before
+    assert world.state.operations[operation_id].record.phase == "later"

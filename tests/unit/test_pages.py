@@ -158,7 +158,7 @@ async def test_a_replica_that_is_behind_the_walk_says_so(world: World) -> None:
 
 def of_release_0_1(cursor: str) -> str:
     """Return a cursor as the release before wrote it: without a moment."""
-    last, fingerprint, _ = msgspec.msgpack.decode(base64.urlsafe_b64decode(cursor + "=="))
+    last, fingerprint, *_ = msgspec.msgpack.decode(base64.urlsafe_b64decode(cursor + "=="))
     return base64.urlsafe_b64encode(pack([last, fingerprint])).rstrip(b"=").decode()
 
 

@@ -179,6 +179,35 @@ async def test_events_of_one_object_and_after_a_lists_revision(world: World) -> 
         assert [event["kind"] for event in of_one] == ["vm.created"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/v1/events?object=vm0&limit=1",
+        "/api/v1/audit-records?object=vm0&limit=1",
+        "/api/v1/operations?target=vm0&limit=1",
+    ],
+)
+async def test_a_name_means_what_it_meant_when_the_walk_began(world: World, path: str) -> None:
+    make_vms(world, 1)
+    async with world.client() as client:
+        await client.post("/api/v1/vms/vm0/actions/stop")
+        every = await walk(client, path)
+        first = (await client.get(path)).json()
+        await client.delete("/api/v1/vms/vm0")
+        make_vms(world, 1)
+        rest = await walk(client, path, first["next_cursor"])
+    assert [*first["items"], *rest] == every
+    assert len(every) > 1
+
+
+async def test_operations_are_found_by_the_name_of_a_node(world: World) -> None:
+    world.join("n1")
+    async with world.client() as client:
+        drain = (await client.post("/api/v1/nodes/n1/actions/drain", json={})).json()
+        (found,) = await walk(client, "/api/v1/operations?target=n1")
+        assert found["id"] == drain["id"]
+
+
 @pytest.mark.parametrize("copied", ["nothing", "half", "all"])
 async def test_operations_of_some_kinds_across_memory_and_sqlite(world: World, copied: str) -> None:
     world.join("n1", artefacts=("k",))

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.vm_patch import HaPatch, MigrationPatch, PlacementPatch
 from shared.model import HaSpec, MigrationSpec, PlacementSpec
+from shared.moves import MigrationClaim, MigrationStage
 from tests.unit.api_world import World, new_vm
 
 WEB = "/api/v1/vms/web-1"
@@ -175,6 +176,21 @@ async def test_what_is_being_deleted_is_not_changed(world: World) -> None:
     async with world.client() as client:
         answer = await client.patch(WEB, json={"labels": {}})
     assert (answer.status_code, answer.json()["code"]) == (409, "state_conflict")
+
+
+async def test_how_it_moves_is_not_changed_while_it_moves(world: World) -> None:
+    (stored,) = world.state.vms.values()
+    claim = MigrationClaim(
+        operation="op-1", stage=MigrationStage.TRANSFER, source="node-1", source_generation=1
+    )
+    status = replace(stored.record.status, migration=claim)
+    world.state.put(replace(stored.record, status=status), stored.revision)
+    async with world.client() as client:
+        answer = await client.patch(WEB, json={"spec": {"migration": {"strict": True}}})
+        assert (answer.status_code, answer.json()["code"]) == (409, "state_conflict")
+        assert "op-1" in answer.json()["detail"]
+        answer = await client.patch(WEB, json={"labels": {"tier": "gold"}})
+        assert answer.status_code == 200
 
 
 def test_a_new_field_of_what_can_be_changed_is_one_of_its_patch_too() -> None:
