@@ -16,7 +16,7 @@ from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import Election, ElectionSettings
 from controlplane.leader import Founding, Leader, LeaderParts
 from controlplane.reconcilers import loop
-from controlplane.reconcilers.history import CopyHistory
+from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
 from controlplane.sessions.hub import Hub, HubSettings
@@ -92,6 +92,7 @@ class ControlPlane:
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
         self._copy = CopyHistory(self.state, ports.history)
+        self._forget = ForgetHistory(self.state, ports.history, ports.clock)
         self._me = LeaderKey(
             replica=settings.name, incarnation=settings.incarnation, url=settings.url
         )
@@ -123,7 +124,7 @@ class ControlPlane:
         )
 
     async def run(self) -> None:
-        """Follow, copy history, stand for election: until cancelled."""
+        """Follow, copy and forget history, stand for election: until cancelled."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.informer.run(ready.set))
@@ -136,6 +137,7 @@ class ControlPlane:
             self.state.observe(self._record_changed)
             self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
+            tasks.create_task(loop.run(self._forget, self.state.changes))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))

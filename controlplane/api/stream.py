@@ -162,9 +162,14 @@ class _Follower:
         # In one part with its id: who is cut off before it has read the one has not read the other.
         first = self._place(b"resync", GAP) if begin.gap else self._position()
         await self._part(b"retry: %d\n" % RETRY_MS + first)
-        await self._follow(ends)
+        detail = "the replica stops; go on from this id"
+        try:
+            await self._follow(ends)
+        except Unavailable as error:
+            log.warning("a stream of events ended at %s: %s", self.place(), error)
+            detail = f"{error}; then go on from this id"
         # To a client that has gone this goes nowhere; one that is still there need not guess.
-        await self._part(self._place(b"resume", "the replica stops; go on from this id"))
+        await self._part(self._place(b"resume", detail))
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _follow(self, ends: set[asyncio.Future[Any]]) -> None:

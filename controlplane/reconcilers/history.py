@@ -1,15 +1,26 @@
-"""Copies history into this replica's SQLite, and trims from etcd what a majority has copied."""
+"""Copies history into this replica's SQLite, trims what was copied from etcd, forgets what is old.
+
+Nothing is trimmed that is not on disk here, and nothing forgotten that etcd still has: the order
+from one to the other is what keeps history without a gap.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import math
+from datetime import timedelta
 
 from controlplane.commands.cluster import TRIM_MAX, TrimHistory
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
-from controlplane.store.history import History
+from controlplane.store.history import FORGET_MAX, History
+from shared.clock import Clock
 
 # The newest entries stay in etcd: followers that lag a little find them there.
 KEPT_IN_ETCD = 500
 COPY_MAX = 1000
+# At about 430 bytes an entry: a cluster with an entry a second comes to 1.1 GB.
+KEPT_DAYS = 30
 
 
 class CopyHistory:
@@ -55,3 +66,26 @@ class TrimCopiedHistory:
             if len(old) < TRIM_MAX:
                 return
             await self._applier.submit(TrimHistory(seqs=tuple(old)))
+
+
+class ForgetHistory:
+    """Runs on every replica, whoever leads; looks once in a period."""
+
+    name = "history retention"
+    period_s = 3600.0
+
+    def __init__(self, state: ClusterState, history: History, clock: Clock) -> None:
+        self._state = state
+        self._history = history
+        self._clock = clock
+        self._looked_s = -math.inf
+
+    async def reconcile(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._looked_s < self.period_s:
+            return
+        self._looked_s = now_s
+        before = self._clock.now() - timedelta(days=KEPT_DAYS)
+        in_etcd = min(self._state.history, default=self._state.last_seq + 1)
+        while await self._history.forget(before, below=in_etcd) == FORGET_MAX:
+            pass

@@ -2,24 +2,35 @@
 
 It is a projection: every entry was committed to etcd first, under a dense ``seq``, and is copied
 from there. Losing the file loses nothing that another replica or etcd still has. Work runs through
-the handed-in ``offload`` (one thread in production), never on the event loop.
+the handed-in ``offload`` (one thread in production), never on the event loop. Whatever SQLite has
+against it leaves here as ``Unavailable``: a projection that cannot be written is no reason to stop.
 """
 
 from __future__ import annotations
 
 import enum
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from shared.codec import pack, unpack
+from shared.errors import Unavailable
 from shared.model import AuditRecord, FinishedOperation, HistoryEntry, Operation
 from shared.offload import Offload
 
+T = TypeVar("T")
+
 # What one query may return; the API's pages are smaller.
 PAGE_MAX = 1000
+# Rows that go in one transaction. It takes about 10 ms, in which the thread answers nobody.
+FORGET_MAX = 1000
+# Only a person with a tool of SQLite's holds this file, and the thread answers nobody meanwhile.
+BUSY_TIMEOUT_S = 1.0
 # Ends a term that stands for all kinds that begin so: ``vm.*``.
 ALL_BELOW = ".*"
 
@@ -43,6 +54,22 @@ CREATE INDEX IF NOT EXISTS audit_by_seq ON history (seq) WHERE type = 'audit';
 CREATE INDEX IF NOT EXISTS operation_by_kind ON history (kind, id) WHERE type = 'operation';
 CREATE INDEX IF NOT EXISTS operation_by_target ON history (object, id) WHERE type = 'operation';
 """
+
+# Primary result codes of SQLite that pass by themselves, or once there is room on the disk (a full
+# one is an I/O error when the file is opened). A replica starts and serves in spite of them.
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+_REMEDIES = {
+    sqlite3.SQLITE_BUSY: "another process holds it: end that",
+    sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_IOERR: "see whether its disk is full or broken",
+    sqlite3.SQLITE_CANTOPEN: "this replica's user must be able to read and write it",
+    sqlite3.SQLITE_READONLY: "this replica's user must be able to read and write it",
+}
+_REMEDY_ELSE = (
+    "with this replica stopped, move the file away: it is a copy, and what etcd still has is"
+    " copied again"
+)
+_PRIMARY_CODE_MASK = 0xFF
 
 
 class EntryType(enum.StrEnum):
@@ -85,44 +112,95 @@ class Reach(msgspec.Struct, frozen=True):
 
 
 class History:
+    """Every method raises Unavailable while SQLite cannot do what it is for."""
+
     def __init__(self, path: Path | None, offload: Offload) -> None:
-        """Open the file, or a copy in memory when ``path`` is None."""
+        """Open the file, or a copy in memory when ``path`` is None.
+
+        Raises Unavailable for a file that will never do; one that is locked, or has no room on its
+        disk, is tried again with each piece of work.
+        """
         self._offload = offload
-        self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        # A copy may lose its last moments: they are still in etcd, and are copied again.
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.executescript(_SCHEMA)
+        self._path = path
         self._dense_from: int | None = None
+        self._is_prepared = False
+        try:
+            self._database = sqlite3.connect(
+                path or ":memory:", timeout=BUSY_TIMEOUT_S, check_same_thread=False
+            )
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            if _primary_code(error) not in _PASSING:
+                self._database.close()
+                raise self._unavailable(error) from error
 
     async def copied_seq(self) -> int:
         """Return up to which ``seq`` this copy is complete."""
-        return await self._offload(self._copied_seq)
+        return await self._in_file(self._copied_seq)
 
     async def reach(self) -> Reach:
         """Return the newest part of history that this copy holds without a gap."""
-        return await self._offload(self._reach)
+        return await self._in_file(self._reach)
 
     async def append(self, entries: Sequence[HistoryEntry]) -> None:
         """Add entries, oldest first; those already there are left as they are."""
         rows = [_row(entry) for entry in entries]
-        await self._offload(lambda: self._append(rows))
+        await self._in_file(lambda: self._append(rows))
+
+    async def forget(self, before: datetime, below: int) -> int:
+        """Delete the oldest entries, up to the first that is not of ``before``; tell how many.
+
+        Those are ``FORGET_MAX`` at most, each with a ``seq`` under ``below``. The newest entry
+        always stays: it tells up to where the copy is complete. The file does not shrink; what
+        comes next takes the room.
+        """
+        return await self._in_file(lambda: self._forget(before, below))
 
     async def entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
         """Return matching events or audit records, oldest first."""
-        return await self._offload(lambda: self._entries(wanted))
+        return await self._in_file(lambda: self._entries(wanted))
 
     async def operation(self, operation_id: str) -> Operation | None:
-        entry = await self._offload(lambda: self._by_id(operation_id))
+        entry = await self._in_file(lambda: self._by_id(operation_id))
         return entry.operation if isinstance(entry, FinishedOperation) else None
 
     async def operations(self, wanted: OperationFilter) -> list[Operation]:
         """Return matching operations, newest first."""
-        entries = await self._offload(lambda: self._operations(wanted))
+        entries = await self._in_file(lambda: self._operations(wanted))
         return [entry.operation for entry in entries if isinstance(entry, FinishedOperation)]
 
     async def close(self) -> None:
         await self._offload(self._database.close)
+
+    async def _in_file(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; the one place where SQLite's errors become ours."""
+
+        def prepared() -> T:
+            if not self._is_prepared:
+                self._prepare()
+            return work()
+
+        try:
+            return await self._offload(prepared)
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
+
+    def _prepare(self) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        # The leader trims from etcd what was copied, so a copy must outlive a loss of power:
+        # NORMAL would leave the last commits to the kernel. It costs one fsync a batch.
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.executescript(_SCHEMA)
+        self._is_prepared = True
+
+    def _unavailable(self, error: sqlite3.Error) -> Unavailable:
+        remedy = _REMEDIES.get(_primary_code(error), _REMEDY_ELSE)
+        return Unavailable(
+            f"the copy of history {self._path or 'in memory'} cannot be used: {error}; {remedy}"
+        )
 
     def _copied_seq(self) -> int:
         (seq,) = self._database.execute("SELECT coalesce(max(seq), 0) FROM history").fetchone()
@@ -145,6 +223,22 @@ class History:
             self._database.executemany(
                 "INSERT OR IGNORE INTO history VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
+
+    def _forget(self, before: datetime, below: int) -> int:
+        oldest = self._database.execute(
+            "SELECT seq, body FROM history WHERE seq < min(?, (SELECT max(seq) FROM history))"
+            " ORDER BY seq LIMIT ?",
+            (below, FORGET_MAX),
+        ).fetchall()
+        old = list(takewhile(lambda row: _time(_entry(row[1])) < before, oldest))
+        if not old:
+            return 0
+        with self._database:
+            self._database.execute("DELETE FROM history WHERE seq <= ?", (old[-1][0],))
+        if self._dense_from is not None:
+            (first,) = self._database.execute("SELECT min(seq) FROM history").fetchone()
+            self._dense_from = max(self._dense_from, int(first))
+        return len(old)
 
     def _entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
         query = _Query(wanted.type, wanted.tenant, "seq", wanted.limit)
@@ -269,6 +363,16 @@ def kind_matches(kind: str, terms: Sequence[str]) -> bool:
     if not terms or kind in terms:
         return True
     return any(t.endswith(ALL_BELOW) and kind.startswith(t.removesuffix("*")) for t in terms)
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's result code without its details; 0 where Python itself refused."""
+    return getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE_MASK
+
+
+def _time(entry: HistoryEntry) -> datetime:
+    """Return when it happened; an operation, when it ended."""
+    return entry.operation.updated_at if isinstance(entry, FinishedOperation) else entry.at
 
 
 def _entry(body: bytes) -> HistoryEntry:

@@ -157,10 +157,13 @@ class _HistoryOfProcess(History):
 
     def __init__(self, disk: History, process: Process) -> None:
         self._database: sqlite3.Connection = disk._database
+        self._path = None
+        self._dense_from = None
+        self._is_prepared = True
         self._process = process
-        self._offload = self._work
+        self._offload = self._alive
 
-    async def _work(self, work: Callable[[], T]) -> T:
+    async def _alive(self, work: Callable[[], T]) -> T:
         self._process.check()
         return work()
 

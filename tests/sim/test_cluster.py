@@ -120,3 +120,32 @@ def test_a_node_that_lost_power_runs_nothing_until_permitted_anew() -> None:
         await cluster.stop()
 
     run_virtual(main(), adopt_by_context)
+
+
+def test_a_replica_whose_history_cannot_be_written_goes_on_serving() -> None:
+    judge = Judge()
+
+    async def main() -> None:
+        cluster = SimCluster(ClusterSettings(nodes=1), random.Random(3), observe=judge.take)
+        await cluster.start()
+        await cluster.until_ready()
+        await asyncio.sleep(10)
+        replica = cluster.replicas["replica-1"]
+        process, disk = replica.process, replica._disk
+        copied = await disk.copied_seq()
+        disk._database.execute("PRAGMA query_only = ON")
+        operation = await create_vm(cluster.context(), ADMIN, NEW_VM)
+        ended = await get_operation(cluster.context(), ADMIN, operation.id, 60)
+        assert ended.state is OperationState.SUCCEEDED
+        await asyncio.sleep(60)
+        assert replica.process is process
+        state = cluster.context().state
+        assert await disk.copied_seq() == copied < state.last_seq
+
+        disk._database.execute("PRAGMA query_only = OFF")
+        await asyncio.sleep(10)
+        assert await disk.copied_seq() == state.last_seq
+        assert not list(everything_settles(judge.ledger, [cluster.nodes["node-1"].found()]))
+        await cluster.stop()
+
+    run_virtual(main(), adopt_by_context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from controlplane.commands.vms import CreateVm, DeleteVm
 from controlplane.services.context import ROLES, Permission
 from controlplane.services.events import FOLLOW_STEP
 from shared.model import BootSpec, VmSpec
-from tests.unit.api_world import SYSTEM, World
+from tests.unit.api_world import BORN, SYSTEM, World
 
 
 class Reader:
@@ -241,6 +242,40 @@ async def test_what_is_not_all_here_is_told_and_followed_from_now(world: World, 
     async with world.client() as client:
         gone = await client.get(f"/api/v1/events?since={since}")
         assert (gone.status_code, gone.json()["code"]) == (410, "history_gone")
+        assert (await client.get("/api/v1/events")).status_code == 200
+
+
+async def test_a_stream_whose_history_cannot_be_read_says_where_to_go_on(world: World) -> None:
+    reader = Reader(world)
+    await reader.chunks.get()
+    begun = world.state.last_seq
+    world.history._database.execute("DROP TABLE history")
+    create(world, "trimmed-before-it-was-sent")
+    for seq in list(world.state.history):
+        world.state.remove_history(seq)
+    async with asyncio.timeout(5):
+        last = (await reader.chunks.get()).decode()
+        await reader.task
+    assert last.startswith(f"event: resume\nid: e1.{begun}\n")
+    assert "the copy of history" in last
+
+
+async def test_what_was_forgotten_is_gone_for_a_stream_and_a_list(world: World) -> None:
+    for number in range(5):
+        create(world, f"vm{number}")
+    await world.trim_history()
+    first = (await world.history.reach()).first
+    for seq in (world.state.last_seq - 1, world.state.last_seq):
+        await world.history.forget(BORN + timedelta(days=40), below=seq)
+    assert (await world.history.reach()).first > first
+    reader = Reader(world, last_event_id="e1.2")
+    assert "event: resync\n" in (await reader.chunks.get()).decode()
+    reader.leave()
+    await reader.task
+    async with world.client() as client:
+        gone = await client.get("/api/v1/events?since=e1.2")
+        assert (gone.status_code, gone.json()["code"]) == (410, "history_gone")
+        assert (await client.get("/api/v1/audit-records?since=e1.2")).status_code == 410
         assert (await client.get("/api/v1/events")).status_code == 200
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.store.history import (
+    FORGET_MAX,
     PAGE_MAX,
     EntryFilter,
     EntryType,
@@ -146,6 +149,63 @@ async def test_a_copy_knows_from_where_on_it_is_whole(tmp_path: Path) -> None:
     await history.close()
     again = History(tmp_path / "history.db", inline)
     assert await again.reach() == Reach(5, 7)
+    await again.close()
+
+
+async def test_a_copy_is_on_disk_before_it_counts(tmp_path: Path) -> None:
+    """What was copied is trimmed from etcd: 2 is FULL, an fsync with each commit."""
+    history = History(tmp_path / "history.db", inline)
+    assert history._database.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert history._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    await history.close()
+
+
+async def test_the_oldest_are_forgotten_up_to_the_first_that_is_younger(history: History) -> None:
+    later = BORN + timedelta(days=1)
+    old = finished(2)
+    ended_late = replace(finished(4).operation, updated_at=later)
+    audit = AuditRecord(seq=3, id="audit-3", action="vm.start", object="vm-1", at=BORN, by="u")
+    young = replace(finished(4), operation=ended_late)
+    await history.append([event(1), old, audit, young, event(5), event(6)])
+
+    assert await history.forget(BORN, below=100) == 0
+    assert await history.forget(later, below=3) == 2
+    assert await history.operation(old.operation.id) is None
+    assert await history.forget(later, below=100) == 1
+    assert await history.forget(later, below=100) == 0, "an operation is as old as its end"
+    assert await history.operation(young.operation.id) == ended_late
+    assert [entry.seq for entry in await history.entries(EntryFilter(tenant="default"))] == [5, 6]
+
+
+async def test_the_newest_entry_is_never_forgotten(history: History) -> None:
+    for first in (1, FORGET_MAX + 1):
+        await history.append([event(seq) for seq in range(first, first + FORGET_MAX)])
+    long_after, last = BORN + timedelta(days=1000), 2 * FORGET_MAX
+
+    forgotten = [await history.forget(long_after, below=10**6) for _ in range(3)]
+    assert forgotten == [FORGET_MAX, FORGET_MAX - 1, 0]
+    assert await history.copied_seq() == last
+    assert await history.reach() == Reach(last, last)
+
+
+async def test_what_is_forgotten_is_out_of_reach(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.db", inline)
+    await history.append([event(1), event(2), event(5), event(6), event(7)])
+    later = BORN + timedelta(days=1)
+    asked: list[str] = []
+    assert await history.reach() == Reach(5, 7)
+    history._database.set_trace_callback(asked.append)
+    for below, reach in ((3, Reach(5, 7)), (5, Reach(5, 7)), (6, Reach(6, 7))):
+        await history.forget(later, below)
+        assert await history.reach() == reach
+    assert not [query for query in asked if "EXISTS" in query], "it does not look through all"
+    await history.append([event(8)])
+    assert await history.reach() == Reach(6, 8)
+    await history.close()
+    again = History(tmp_path / "history.db", inline)
+    assert await again.reach() == Reach(6, 8)
+    await again.forget(later, below=7)
+    assert await again.reach() == Reach(7, 8)
     await again.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -16,14 +17,20 @@ from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.deadlines import ExpireOperations
-from controlplane.reconcilers.history import KEPT_IN_ETCD, CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.history import (
+    KEPT_DAYS,
+    KEPT_IN_ETCD,
+    CopyHistory,
+    ForgetHistory,
+    TrimCopiedHistory,
+)
 from controlplane.reconcilers.placement import PLACEMENTS_PER_PASS_MAX, PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
-from controlplane.state import Changes
-from controlplane.store.history import History
+from controlplane.state import Changes, ClusterState
+from controlplane.store.history import FORGET_MAX, History, Reach
 from controlplane.telemetry.exporter import unscraped_metrics
 from controlplane.telemetry.windows import Windows
 from shared.errors import LeadershipLost, OutcomeUnknown, StateConflict
@@ -39,7 +46,7 @@ from shared.model import (
 from shared.offload import inline
 from shared.states import VmAction, vm_phase
 from tests.sim.virtual_loop import run_virtual
-from tests.unit.core_world import BORN, CoreWorld
+from tests.unit.core_world import BORN, CoreWorld, HandClock
 
 R = TypeVar("R")
 SETTINGS = SchedulerSettings()
@@ -332,6 +339,37 @@ async def test_a_copy_goes_on_where_the_file_ends() -> None:
     await copy.reconcile()
     assert copy.copied_seq == term.state.last_seq
     await history.close()
+
+
+def test_history_is_forgotten_after_its_time_and_never_what_etcd_has() -> None:
+    async def main() -> None:
+        state, clock, history = ClusterState(), HandClock(), History(None, inline)
+        forget = ForgetHistory(state, history, clock)
+        batches, in_etcd = 3, 10
+        last = batches * FORGET_MAX + 5 + in_etcd
+        for seq in range(1, last + 1):
+            state.put_history(
+                Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=BORN, by="b")
+            )
+        await CopyHistory(state, history).reconcile()
+        for seq in range(1, last - in_etcd + 1):
+            state.remove_history(seq)
+
+        async def reach_after(days: float) -> Reach:
+            clock.at = BORN + timedelta(days=days)
+            await forget.reconcile()
+            return await history.reach()
+
+        assert await reach_after(KEPT_DAYS - 0.1) == Reach(1, last)
+        assert await reach_after(KEPT_DAYS + 0.1) == Reach(1, last), "it looks once in a period"
+        await asyncio.sleep(forget.period_s)
+        assert await reach_after(KEPT_DAYS + 0.1) == Reach(last - in_etcd + 1, last)
+        await asyncio.sleep(forget.period_s)
+        state.history.clear()
+        assert await reach_after(KEPT_DAYS + 0.1) == Reach(last, last)
+        await history.close()
+
+    run_virtual(main())
 
 
 class Passes:
