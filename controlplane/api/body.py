@@ -169,9 +169,11 @@ def _fields(raw: bytes) -> list[tuple[str, str]]:
 
 def _plain(text: str, schema: Schema) -> str | int | bool:
     """Return a parameter's text as what its schema wants, where it can be read so."""
-    if schema.get("type") == "integer" and _INTEGER.fullmatch(text):
+    # One that may be left out is a choice between its type and null.
+    types = {choice.get("type") for choice in schema.get("anyOf", (schema,))}
+    if "integer" in types and _INTEGER.fullmatch(text):
         return int(text)
-    if schema.get("type") == "boolean" and text in ("true", "false"):
+    if "boolean" in types and text in ("true", "false"):
         return text == "true"
     return text
 

@@ -117,6 +117,13 @@ class Client:
             lambda: self._exchange("GET", target, None, {}, extra_timeout_s), _worth_repeating
         )
 
+    def get_once(self, path: str) -> Answer:
+        """Fetch what somebody has waited for long enough: never tries again.
+
+        Raises ApiProblem, Unreachable, UnexpectedAnswer.
+        """
+        return self._exchange("GET", path, None, {}, 0.0)
+
     def get_as(self, kind: type[T], path: str, query: Query = ()) -> T:
         return self.get(path, query).decode(kind)
 

@@ -7,6 +7,7 @@ stderr and say what happened, every fault of a request with its pointer, and wha
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import ClassVar
 
 from controlplane.cli.views import ProblemView
@@ -73,17 +74,28 @@ class WaitTimedOut(CliError):
 
 
 class Detached(CliError):
-    """Ctrl-C ended the waiting; what was waited for goes on."""
+    """Ctrl-C ended the waiting, or the submitting; what was accepted goes on.
+
+    ``failures`` are those of the same command's other targets, found before.
+    """
 
     exit_code = Exit.INTERRUPTED
 
-    def __init__(self, message: str, hint: str = "", undo: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        undo: str = "",
+        failures: Sequence[tuple[str, CliError]] = (),
+    ) -> None:
         super().__init__(message, hint)
         self.undo = undo
+        self.failures = failures
 
     def lines(self) -> list[str]:
+        again = [f"  wait again: {self.hint}"] if self.hint else []
         undo = [f"  undo it:    {self.undo}"] if self.undo else []
-        return [str(self), f"  wait again: {self.hint}", *undo]
+        return [*_told(self.failures), str(self), *again, *undo]
 
 
 class Unschedulable(CliError):
@@ -137,8 +149,11 @@ class Several(CliError):
         return codes.pop() if len(codes) == 1 else Exit.ERROR
 
     def lines(self) -> list[str]:
-        told = [f"{name}: {line}" for name, failure in self.failures for line in failure.lines()]
-        return [*told, f"error: {self}"]
+        return [*_told(self.failures), f"error: {self}"]
+
+
+def _told(failures: Sequence[tuple[str, CliError]]) -> list[str]:
+    return [f"{name}: {line}" for name, failure in failures for line in failure.lines()]
 
 
 def exit_for(problem: ProblemView) -> Exit:

@@ -11,11 +11,14 @@ import msgspec
 
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Query, decode
+from controlplane.cli.errors import ApiProblem
 from controlplane.cli.follow import follow as follow_events
 from controlplane.cli.invocation import Invocation, output_option, pass_invocation
 from controlplane.cli.output import Format, Output
 from controlplane.cli.views import EventView, Page
 
+EVENTS = f"{BASE}/events"
+# A screen of them, and the API's default for a page.
 TAIL = 50
 
 
@@ -68,10 +71,25 @@ def show_events(
 
 def _history(invocation: Invocation, query: Query, since: str) -> tuple[Sequence[msgspec.Raw], str]:
     """Return what there is after ``since``, or the end of it, and the revision it is up to."""
-    seen: deque[msgspec.Raw] = deque(maxlen=None if since else TAIL)
-    after: Query = (("since", since),) if since else ()
-    revision = since
-    for page in invocation.client.pages(f"{BASE}/events", (*query, *after)):
+    if since:
+        return _walk(invocation, (*query, ("since", since)), None)
+    try:
+        page = invocation.client.get_as(Page[msgspec.Raw], EVENTS, (*query, ("last", TAIL)))
+    except ApiProblem as error:
+        if all(fault.pointer != "/last" for fault in error.problem.errors):
+            raise
+        # A control plane of 0.1 does not know the parameter: its history is read from the start.
+        return _walk(invocation, query, TAIL)
+    return page.items, page.revision
+
+
+def _walk(
+    invocation: Invocation, query: Query, at_most: int | None
+) -> tuple[Sequence[msgspec.Raw], str]:
+    """Read a list to its end and return the last of it, and its revision."""
+    seen: deque[msgspec.Raw] = deque(maxlen=at_most)
+    revision = ""
+    for page in invocation.client.pages(EVENTS, query):
         seen += page.items
         revision = page.revision
     return tuple(seen), revision

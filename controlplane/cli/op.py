@@ -127,6 +127,7 @@ def wait_for_operations(
         lambda operation_id: invocation.client.get(path_of("operations", operation_id)),
         done,
         Waiting.begin(invocation.terminal, no_wait=False, timeout=timeout),
+        looks_only=True,
     )
 
 

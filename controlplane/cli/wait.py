@@ -69,21 +69,28 @@ def run_operations(
     done: Done,
     waiting: Waiting,
     wanted: frozenset[str] = SUCCEEDED,
+    *,
+    looks_only: bool = False,
 ) -> None:
     """Submit one operation for each name, wait for all, and print what became of them.
 
     ``wanted`` are the states in which one may end without being a failure. ``done`` prints the
-    sentence for such a one, in the formats for people. Raises the error of a single target as it
-    is, and ``Several`` when there were more.
+    sentence for such a one, in the formats for people. With ``looks_only`` the names are those of
+    operations, and ``submit`` changes nothing. Raises the error of a single target as it is, and
+    ``Several`` when there were more; Detached.
     """
     failures: list[tuple[str, CliError]] = []
     started: list[Started] = []
-    for name in names:
+    for index, name in enumerate(names):
         try:
             answer = submit(name)
             started.append(Started(name, answer, answer.decode(OperationView)))
         except CliError as error:
             failures.append((name, error))
+        except KeyboardInterrupt:
+            left = names[index:]
+            cut = _cut_looking if looks_only else _cut_submitting
+            raise cut(started, left, failures) from None
     if waiting.wait:
         bodies = _await_all(invocation, output, started, done, waiting, failures, wanted)
     else:
@@ -153,10 +160,33 @@ def _await_all(
         except Detached as error:
             rest = [later.operation for later in started[index:]]
             again = resume(*(operation.id for operation in rest))
-            raise Detached(str(error), again, undo(rest)) from None
+            raise Detached(str(error), again, undo(rest), failures) from None
         except CliError as error:
             failures.append((each.name, error))
     return bodies
+
+
+def _cut_submitting(
+    started: Sequence[Started], left: Sequence[str], failures: Sequence[tuple[str, CliError]]
+) -> Detached:
+    """Return what to say of Ctrl-C while the first of ``left`` was being submitted."""
+    unsure, *later = left
+    operations = [each.operation for each in started]
+    told = [f"interrupted; {_title(each)} goes on" for each in started] or ["interrupted"]
+    told.append(f"{unsure} may or may not have been accepted: look before you repeat it")
+    if later:
+        told.append(f"not submitted: {' '.join(later)}")
+    again = resume(*(operation.id for operation in operations)) if operations else ""
+    return Detached("\n".join(told), again, undo(operations), failures)
+
+
+def _cut_looking(
+    started: Sequence[Started], left: Sequence[str], failures: Sequence[tuple[str, CliError]]
+) -> Detached:
+    """Return what to say of Ctrl-C before the waiting for operations began."""
+    operations = [each.operation for each in started]
+    again = resume(*(operation.id for operation in operations), *left)
+    return Detached("detached; nothing was changed", again, undo(operations), failures)
 
 
 def _until_ended(
@@ -171,6 +201,9 @@ def _until_ended(
             return answer
         now_s = terminal.monotonic_s()
         if until_s is not None and now_s >= until_s:
+            ended = _ended_meanwhile(invocation, operation.id)
+            if ended is not None:
+                return ended
             raise WaitTimedOut(
                 f"{_title(started)} has not ended in time; it goes on", resume(operation.id)
             )
@@ -191,16 +224,31 @@ def _look(
     left_s = math.inf if until_s is None else until_s - now_s
     wait_s = POLL_S if left_s >= POLL_S else max(1, math.ceil(left_s))
     path, query = path_of("operations", operation_id), (("wait", wait_s),)
-    answer: Answer | None = None
-    try:
-        answer = invocation.client.get(path, query, wait_s)
-    except (Unreachable, ApiProblem) as error:
-        if error.exit_with() is not Exit.UNREACHABLE:
-            raise
+    answer = _answer_of(lambda: invocation.client.get(path, query, wait_s))
     hurried = invocation.terminal.monotonic_s() - now_s < LOOK_PERIOD_S
     if hurried and (answer is None or not answer.decode(OperationView).ended):
         invocation.terminal.sleep(LOOK_PERIOD_S)
     return answer
+
+
+def _ended_meanwhile(invocation: Invocation, operation_id: str) -> Answer | None:
+    """Look once, without waiting, and return the answer if the operation has ended.
+
+    The time of several targets may pass while the first is waited for: what is known of the others
+    is then as old as their submission.
+    """
+    answer = _answer_of(lambda: invocation.client.get_once(path_of("operations", operation_id)))
+    return answer if answer is not None and answer.decode(OperationView).ended else None
+
+
+def _answer_of(ask: Callable[[], Answer]) -> Answer | None:
+    """Return an answer, or None while nobody can answer; raises what does not pass by waiting."""
+    try:
+        return ask()
+    except (Unreachable, ApiProblem) as error:
+        if error.exit_with() is not Exit.UNREACHABLE:
+            raise
+    return None
 
 
 def _print_json(output: Output, bodies: Sequence[bytes], *, single: bool) -> None:

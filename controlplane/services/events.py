@@ -9,9 +9,15 @@ from msgspec import Struct
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.pages import walk
 from controlplane.services.requests import EventQuery
-from controlplane.services.revisions import epoch_of, seq_after
+from controlplane.services.revisions import epoch_of, present, seq_after
 from controlplane.services.scope import authorize, object_ids
-from controlplane.services.stretches import Stretch, check_reach, page_start, stretch_after
+from controlplane.services.stretches import (
+    Stretch,
+    check_reach,
+    newest_entries,
+    page_start,
+    stretch_after,
+)
 from controlplane.services.views import (
     EventList,
     ProgressFrameView,
@@ -20,7 +26,7 @@ from controlplane.services.views import (
 )
 from controlplane.store.history import EntryFilter
 from controlplane.telemetry.progress import ProgressFrame
-from shared.errors import HistoryGone, ValidationFailed
+from shared.errors import FieldError, HistoryGone, ValidationFailed
 from shared.model import Event
 
 # Events sent to a follower in one piece; a slow one holds no more than this in memory.
@@ -35,11 +41,13 @@ class Start(Struct, frozen=True):
 
 
 async def list_events(context: Context, principal: Principal, query: EventQuery) -> EventList:
-    """Return a page of events, oldest first, those after ``since`` only.
+    """Return a page of events, oldest first: those after ``since`` only, or the ``last`` ones.
 
     Raises Forbidden, ValidationFailed, CursorExpired, Unavailable, HistoryGone.
     """
     authorize(principal, Permission.EVENTS_READ)
+    if query.last is not None:
+        return await _last_events(context, principal, query, query.last)
     filters = (principal.scope.tenant, query.since, query.object, query.kind)
     objects = object_ids(context, principal, query.object)
     here = walk(context.state, query.cursor, *filters, objects=objects)
@@ -61,6 +69,8 @@ async def start(context: Context, principal: Principal, query: EventQuery) -> St
     so: it lists again and has missed nothing since. Raises Forbidden, ValidationFailed.
     """
     authorize(principal, Permission.EVENTS_READ)
+    if query.last is not None:
+        raise _last_refused("is of a list; what is followed begins now, or after since")
     if query.progress:
         authorize(principal, Permission.OPERATIONS_READ)
     now = context.state.last_seq
@@ -113,6 +123,24 @@ def shown_progress(
         if not objects or operation.target in objects or operation.id in objects:
             found.append(progress_frame_view(frame, operation))
     return found
+
+
+async def _last_events(
+    context: Context, principal: Principal, query: EventQuery, count: int
+) -> EventList:
+    """Return the newest events: who follows from the answer's revision misses none."""
+    if query.since is not None or query.cursor is not None:
+        raise _last_refused("does not go together with since or cursor")
+    at = present(context.state)
+    objects = object_ids(context, principal, query.object)
+    wanted = _wanted(principal, query, objects, 0, count, at.seq)
+    found = await newest_entries(context, wanted)
+    items = tuple(event_view(event, at.epoch) for event in found if isinstance(event, Event))
+    return EventList(items=items, next_cursor=None, revision=str(at))
+
+
+def _last_refused(message: str) -> ValidationFailed:
+    return ValidationFailed((FieldError("/last", "not_allowed", message),))
 
 
 def _wanted(

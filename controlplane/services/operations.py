@@ -100,8 +100,10 @@ async def list_operations(
     )
     target = here.objects[0] if here.objects else None
     in_memory = _operations_in_state(state, here.at)
-    stored = await context.history.operations(
-        OperationFilter(
+    stored: list[Operation] = []
+    # SQLite holds none but ended ones: a filter for others would look through all in vain.
+    if query.state is None or query.state in OPERATION_ENDS:
+        wanted = OperationFilter(
             tenant=tenant,
             target=target,
             kinds=query.kind,
@@ -109,7 +111,7 @@ async def list_operations(
             until=here.at.seq,
             limit=HISTORY_SCAN_MAX,
         )
-    )
+        stored = await context.history.operations(wanted)
     # Below the last row of a full scan SQLite may hold more, which come on a later page.
     floor = stored[-1].id if len(stored) == HISTORY_SCAN_MAX else ""
     merged = {operation.id: operation for operation in (*stored, *in_memory)}

@@ -12,7 +12,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from controlplane.commands.vm_patch import SpecPatch, VmPatch
-from controlplane.services.pages import LIMIT_DEFAULT, CursorText, Limit
+from controlplane.services.pages import LIMIT_DEFAULT, LIMIT_MAX, CursorText, Limit
 from controlplane.services.views import VmView
 from shared.model import Labels, Name, OperationState, VmPhase, VmSpec
 from shared.units import KIB, MIB
@@ -38,6 +38,15 @@ KindTerm = Annotated[
 Kinds = Annotated[tuple[KindTerm, ...], Meta(max_length=16)]
 Objects = Annotated[tuple[Reference, ...], Meta(max_length=16)]
 Since = Annotated[str, Meta(max_length=64)]
+Last = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=LIMIT_MAX,
+        description="only the newest so many, in one page whatever `limit` says; "
+        "not with since or cursor, nor to follow",
+    ),
+]
 LabelTerm = Annotated[str, Meta(max_length=127, pattern=r"^[^=]+=[^=]*$", description="key=value")]
 
 
@@ -127,10 +136,12 @@ class MigrationQuery(PageQuery, frozen=True, kw_only=True):
 class EventQuery(PageQuery, frozen=True, kw_only=True):
     """``since``: an event's id or a list's revision; what is returned comes after it.
 
-    ``progress``: frames of progress too; for who follows.
+    ``last``: the newest so many only, in one page. ``progress``: frames of progress too; for who
+    follows.
     """
 
     since: Since | None = None
+    last: Last | None = None
     object: Objects = ()
     kind: Kinds = ()
     progress: bool = False

@@ -53,6 +53,23 @@ async def stretch_after(context: Context, wanted: EntryFilter) -> Stretch:
     return Stretch(tuple(found), last_seq, complete=True)
 
 
+async def newest_entries(context: Context, wanted: EntryFilter) -> tuple[Entry, ...]:
+    """Return the newest of what is wanted, oldest first. Does not check permissions."""
+    found, floor = _newest_in_state(context.state, wanted)
+    missing = wanted.limit - len(found)
+    if missing and floor > wanted.since:
+        older = replace(wanted, until=floor, limit=missing, newest=True)
+        found = [
+            *(
+                entry
+                for entry in await context.history.entries(older)
+                if not isinstance(entry, FinishedOperation)
+            ),
+            *found,
+        ]
+    return tuple(found)
+
+
 async def page_start(context: Context, here: Walk, since: str | None) -> int:
     """Return the ``seq`` after which a page begins: where its walk stands, or ``since``.
 
@@ -97,6 +114,23 @@ def _in_state(state: ClusterState, wanted: EntryFilter) -> tuple[list[Entry], bo
             if len(found) == wanted.limit:
                 break
     return found, whole
+
+
+def _newest_in_state(state: ClusterState, wanted: EntryFilter) -> tuple[list[Entry], int]:
+    """Return the newest matching entries that are in memory, ``limit`` at most, oldest first.
+
+    Also tells the ``seq`` above which nothing is missing among them.
+    """
+    found: list[Entry] = []
+    seq = state.last_seq if wanted.until is None else min(wanted.until, state.last_seq)
+    while seq > wanted.since and len(found) < wanted.limit:
+        entry = state.history.get(seq)
+        if entry is None:
+            break
+        if not isinstance(entry, FinishedOperation) and _matches(entry, wanted):
+            found.append(entry)
+        seq -= 1
+    return found[::-1], seq
 
 
 def _matches(entry: Entry, wanted: EntryFilter) -> bool:

@@ -82,6 +82,7 @@ class EntryFilter(msgspec.Struct, frozen=True, kw_only=True):
     """Which events or audit records: those in (``since``, ``until``] that match all parts given.
 
     ``kinds`` are names, or all below one (``vm.*``); an audit record's kind is its action.
+    ``newest``: of more than ``limit``, the newest instead of the oldest.
     """
 
     type: EntryType = EntryType.EVENT
@@ -91,6 +92,7 @@ class EntryFilter(msgspec.Struct, frozen=True, kw_only=True):
     objects: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     limit: int = 100
+    newest: bool = False
 
 
 class OperationFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,7 +243,8 @@ class History:
         return len(old)
 
     def _entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
-        query = _Query(wanted.type, wanted.tenant, "seq", wanted.limit)
+        newest = wanted.newest
+        query = _Query(wanted.type, wanted.tenant, "seq", wanted.limit, descending=newest)
         query.where("seq > ?", wanted.since)
         if wanted.until is not None:
             query.where("seq <= ?", wanted.until)
@@ -251,7 +254,8 @@ class History:
             query.where_in("kind", kinds)
         else:
             query.any_of("kind", kinds)
-        return self._run(query)
+        found = self._run(query)
+        return found[::-1] if newest else found
 
     def _operations(self, wanted: OperationFilter) -> list[HistoryEntry]:
         query = _Query(EntryType.OPERATION, wanted.tenant, "id", wanted.limit, descending=True)

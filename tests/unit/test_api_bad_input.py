@@ -297,6 +297,24 @@ async def test_bad_starts_of_events(world: World, since: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("last=0", "too_small"),
+        ("last=501", "too_large"),
+        ("last=x", "wrong_type"),
+        ("last=1&last=2", "duplicate"),
+        ("last=5&since=e1.1", "not_allowed"),
+        ("last=5&since=nonsense", "not_allowed"),
+        ("last=5&cursor=AAAA", "not_allowed"),
+    ],
+)
+async def test_bad_numbers_of_last_events(world: World, query: str, code: str) -> None:
+    told = await refused(world, f"/api/v1/events?{query}", method="GET")
+    assert told["status"] == 422
+    assert faults(told) == {("/last", code)}
+
+
+@pytest.mark.parametrize(
     "header",
     [
         None,

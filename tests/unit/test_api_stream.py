@@ -358,8 +358,9 @@ async def test_streams_are_bounded_and_end_with_the_replica(
     assert reader.status == 200
 
 
-async def test_a_bad_start_is_a_problem_and_no_stream(world: World) -> None:
-    reader = Reader(world, "since=yesterday")
+@pytest.mark.parametrize("query", ["since=yesterday", "last=5"])
+async def test_a_bad_start_is_a_problem_and_no_stream(world: World, query: str) -> None:
+    reader = Reader(world, query)
     await reader.task
     assert reader.status == 422
 

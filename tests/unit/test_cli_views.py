@@ -164,12 +164,43 @@ def test_events_are_read_to_their_end(cli: Cli, api: FakeApi) -> None:
     assert api.requests[0].query["kind"] == ["vm.running"]
 
 
-def test_without_since_only_the_last_events_are_shown(cli: Cli, api: FakeApi) -> None:
-    api.on("GET", "events", listing(*(an_event(n) for n in range(80))))
+def test_without_since_only_the_last_events_are_asked_for(cli: Cli, api: FakeApi) -> None:
+    api.on("GET", "events", listing(an_event(1), an_event(2)))
 
-    assert cli.run("events", "-o", "name") == 0
+    assert cli.run("events", "-o", "name", "--kind", "vm.*") == 0
 
-    assert cli.stdout.split() == [f"e{n}" for n in range(30, 80)]
+    assert cli.stdout.split() == ["e1", "e2"]
+    assert [request.query for request in api.requests] == [{"kind": ["vm.*"], "last": ["50"]}]
+
+
+def test_an_older_control_plane_is_read_from_the_start_for_the_last_events(
+    cli: Cli, api: FakeApi
+) -> None:
+    fault = {"pointer": "/last", "code": "unknown_field", "message": "is not known here"}
+    api.on(
+        *("GET", "events"),
+        problem(422, "validation", errors=[fault]),
+        listing(*(an_event(n) for n in range(60)), cursor="c2"),
+        listing(*(an_event(n) for n in range(60, 80))),
+        a_stream(a_frame(an_event(80))),
+    )
+    terminal = FakeTerminal()
+    terminal.sleeps_left = 0
+
+    assert cli.run("events", "-f", "-o", "name", terminal=terminal) == 0
+
+    assert cli.stdout.split() == [f"e{n}" for n in range(30, 81)]
+    assert ["last" in request.query for request in api.requests] == [True, False, False, False]
+    assert api.requests[-1].headers["last-event-id"] == "r7"
+
+
+def test_another_fault_of_the_query_is_no_reason_to_read_all(cli: Cli, api: FakeApi) -> None:
+    fault = {"pointer": "/kind/0", "code": "bad_format", "message": "is no kind"}
+    api.on("GET", "events", problem(422, "validation", errors=[fault]))
+
+    assert cli.run("events", "--kind", "?") == 1
+
+    assert len(api.requests) == 1
 
 
 def test_events_in_json_are_the_apis_objects(cli: Cli, api: FakeApi) -> None:

@@ -92,6 +92,12 @@ async def test_events_are_filtered(history: History) -> None:
     assert await seqs(type=EntryType.AUDIT, kinds=("vm.start",), objects=("vm-1",)) == [5]
     assert await seqs(type=EntryType.AUDIT, kinds=("vm.*",)) == [5]
     assert await seqs(limit=2) == [1, 2]
+    assert await seqs(limit=2, newest=True) == [3, 7]
+    assert await seqs(limit=2, newest=True, until=6) == [2, 3]
+    assert await seqs(limit=2, newest=True, kinds=("vm.*",)) == [3, 7]
+    assert await seqs(limit=2, newest=True, objects=("vm-1", "vm-2")) == [3, 7]
+    assert await seqs(limit=1, newest=True, objects=("vm-1",), kinds=("vm.crashed",)) == [2]
+    assert await seqs(limit=9, newest=True, since=1) == [2, 3, 7]
     assert await seqs(tenant="other") == [4]
     assert await seqs(tenant="nobody") == []
 
@@ -216,6 +222,11 @@ async def test_what_is_forgotten_is_out_of_reach(tmp_path: Path) -> None:
         EntryFilter(tenant="default", kinds=("vm.running",)),
         EntryFilter(tenant="default", kinds=("vm.*", "node.*")),
         EntryFilter(tenant="default", objects=("vm-1", "vm-2"), kinds=("vm.*",)),
+        EntryFilter(tenant="default", until=9, newest=True),
+        EntryFilter(tenant="default", kinds=("vm.running",), until=9, newest=True),
+        EntryFilter(tenant="default", kinds=("vm.*", "node.*"), until=9, newest=True),
+        EntryFilter(tenant="default", objects=("vm-1", "vm-2"), until=9, newest=True),
+        EntryFilter(tenant="default", objects=("vm-1",), kinds=("vm.*",), newest=True),
         EntryFilter(tenant="default", type=EntryType.AUDIT),
         EntryFilter(tenant="default", type=EntryType.AUDIT, kinds=("vm.start",)),
         EntryFilter(tenant="default", type=EntryType.AUDIT, objects=("vm-1",)),

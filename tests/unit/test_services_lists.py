@@ -10,7 +10,8 @@ import pytest
 
 from controlplane.commands.vms import CreateVm
 from controlplane.services.context import ROLES, Permission
-from shared.model import BootSpec, VmSpec
+from controlplane.store.history import EntryFilter
+from shared.model import BootSpec, HistoryEntry, VmSpec
 from tests.unit.api_world import SYSTEM, World
 
 
@@ -166,6 +167,79 @@ async def test_events_are_without_gap_or_repeat(world: World, copied: str, limit
     expected = [entry.seq for entry in entries if type(entry).__name__ == "Event"]
     assert [event["seq"] for event in events] == expected
     assert [event["data"]["name"] for event in created] == [f"vm{n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("copied", ["nothing", "half", "overlap", "all"])
+async def test_the_last_events_are_the_newest_oldest_first(world: World, copied: str) -> None:
+    make_vms(world, 6)
+    async with world.client() as client:
+        for name in ("vm1", "vm3"):
+            await client.delete(f"/api/v1/vms/{name}")
+        vm2 = world.state.vm_id_by_name("default", "vm2")
+        whole = {
+            query: await walk(client, f"/api/v1/events?limit=3{query}")
+            for query in ("", "&kind=vm.created", "&kind=vm.*", f"&object={vm2}&kind=vm.*")
+        }
+        entries = [world.state.history[seq] for seq in sorted(world.state.history)]
+        await trim(world, "half" if copied == "overlap" else copied)
+        if copied == "overlap":
+            for entry in entries[len(entries) // 4 : len(entries) // 2]:
+                world.state.put_history(entry)
+        for query, every in whole.items():
+            for last in (1, 2, 4, len(every), 500):
+                answer = await client.get(f"/api/v1/events?last={last}{query}")
+                page = answer.raise_for_status().json()
+                assert page["items"] == every[-last:]
+                assert page["next_cursor"] is None
+
+
+async def test_who_follows_the_last_events_misses_none(world: World) -> None:
+    make_vms(world, 3)
+    async with world.client() as client:
+        page = (await client.get("/api/v1/events?last=1&kind=vm.created")).json()
+        await client.delete("/api/v1/vms/vm0")
+        after = await walk(client, f"/api/v1/events?since={page['revision']}")
+    assert [event["data"]["name"] for event in page["items"]] == ["vm2"]
+    assert [event["kind"] for event in after] == ["vm.delete_requested", "vm.deleted"]
+
+
+async def test_the_last_events_cost_no_look_at_what_is_not_returned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_vms(world, 6)
+    await trim(world, "half")
+    asked: list[EntryFilter] = []
+    entries = world.history.entries
+
+    async def counted(wanted: EntryFilter) -> list[HistoryEntry]:
+        asked.append(wanted)
+        return await entries(wanted)
+
+    monkeypatch.setattr(world.history, "entries", counted)
+    async with world.client() as client:
+        await client.get("/api/v1/events?last=2")
+        assert asked == []
+        await client.get("/api/v1/events?last=5")
+    assert [(wanted.newest, wanted.limit < 5) for wanted in asked] == [(True, True)]
+
+
+async def test_operations_that_have_not_ended_are_not_looked_for_in_sqlite(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_vms(world, 4)
+    async with world.client() as client:
+        await client.delete("/api/v1/vms/vm1")
+        await world.trim_history()
+        with monkeypatch.context() as without:
+            without.setattr(world.history, "operations", None)
+            path = "/api/v1/operations?limit=2&state=running"
+            running = await walk(client, path)
+            assert (await client.get("/api/v1/operations?state=pending")).json()["items"] == []
+            migrations = "/api/v1/migrations?state=cancelling"
+            assert (await client.get(migrations)).json()["next_cursor"] is None
+        cancelled = await walk(client, "/api/v1/operations?state=cancelled")
+    assert [item["id"] for item in running] == [made[3], made[2], made[0]]
+    assert [item["id"] for item in cancelled] == [made[1]]
 
 
 async def test_events_of_one_object_and_after_a_lists_revision(world: World) -> None:
