@@ -49,7 +49,7 @@ class Agent:
         self.reconciler = VmReconciler(
             ports.hypervisor,
             self.fence,
-            node.boot_id,
+            node,
             self._outgoing.put,
             self._migrations,
             queue,

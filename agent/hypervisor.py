@@ -172,7 +172,7 @@ class Hypervisor(Protocol):
     async def check_destination(
         self, name: str, question: DestinationQuestion
     ) -> tuple[FieldError, ...]:
-        """Return what stands against a domain coming here; changes nothing."""
+        """Return what stands against a domain coming here, running or not; changes nothing."""
         ...
 
     async def layout(self, definition: DomainDefinition) -> DestinationLayout:
@@ -205,10 +205,13 @@ class Hypervisor(Protocol):
         """Pause a domain that has ``returned``, in one look; True when it was so."""
         ...
 
-    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+    async def ensure_volume(
+        self, pool: str, volume: str, size_gib: int, *, make: bool = True
+    ) -> None:
         """Create a qcow2 volume unless it exists with that size.
 
-        Raises HypervisorError for a pool that does not exist or a volume of another size.
+        Raises HypervisorError for a pool that does not exist or a volume of another size, and
+        DiskMissing for one that is not there and that is not to be made.
         """
         ...
 

@@ -158,9 +158,12 @@ class LibvirtDriver:
         # Also when there was no domain: an earlier call may have ended between the two.
         await self.delete_console_log(name)
 
-    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+    async def ensure_volume(
+        self, pool: str, volume: str, size_gib: int, *, make: bool = True
+    ) -> None:
         await self._store(
-            pool, lambda connection: storage.ensure_volume(connection, pool, volume, size_gib)
+            pool,
+            lambda connection: storage.ensure_volume(connection, pool, volume, size_gib, make=make),
         )
 
     async def delete_volume(self, pool: str, volume: str) -> None:

@@ -102,7 +102,8 @@ def check_destination(
     facts: HypervisorFacts,
 ) -> list[FieldError]:
     blockers = []
-    if question.machine not in facts.machine_types:
+    # A VM at rest gets its machine where it is started.
+    if question.machine and question.machine not in facts.machine_types:
         blockers.append(
             _blocker("machine_type", f"QEMU here has no machine type {question.machine!r}")
         )

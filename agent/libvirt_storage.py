@@ -16,7 +16,7 @@ import libvirt
 from lxml import etree
 
 from agent.hypervisor import volume_name
-from shared.errors import FieldError, HypervisorError
+from shared.errors import DiskMissing, FieldError, HypervisorError
 from shared.protocol import DestinationQuestion
 from shared.units import GIB
 
@@ -49,9 +49,13 @@ def pool_target(connection: libvirt.virConnect, name: str) -> Path:
     return Path(path)
 
 
-def ensure_volume(connection: libvirt.virConnect, pool: str, volume: str, size_gib: int) -> None:
+def ensure_volume(
+    connection: libvirt.virConnect, pool: str, volume: str, size_gib: int, *, make: bool
+) -> None:
     found = _pool(connection, pool)
     existing = _volume(found, volume)
+    if existing is None and not make:
+        raise DiskMissing(f"pool {pool!r} has no volume {volume!r} here")
     if existing is None:
         found.createXML(_volume_xml(volume, size_gib), 0)
         return

@@ -17,11 +17,13 @@ from msgspec.structs import replace
 
 from agent.fence import Fence
 from agent.hypervisor import DomainInfo, Hypervisor, volume_name
+from agent.inventory import NodeFacts
 from agent.migration import Migrations
 from agent.orders import definition_of
 from agent.steps import ShutdownState, Step, next_step
 from agent.workqueue import WorkQueue
 from shared.errors import (
+    DiskMissing,
     GenerationMismatch,
     HypervisorError,
     HypervisorUnavailable,
@@ -29,7 +31,7 @@ from shared.errors import (
     StaleRevision,
     StaleTerm,
 )
-from shared.model import ObservedPower, Problem, RequestKind
+from shared.model import DiskSpec, ObservedPower, Problem, RequestKind
 from shared.problems import problem_of
 from shared.protocol import Desired, Intent, VmReport
 from shared.retry import Backoff
@@ -64,7 +66,7 @@ class VmReconciler:
         self,
         hypervisor: Hypervisor,
         fence: Fence,
-        boot_id: str,
+        node: NodeFacts,
         report: Reporter,
         migrations: Migrations,
         queue: WorkQueue,
@@ -72,7 +74,7 @@ class VmReconciler:
     ) -> None:
         self._hypervisor = hypervisor
         self._fence = fence
-        self._boot_id = boot_id
+        self._node = node
         self._report = report
         self._migrations = migrations
         self._rng = rng
@@ -199,7 +201,7 @@ class VmReconciler:
                 desired,
                 domain,
                 self._fence.facts(desired.vm_id),
-                self._boot_id,
+                self._node.boot_id,
                 self._shutdown_state(desired),
             )
             if step in (Step.SETTLED, Step.AWAIT_SHUTDOWN, Step.CONFLICT):
@@ -253,8 +255,7 @@ class VmReconciler:
         self._faults.pop(desired.vm_id, None)
         try:
             for disk in desired.spec.disks:
-                volume = volume_name(desired.vm_id, disk.name)
-                await self._hypervisor.ensure_volume(disk.pool, volume, disk.size_gib)
+                await self._ensure_disk(desired, disk)
             await self._hypervisor.define(definition_of(desired, desired.generation))
             await self._fence.use_generation(desired.vm_id, desired.generation)
             self._fence.check(desired.term, desired.vm_id, desired.revision)
@@ -265,6 +266,21 @@ class VmReconciler:
             await self._fence.use_generation(desired.vm_id, desired.generation)
             self._faults[desired.vm_id] = problem_of(error)
             log.warning("%s: the start failed: %s", desired.name, error)
+
+    async def _ensure_disk(self, desired: Desired, disk: DiskSpec) -> None:
+        """Make a disk, unless the VM has run: an empty one would stand for what it has written.
+
+        Then a file system is not mounted, or the volume is lost. Raises HypervisorError.
+        """
+        volume, make = volume_name(desired.vm_id, disk.name), not desired.has_run
+        try:
+            await self._hypervisor.ensure_volume(disk.pool, volume, disk.size_gib, make=make)
+        except DiskMissing as missing:
+            raise DiskMissing(
+                f"disk {disk.name!r} is not in pool {disk.pool!r} on {self._node.name}, although "
+                "the VM has run: mount the pool's file system there, or restore its volume "
+                f"{volume!r}; no empty one is made in its place"
+            ) from missing
 
     async def _resume(self, desired: Desired) -> None:
         now_s = asyncio.get_running_loop().time()

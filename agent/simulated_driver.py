@@ -29,6 +29,7 @@ from agent.simulated_guest import ConsoleLog, SimulatedDomain
 from shared.clock import Clock
 from shared.errors import (
     ArtefactMissing,
+    DiskMissing,
     DomainNotFound,
     FieldError,
     GenerationMismatch,
@@ -280,9 +281,14 @@ class SimulatedDriver:
 
         await self._call("undefine", name, undefine)
 
-    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
+    async def ensure_volume(
+        self, pool: str, volume: str, size_gib: int, *, make: bool = True
+    ) -> None:
         def ensure() -> None:
-            existing = self._pool(pool).setdefault(volume, size_gib)
+            volumes = self._pool(pool)
+            if volume not in volumes and not make:
+                raise DiskMissing(f"pool {pool!r} has no volume {volume!r} here")
+            existing = volumes.setdefault(volume, size_gib)
             if existing != size_gib:
                 raise HypervisorError(
                     f"volume {volume!r} in pool {pool!r} has {existing} GiB, not {size_gib}"
@@ -353,7 +359,7 @@ class SimulatedDriver:
     ) -> tuple[FieldError, ...]:
         def check() -> tuple[FieldError, ...]:
             state, blockers = self._state, []
-            if question.machine not in state.facts.machine_types:
+            if question.machine and question.machine not in state.facts.machine_types:
                 blockers.append(FieldError("", "machine_type", f"no {question.machine!r} here"))
             here = state.domains.get(name)
             if here is not None and (here.is_active() or here.vm_id is None):

@@ -43,7 +43,8 @@ to do with an error logs it, once.
     ├── HypervisorError           500
     │   ├── HypervisorUnavailable
     │   ├── DomainNotFound
-    │   └── ArtefactMissing
+    │   ├── ArtefactMissing
+    │   └── DiskMissing                a VM that has run lacks one: never made anew
     ├── Disconnected              503  the peer of a stream is gone
     ├── RecordUnreadable          500  stored or received bytes do not decode
     └── ConfigInvalid             500  every fault of a configuration at once
@@ -270,6 +271,10 @@ class DomainNotFound(HypervisorError):
 
 class ArtefactMissing(HypervisorError):
     code = "artefact_missing"
+
+
+class DiskMissing(HypervisorError):
+    code = "disk_missing"
 
 
 class Disconnected(NovacronError):

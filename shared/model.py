@@ -275,6 +275,8 @@ class VmStatus(Struct, frozen=True, kw_only=True):
     ``observed_revision`` is the record revision that the agent's last report answers.
     ``crashes`` counts failed attempts in a row and ``not_before`` holds the next one back.
     ``logs_on`` are nodes that the VM has left, with its console log of then; oldest first.
+    ``has_run``: a guest may have written to its disks, which from then on are never made anew; None
+    in records from before level 2 (see ``may_have_run``).
     """
 
     node: str | None = None
@@ -291,6 +293,7 @@ class VmStatus(Struct, frozen=True, kw_only=True):
     migration: MigrationClaim | None = None
     leftovers: tuple[Leftover, ...] = ()
     logs_on: tuple[str, ...] = ()
+    has_run: bool | None = None
 
 
 class Vm(Record, frozen=True, kw_only=True):
@@ -546,6 +549,15 @@ class Sample(Struct, frozen=True, kw_only=True, array_like=True):
 def attempt_generation(vm: Vm) -> int:
     """Return the generation that messages about a VM name: its attempt's, 0 before the first."""
     return 0 if vm.status.attempt is None else vm.status.attempt.generation
+
+
+def may_have_run(vm: Vm) -> bool:
+    """Return whether a guest may have written to the VM's disks.
+
+    Where nobody wrote that down yet, one that was ever permitted to start may have.
+    """
+    known = vm.status.has_run
+    return vm.status.generation > 0 if known is None else known
 
 
 def condition(vm: Vm, kind: str) -> Condition | None:

@@ -219,6 +219,7 @@ class Desired(Struct, frozen=True, kw_only=True, tag="desired"):
 
     ``generation`` names the attempt. With ``permitted`` it is a start permit: valid once, and only
     in the boot ``boot_id``. A running domain of any other generation must not be touched.
+    ``has_run``: its disks hold what a guest has written; one that is missing must not be made.
     """
 
     term: Term
@@ -235,6 +236,7 @@ class Desired(Struct, frozen=True, kw_only=True, tag="desired"):
     spec: VmSpec
     request: GuestRequest | None = None
     migration: MigrationOrder | None = None
+    has_run: bool = False
 
 
 class SourceCheck(Struct, frozen=True, kw_only=True):
@@ -246,7 +248,10 @@ class SourceCheck(Struct, frozen=True, kw_only=True):
 
 
 class DestinationQuestion(Struct, frozen=True, kw_only=True):
-    """What a destination is asked before a migration."""
+    """What a node is asked before a VM comes to it.
+
+    ``machine`` and ``cpu_xml`` are those of the running guest, and empty for a VM at rest.
+    """
 
     vm_id: str
     domain_uuid: str

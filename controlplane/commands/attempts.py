@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
+from controlplane.commands.upgrade import MOVES_LEVEL, has_level
 from shared.errors import StateConflict
 from shared.model import (
     Attempt,
@@ -28,6 +29,7 @@ from shared.model import (
     attempt_generation,
     condition,
     is_moving,
+    may_have_run,
 )
 from shared.protocol import VmReport
 from shared.states import (
@@ -41,6 +43,9 @@ from shared.states import (
 STABLE_AFTER = timedelta(minutes=5)
 RESTART_FIRST = timedelta(seconds=1)
 RESTART_CAP = timedelta(minutes=5)
+
+# A domain that was found so was started under its permit, or may have been.
+_AFTER_A_START = frozenset({ObservedPower.STOPPED, ObservedPower.SHUT_OFF, ObservedPower.CRASHED})
 
 PLACED = "Placed"
 
@@ -103,6 +108,7 @@ class PermitStart(Struct, frozen=True, kw_only=True):
                 state=AttemptState.PERMITTED,
                 permitted_at=draft.now,
             ),
+            has_run=may_have_run(vm) if has_level(draft, MOVES_LEVEL) else vm.status.has_run,
         )
         status = with_condition(status, Condition(type=PLACED, status=True, since=draft.now))
         draft.event("vm.starting", vm.id, self.by, tenant=vm.tenant, generation=generation)
@@ -199,12 +205,25 @@ def _observe(draft: Draft, vm: Vm, report: VmReport, by: Author) -> Vm:
     attempt = status.attempt
     if attempt is None or report.generation != attempt.generation:
         return replace(vm, status=status)
+    status = _with_run(draft, status, report)
     if report.power in RUNNING_POWERS:
         return _seen_running(draft, replace(vm, status=status), report, by)
     # UNKNOWN is no answer: libvirt could not tell, or a newer agent has a word that we lack.
     if report.permit_used and report.power is not ObservedPower.UNKNOWN:
         return _seen_over(draft, replace(vm, status=status), report, by)
     return replace(vm, status=status)
+
+
+def _with_run(draft: Draft, status: VmStatus, report: VmReport) -> VmStatus:
+    """Remember for good that a guest may have written to the VM's disks.
+
+    Also of a domain that was never seen running: its node may have lost power before it could tell.
+    Its disks were made before it was started, so that whatever is missing later is lost.
+    """
+    ran = report.power in RUNNING_POWERS or (report.permit_used and report.power in _AFTER_A_START)
+    if not ran or status.has_run or not has_level(draft, MOVES_LEVEL):
+        return status
+    return replace(status, has_run=True)
 
 
 def _take_up_again(status: VmStatus, report: VmReport) -> VmStatus:

@@ -17,8 +17,8 @@ from shared.errors import FieldError, Unavailable, UpgradeBlocked, UpgradeUnfini
 from shared.model import SCHEMA_LEVEL, Cluster, MigrationSpec, Node, Replica, VmSpec
 from shared.version import VERSION, release_of
 
-# From which level on what is new in 0.2 may be written: sagas, claims and leftovers, and how a VM
-# wants to be moved.
+# From which level on what is new in 0.2 may be written: sagas, claims and leftovers, how a VM wants
+# to be moved, and that it has run.
 MOVES_LEVEL = 2
 
 _RELEASE = release_of(VERSION)
@@ -88,10 +88,15 @@ def why_too_old(cluster: Cluster | None) -> str:
     )
 
 
+def has_level(draft: Draft, level: int) -> bool:
+    """Return whether what needs that level may be written."""
+    cluster = draft.cluster()
+    return cluster is None or cluster.schema_level >= level
+
+
 def require_level(draft: Draft, level: int, what: str) -> None:
     """Raise UpgradeUnfinished while the cluster has not reached the level that ``what`` needs."""
-    cluster = draft.cluster()
-    if cluster is None or cluster.schema_level >= level:
+    if has_level(draft, level):
         return
     raise UpgradeUnfinished(
         f"{what} must wait for the end of the upgrade: once every replica and every agent runs "

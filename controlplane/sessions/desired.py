@@ -99,6 +99,7 @@ def _message(
         domain_name=vm.domain_name,
         domain_uuid=vm.domain_uuid,
         spec=vm.spec,
+        has_run=vm.status.has_run is True,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from agent.hypervisor import DomainDefinition, Hypervisor, volume_name
 from shared.errors import (
     ArtefactMissing,
+    DiskMissing,
     DomainNotFound,
     GenerationMismatch,
     HypervisorError,
@@ -354,6 +355,18 @@ async def test_volumes(world: World) -> None:
     await driver.delete_volume("default", "vm-1-root.qcow2")
     await driver.delete_volume("default", "vm-1-root.qcow2")
     assert await driver.volumes("default") == ("vm-1-data.qcow2",)
+
+
+async def test_a_volume_that_is_not_to_be_made_is_missing_or_as_it_was(world: World) -> None:
+    driver = world.driver
+    with pytest.raises(DiskMissing, match="no volume"):
+        await driver.ensure_volume("default", "vm-1-root.qcow2", 1, make=False)
+    assert await driver.volumes("default") == ()
+    await driver.ensure_volume("default", "vm-1-root.qcow2", 1)
+    await driver.ensure_volume("default", "vm-1-root.qcow2", 1, make=False)
+    with pytest.raises(HypervisorError, match="has 1 GiB, not 2"):
+        await driver.ensure_volume("default", "vm-1-root.qcow2", 2, make=False)
+    assert await driver.volumes("default") == ("vm-1-root.qcow2",)
 
 
 async def test_calls_on_one_pool_may_come_at_once(world: World) -> None:

@@ -232,8 +232,10 @@ class ProcessHypervisor:
 
         await self._quick(undefine)
 
-    async def ensure_volume(self, pool: str, volume: str, size_gib: int) -> None:
-        await self._slow(lambda driver: driver.ensure_volume(pool, volume, size_gib))
+    async def ensure_volume(
+        self, pool: str, volume: str, size_gib: int, *, make: bool = True
+    ) -> None:
+        await self._slow(lambda driver: driver.ensure_volume(pool, volume, size_gib, make=make))
 
     async def delete_volume(self, pool: str, volume: str) -> None:
         async def delete(driver: Hypervisor) -> None:

@@ -106,7 +106,7 @@ class Node:
         self.agent = VmReconciler(
             self.driver,
             self.fence,
-            boot_id,
+            node_facts(boot_id, self.name),
             self.reports.append,
             self.migrations,
             queue,

@@ -132,6 +132,7 @@ VM = model.Vm(
             moves.Leftover(node="node-k3f9q2000000000000000000ee", generation=5, disks=("root",)),
         ),
         logs_on=("node-k3f9q2000000000000000000ff",),
+        has_run=True,
     ),
 )
 OPERATION = model.Operation(
@@ -303,6 +304,7 @@ SAMPLES: tuple[Struct, ...] = (
             timeout_s=450.0,
             target=TARGET,
         ),
+        has_run=True,
     ),
     protocol.InSync(term=TERM, vm_ids=(VM.id,)),
     protocol.Query(

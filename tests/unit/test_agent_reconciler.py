@@ -31,6 +31,33 @@ def test_a_permit_starts_a_domain_once() -> None:
     virtual(main())
 
 
+def test_a_disk_of_a_vm_that_has_run_is_never_made_anew() -> None:
+    """The file system of its pool is not mounted, say: an empty disk would look like its own."""
+
+    async def main() -> None:
+        async with node() as it:
+            disks = (DiskSpec(name="root", size_gib=1), DiskSpec(name="data", size_gib=2))
+            await it.wants(spec=spec(disks=disks))
+            it.driver.guest_crashes(VM)
+            await it.later()
+            kept, it.state.pools["default"] = it.state.pools["default"], {}
+
+            again = {"spec": spec(disks=disks), "has_run": True}
+            report = await it.wants(generation=2, revision=11, **again)
+            assert (report.power, report.permit_used) == (ObservedPower.FAILED, True)
+            assert report.fault is not None
+            assert report.fault.code == "disk_missing"
+            for named in ("'root'", "'default'", "on n1", volume_name(VM, "root")):
+                assert named in report.fault.detail
+            assert it.state.pools["default"] == {}
+
+            it.state.pools["default"] = kept
+            report = await it.wants(generation=3, revision=12, **again)
+            assert (report.power, report.fault) == (ObservedPower.RUNNING, None)
+
+    virtual(main())
+
+
 def test_a_permit_that_was_used_is_not_used_again_after_a_restart_of_the_agent() -> None:
     async def main() -> None:
         async with node() as it:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.commands.attempts import (
     PLACED,
@@ -15,11 +16,13 @@ from controlplane.commands.attempts import (
     PermitStart,
 )
 from controlplane.commands.draft import Draft
+from controlplane.commands.upgrade import MOVES_LEVEL
 from controlplane.commands.vms import DeleteVm
 from controlplane.sessions.desired import desired_of
 from shared.errors import StateConflict
 from shared.model import (
     AttemptState,
+    Cluster,
     HaSpec,
     ObservedPower,
     OperationState,
@@ -29,10 +32,11 @@ from shared.model import (
     Vm,
     VmPhase,
     condition,
+    may_have_run,
 )
 from shared.problems import problem
 from shared.states import RUNNING_POWERS, VmAction, vm_phase
-from tests.unit.core_world import LEADER, USER, CoreWorld, no_check
+from tests.unit.core_world import BORN, CELL, LEADER, USER, CoreWorld, no_check
 
 
 def bound(world: CoreWorld, name: str = "web-1") -> str:
@@ -140,6 +144,62 @@ def test_a_report_on_another_generation_moves_nothing(
     assert after.status.power_seen is before.status.power_seen
     assert after.spec == before.spec
     assert after.status.crashes == 0
+
+
+def at_level(level: int) -> CoreWorld:
+    world = CoreWorld()
+    record = Cluster(id="cluster-1", cell=CELL, schema_level=level, created_at=BORN)
+    world.state.put(record, world.state.revision + 1)
+    return world
+
+
+@pytest.mark.parametrize(("power", "used"), list(product(ObservedPower, (False, True))))
+def test_what_was_started_or_may_have_been_has_run(power: ObservedPower, used: bool) -> None:
+    """FAILED and ABSENT say that no guest was there; with any other word its disks were made."""
+    world = at_level(MOVES_LEVEL)
+    vm_id = bound(world)
+    world.permit(vm_id)
+    assert world.vm(vm_id).status.has_run is False
+    world.report(vm_id, power, permit_used=used)
+
+    over = {ObservedPower.STOPPED, ObservedPower.SHUT_OFF, ObservedPower.CRASHED}
+    ran = power in RUNNING_POWERS or (used and power in over)
+    assert world.vm(vm_id).status.has_run is ran
+    world.report(vm_id, ObservedPower.FAILED, permit_used=True)
+    if power is ObservedPower.SHUT_OFF and used:
+        world.act(vm_id, VmAction.START)
+    world.permit(vm_id)
+    assert world.vm(vm_id).status.has_run is ran, "it stays so"
+
+
+def test_the_release_before_is_not_given_that_a_vm_has_run() -> None:
+    world = at_level(MOVES_LEVEL - 1)
+    vm_id = world.running()
+    world.report(vm_id, ObservedPower.CRASHED)
+    world.permit(vm_id)
+    assert world.vm(vm_id).status.has_run is None
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_once_the_level_is_raised_what_ran_before_has_run(rests: bool) -> None:
+    """At its next report, or at its next permit: nobody knows any more how its attempts went."""
+    world = at_level(MOVES_LEVEL - 1)
+    vm_id = world.running()
+    new_id = bound(world, "new")
+    if rests:
+        world.report(vm_id, ObservedPower.CRASHED)
+    (cluster,) = world.state.clusters.values()
+    world.state.put(replace(cluster.record, schema_level=MOVES_LEVEL), world.state.revision + 1)
+    assert may_have_run(world.vm(vm_id))
+    assert not may_have_run(world.vm(new_id))
+    if rests:
+        world.permit(vm_id)
+    else:
+        world.report(vm_id, ObservedPower.RUNNING)
+    assert world.permit(new_id) == 1
+
+    assert world.vm(vm_id).status.has_run is True
+    assert world.vm(new_id).status.has_run is False
 
 
 def late_start(world: CoreWorld) -> str:

@@ -36,6 +36,19 @@ def test_a_permit_is_told_from_permit_to_report() -> None:
     assert permits == [False, True, False, False]
 
 
+def test_that_it_has_run_is_told_from_the_first_look_on() -> None:
+    world = CoreWorld()
+    vm_id, _ = world.create()
+    world.bind(vm_id)
+    world.permit(vm_id)
+    before = told(world, vm_id).has_run
+    world.report(vm_id, ObservedPower.RUNNING)
+    world.report(vm_id, ObservedPower.CRASHED)
+    world.permit(vm_id)
+
+    assert (before, told(world, vm_id).has_run) == (False, True)
+
+
 @pytest.mark.parametrize("why", ["stopped", "deleted", "booted"])
 def test_a_permit_that_is_out_of_date_is_not_told(why: str) -> None:
     world = CoreWorld()
