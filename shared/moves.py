@@ -115,7 +115,8 @@ class DrainTry(Struct, frozen=True, kw_only=True):
 class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
     """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids.
 
-    ``total`` is how many VMs the node held when the drain began.
+    ``total`` is how many VMs the node held when the drain began. ``refused`` are VMs at rest that
+    stay, because of what the node answered that was to take them; none is asked about twice.
     """
 
     reason: str = ""
@@ -124,3 +125,4 @@ class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
     total: int = 0
     tries: tuple[DrainTry, ...] = ()
     left: tuple[VmLeft, ...] = ()
+    refused: tuple[VmLeft, ...] = ()

@@ -168,6 +168,18 @@ def release_vm(vm_id: str, new_node: str | None) -> Effect:
     return effect
 
 
+def refuse_release(vm_id: str, reason: str) -> Effect:
+    """Write down that a VM at rest stays, because of what its new node has answered."""
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        journal = journal_of(operation)
+        stays = VmLeft(vm=vm_id, name=draft.vm(vm_id).name, reason=reason)
+        others = tuple(each for each in journal.refused if each.vm != vm_id)
+        return replace(operation, saga=replace(journal, refused=(*others, stays)))
+
+    return effect
+
+
 def cancel_moves(draft: Draft, operation: Operation) -> Operation:
     """Cancel the migrations of a drain that can be cancelled; the others end by themselves."""
     for attempt in journal_of(operation).tries:

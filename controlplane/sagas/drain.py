@@ -19,7 +19,6 @@ from controlplane.commands.drains import (
     journal_of,
     move_vm,
     note_left,
-    release_vm,
     uncordon_again,
 )
 from controlplane.commands.migrations import MOVABLE_PHASES
@@ -35,6 +34,7 @@ from controlplane.sagas.context import (
     Writes,
 )
 from controlplane.sagas.migrate import MIGRATION
+from controlplane.sagas.release import let_go, stays_after_all
 from controlplane.scheduler.moves import move_request, shared_pools
 from controlplane.scheduler.place import plan
 from controlplane.scheduler.snapshot import Snapshot
@@ -79,10 +79,11 @@ async def _evacuate(context: StepContext) -> Outcome:
     judged = [(vm, _judge(context, node, vm, fate)) for vm, fate in zip(vms, at_rest, strict=True)]
     under_way = sum(fate.kind is FateKind.WAIT for _, fate in judged)
     for vm, fate in judged:
-        if fate.kind is FateKind.RELEASE:
-            return Writes(release_vm(vm.id, fate.new_node))
         if fate.kind is FateKind.MOVE and under_way < MOVES_AT_ONCE:
             return Writes(move_vm(vm.id, MIGRATION.names, MIGRATION.no_return))
+    for vm, fate in judged:  # after the moves: a node that is asked may be slow to answer
+        if fate.kind is FateKind.RELEASE:
+            return await let_go(context, vm, fate.new_node)
     left = tuple(
         VmLeft(vm=vm.id, name=vm.name, reason=fate.reason)
         for vm, fate in judged
@@ -145,7 +146,7 @@ def _judge(context: StepContext, node: Node, vm: Vm, at_rest: Fate | None) -> Fa
     if vm.status.node == node.id and vm.id in journal.skip:
         return Fate(FateKind.STAY, "it was to be skipped")
     if at_rest is not None:
-        return at_rest
+        return _unless_refused(journal, vm, at_rest)
     return _fate_after_tries(context, journal, vm)
 
 
@@ -208,6 +209,12 @@ def _told(error: Problem) -> str:
         f"{each.pointer.rpartition('/')[2]}: {each.message}" for each in error.errors
     )
     return f"{error.detail}: {reasons}" if reasons else error.detail
+
+
+def _unless_refused(journal: DrainJournal, vm: Vm, fate: Fate) -> Fate:
+    """Return a fate, unless it is to be let go to a node that was asked and does not take it."""
+    why = stays_after_all(journal, vm) if fate.kind is FateKind.RELEASE else ""
+    return Fate(FateKind.STAY, why) if why else fate
 
 
 def _now(context: StepContext) -> datetime:

@@ -271,6 +271,23 @@ async def test_a_volume_that_another_node_has_deleted_is_not_here_either(
     await world.two.driver.delete_volume("shared", shared)
 
 
+async def test_a_vm_at_rest_may_come_where_its_disks_are(world: MigrationWorld) -> None:
+    shared, two = volume_name(NAME, "data"), world.two.driver
+    question = DestinationQuestion(
+        vm_id=NAME,
+        domain_uuid=definition().uuid,
+        spec=definition(disks=(SHARED,)).spec,
+        copied=(),
+        machine="",
+        cpu_xml="",
+    )
+    (blocker,) = await two.check_destination(NAME, question)
+    assert blocker.code == "disk_not_shared"
+    await two.ensure_volume("shared", shared, 1)
+    assert await two.check_destination(NAME, question) == ()
+    await two.delete_volume("shared", shared)
+
+
 async def test_a_paused_guest_arrives_paused(world: MigrationWorld) -> None:
     source, destination = world.one.driver, world.two.driver
     await run_guest(source, definition())

@@ -13,6 +13,7 @@ from controlplane.commands.drains import (
     journal_of,
     move_vm,
     note_left,
+    refuse_release,
     release_vm,
     uncordon_again,
 )
@@ -52,6 +53,18 @@ def move(world: MoveWorld, operation_id: str, vm_id: str) -> str:
         for each in journal_of(world.operation(operation_id)).tries
         if each.vm == vm_id
     )
+
+
+def test_why_a_vm_is_not_let_go_is_written_down_once() -> None:
+    world = MoveWorld()
+    vm_id = at_rest(world)
+    operation_id = draining(world)
+    for reason in ("nobody knows", "its disk is not there"):
+        world.note(operation_id, "evacuate", refuse_release(vm_id, reason))
+
+    stays = VmLeft(vm=vm_id, name="web-1", reason="its disk is not there")
+    assert journal_of(world.operation(operation_id)).refused == (stays,)
+    assert world.vm(vm_id).status.node == world.node_id
 
 
 def test_whoever_asks_again_gets_the_drain_that_is_under_way() -> None:
