@@ -131,6 +131,7 @@ def test_no_node_is_overrun_while_all_of_a_nodes_vms_are_on_the_move(
     by_id = {node.id: node for node in nodes}
     planned = plan_moves(build_snapshot(nodes, vms, SETTINGS), nodes[0], vms)
     records = {vm.id: vm for vm in vms}
+    shared_gib = build_snapshot(nodes, vms, SETTINGS).shared_gib
     for stage in (MigrationStage.TRANSFER, MigrationStage.FINALIZE):
         for vm, decision in planned:
             if decision.node is None:
@@ -140,7 +141,9 @@ def test_no_node_is_overrun_while_all_of_a_nodes_vms_are_on_the_move(
             if stage is MigrationStage.FINALIZE:
                 moving = replace(moving, status=replace(moving.status, node=decision.node))
             records[vm.id] = moving
-            check_capacity(build_snapshot(nodes, records.values(), SETTINGS), nodes[0].id)
+            snapshot = build_snapshot(nodes, records.values(), SETTINGS)
+            check_capacity(snapshot, nodes[0].id)
+            assert snapshot.shared_gib == shared_gib, "who moves holds what it held"
 
 
 def check_capacity(snapshot: Snapshot, source: str) -> None:
