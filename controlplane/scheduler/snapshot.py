@@ -14,7 +14,8 @@ What counts as taken on a node:
 - A pool that nodes name as shared is one store: what is promised of it is the sum over all of them,
   each VM's disks once, on whichever of them the VM is, goes to or has left something.
 - A VM on the move takes all of that on both of its nodes, from the moment a generation was given
-  out for the second one until the first one has nothing left of it.
+  out for the second one until the first one has nothing left of it; where only files are left of
+  it, these.
 - A VM belongs to its groups on a node exactly where it takes CPU and memory.
 """
 
@@ -232,7 +233,9 @@ def loads_of(vm: Vm) -> dict[str, Load]:
         for node_id in (claim.source, claim.destination):
             loads.setdefault(node_id, _running_load(vm, disks_by_pool(vm, claim.copied)))
     for leftover in status.leftovers:
-        loads.setdefault(leftover.node, _running_load(vm, disks_by_pool(vm, leftover.disks)))
+        disks_gib = disks_by_pool(vm, leftover.disks)
+        load = Load(disks_gib=disks_gib) if leftover.empty else _running_load(vm, disks_gib)
+        loads.setdefault(leftover.node, load)
     return loads
 
 

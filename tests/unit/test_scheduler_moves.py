@@ -67,9 +67,12 @@ def test_after_the_switch_the_source_counts_until_it_has_nothing_left() -> None:
     finalizing = replace(moved, status=replace(moved.status, migration=claim.status.migration))
     left = Leftover(node="node-a", generation=1, disks=("d0",))
     left_over = replace(moved, status=replace(moved.status, leftovers=(left,)))
+    only_files = (replace(left, empty=True),)
+    files_left = replace(moved, status=replace(moved.status, leftovers=only_files))
 
     assert taken(finalizing) == {"node-a": COMES, "node-b": STAYS}
     assert taken(left_over) == {"node-a": COMES, "node-b": STAYS}
+    assert taken(files_left) == {"node-a": (0, 0, {"default": 10}), "node-b": STAYS}
     assert taken(moved) == {"node-b": STAYS}
 
 
