@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 from msgspec.structs import replace
@@ -11,6 +12,7 @@ from agent.reconciler import WORKERS
 from agent.simulated_driver import SimulatedDriver
 from agent.simulated_fabric import Travel
 from agent.simulated_guest import HeldFor, SimulatedDomain
+from controlplane.sagas.engine import TELL_WAIT_AFTER_S
 from controlplane.services.migrations import migrate_vm
 from controlplane.services.nodes import set_cordon
 from controlplane.services.requests import CordonOrder, MigrateOrder, NewVm
@@ -67,7 +69,9 @@ async def ends_of(bench: Bench) -> tuple[str, str]:
     return home, away
 
 
-def test_a_guest_that_crashes_while_it_waits_for_a_slot_starts_again_at_once() -> None:
+def test_a_guest_that_crashes_while_it_waits_for_a_slot_starts_again_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def story(bench: Bench) -> None:
         bench.cluster.fabric.times = replace(bench.cluster.fabric.times, transfer_s=200.0)
         await bench.start()
@@ -79,7 +83,10 @@ def test_a_guest_that_crashes_while_it_waits_for_a_slot_starts_again_at_once() -
             await migrate_vm(context, ADMIN, name, MigrateOrder())
         await bench.until(lambda: len(bench.on_the_move()) == 2)
         waiting = await bench.migrate()
-        await asyncio.sleep(1)
+        await asyncio.sleep(2 * TELL_WAIT_AFTER_S)
+        told = [m for m in caplog.messages if f"{waiting.id}: step admit waits" in m]
+        assert len(told) == 1, "what it waits for is told, once"
+        assert "2 VMs are leaving" in told[0]
         assert stage_of(bench) is MigrationStage.REQUESTED
         guest(bench, home, vm_of(bench)).end(ObservedPower.CRASHED)
         ended = await bench.ended(waiting, wait_s=10)
@@ -88,7 +95,8 @@ def test_a_guest_that_crashes_while_it_waits_for_a_slot_starts_again_at_once() -
         assert len(bench.on_the_move()) == 2
         await bench.settled(limit_s=400)
 
-    run(story)
+    with caplog.at_level(logging.INFO):
+        run(story)
 
 
 def test_a_reboot_that_was_accepted_comes_before_the_move(
