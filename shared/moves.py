@@ -101,7 +101,7 @@ class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration"):
 
 
 class VmLeft(Struct, frozen=True, kw_only=True):
-    """A VM that a drain could not move, and why."""
+    """A VM that cannot leave, or leaves once something comes that may take long; and what."""
 
     vm: str
     name: str
@@ -109,12 +109,18 @@ class VmLeft(Struct, frozen=True, kw_only=True):
 
 
 class DrainTry(Struct, frozen=True, kw_only=True):
-    """The last migration that a drain has asked for to move one VM, and how many there were."""
+    """The last migration that a drain has asked for to move one VM, and how many there were.
+
+    ``code`` and ``detail`` are the problem it ended with: history keeps it for a while only.
+    """
 
     vm: str
     operation: str
     count: int
     at: datetime
+    ended_at: datetime | None = None
+    code: str = ""
+    detail: str = ""
 
 
 class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):

@@ -30,7 +30,7 @@ from shared.model import (
 )
 from shared.moves import MigrationStage
 from shared.states import VmAction, vm_phase
-from tests.sim.test_migration import ADMIN, Bench, run
+from tests.sim.bench import ADMIN, Bench, run
 
 LOCAL = (DiskSpec(name="root", size_gib=1),)
 
