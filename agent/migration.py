@@ -22,7 +22,13 @@ from agent.inventory import NodeFacts
 from agent.journey import Journey, Travel, follow
 from agent.orders import arrives_paused, definition_of, delete_copies, end_of, relay_name
 from agent.relay import Relays, RelayTarget
-from shared.errors import DomainNotFound, HypervisorUnavailable, NovacronError, StateConflict
+from shared.errors import (
+    DomainNotFound,
+    HypervisorError,
+    HypervisorUnavailable,
+    NovacronError,
+    StateConflict,
+)
 from shared.model import Problem
 from shared.moves import EndState, MigrationFigures, MigrationStage
 from shared.problems import problem_of
@@ -70,6 +76,11 @@ class Migrations:
         self._fence.check(desired.term, desired.vm_id, desired.revision)
         work = _WORK.get((order.role, order.stage), Migrations._look)
         return await work(self, desired, order)
+
+    async def refused(self, desired: Desired, error: HypervisorError) -> MigrationReport:
+        """Return how far it is, with what the hypervisor has against going further."""
+        assert desired.migration is not None, "there is an order"
+        return await self._look(desired, desired.migration, fault=error)
 
     async def settle(self, vm_id: str) -> None:
         """Take note that a VM has no open migration here (any more)."""

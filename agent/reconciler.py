@@ -33,7 +33,7 @@ from shared.errors import (
 )
 from shared.model import DiskSpec, ObservedPower, Problem, RequestKind
 from shared.problems import problem_of
-from shared.protocol import Desired, Intent, VmReport
+from shared.protocol import Desired, Intent, MigrationReport, VmReport
 from shared.retry import Backoff
 from shared.states import RUNNING_POWERS
 
@@ -219,7 +219,16 @@ class VmReconciler:
 
     async def _take_part(self, desired: Desired) -> None:
         """Do this node's part in a migration; nothing else happens to the domain meanwhile."""
-        part = await self._migrations.work(desired)
+        try:
+            part = await self._migrations.work(desired)
+        except HypervisorUnavailable:
+            raise
+        except HypervisorError as error:
+            await self._tell_part(desired, await self._migrations.refused(desired, error))
+            raise
+        await self._tell_part(desired, part)
+
+    async def _tell_part(self, desired: Desired, part: MigrationReport) -> None:
         domain = await self._hypervisor.domain(desired.domain_name)
         report = self._seen(desired.vm_id, desired.generation, domain, desired.revision)
         left = desired.intent is Intent.LEAVE and part.settled

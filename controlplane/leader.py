@@ -181,6 +181,7 @@ class Leader:
             clock=parts.clock,
             limits=parts.limits,
             offload=parts.offload,
+            since=parts.clock.now(),
         )
         return SagaEngine(saga_parts, SAGAS)
 

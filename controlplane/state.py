@@ -24,6 +24,7 @@ from shared.model import (
     Power,
     Record,
     Vm,
+    has_rivals,
     nodes_of,
 )
 
@@ -255,7 +256,7 @@ class ClusterState:
             self._vms_on.setdefault(node_id, set()).add(vm.id)
         if vm.status.migration is not None:
             self._claimed.add(vm.id)
-        held = vm.status.migration is not None or bool(vm.status.leftovers)
+        held = vm.status.migration is not None or has_rivals(vm)
         if vm.spec.power is Power.STOPPED or vm.deleting or not over or held:
             return
         (self._unbound if vm.status.node is None else self._to_start).add(vm.id)

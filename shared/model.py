@@ -573,6 +573,11 @@ def is_moving(vm: Vm) -> bool:
     )
 
 
+def has_rivals(vm: Vm) -> bool:
+    """Return whether a node that the VM is not bound to may still run it."""
+    return any(not leftover.empty for leftover in vm.status.leftovers)
+
+
 def nodes_of(vm: Vm) -> tuple[str, ...]:
     """Return the nodes that hold, or may hold, something of a VM."""
     status = vm.status

@@ -54,6 +54,7 @@ class MigrationClaim(Struct, frozen=True, kw_only=True):
 
     ``generation`` is the destination's, in its boot ``boot_id``, 0 before it was given out.
     ``copied`` names the disks whose content moves along; the others are on shared storage.
+    ``unclean``: nothing can come to the destination any more, which has not removed all yet.
     """
 
     operation: str
@@ -64,17 +65,21 @@ class MigrationClaim(Struct, frozen=True, kw_only=True):
     generation: int = 0
     boot_id: str = ""
     copied: tuple[str, ...] = ()
+    unclean: bool = False
 
 
 class Leftover(Struct, frozen=True, kw_only=True):
     """A node that may still hold a domain of an earlier generation, and the disks to delete there.
 
-    While there is one, nothing of the VM is started anew anywhere: it might run there.
+    While there is one, nothing of the VM is started anew anywhere: it might run there; unless it is
+    ``empty``: no guest is or comes there, only files are left. ``arrival``: it was to come there.
     """
 
     node: str
     generation: int
     disks: tuple[str, ...] = ()
+    empty: bool = False
+    arrival: bool = False
 
 
 class MigrationFigures(Struct, frozen=True, kw_only=True):
@@ -96,7 +101,7 @@ class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration"):
 
 
 class VmLeft(Struct, frozen=True, kw_only=True):
-    """A VM that a drain could not move, and why."""
+    """A VM that cannot leave, or leaves once something comes that may take long; and what."""
 
     vm: str
     name: str
@@ -104,12 +109,18 @@ class VmLeft(Struct, frozen=True, kw_only=True):
 
 
 class DrainTry(Struct, frozen=True, kw_only=True):
-    """The last migration that a drain has asked for to move one VM, and how many there were."""
+    """The last migration that a drain has asked for to move one VM, and how many there were.
+
+    ``code`` and ``detail`` are the problem it ended with: history keeps it for a while only.
+    """
 
     vm: str
     operation: str
     count: int
     at: datetime
+    ended_at: datetime | None = None
+    code: str = ""
+    detail: str = ""
 
 
 class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):

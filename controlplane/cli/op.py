@@ -200,6 +200,13 @@ def error_told(error: ProblemView | None) -> str:
     return "\n".join([f"{error.title} ({error.code})", error.detail, *faults])
 
 
+def _still_there(seen: OperationView) -> list[tuple[str, str]]:
+    """Return what a drain waits for; of one that has ended the error tells what is left."""
+    if seen.ended or seen.details is None or not seen.details.left:
+        return []
+    return [("Left", "\n".join(f"{each.name}: {each.reason}" for each in seen.details.left))]
+
+
 def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
     return [
         ("Id", seen.id),
@@ -209,6 +216,7 @@ def _operation_fields(seen: OperationView) -> list[tuple[str, str]]:
         ("Phase", seen.phase or out.NOTHING),
         ("Steps", steps_told(seen.steps)),
         ("Error", error_told(seen.error)),
+        *_still_there(seen),
         ("Part of", seen.parent or out.NOTHING),
         ("By", seen.by or out.NOTHING),
         ("Created", out.stamp(seen.created_at)),

@@ -187,6 +187,17 @@ class ProgressView(Struct, frozen=True):
     eta_s: float | None = None
 
 
+class VmLeftView(Struct, frozen=True):
+    name: str = ""
+    reason: str = ""
+
+
+class OperationDetailsView(Struct, frozen=True):
+    """``left``: a drain's VMs that are still there, and why."""
+
+    left: tuple[VmLeftView, ...] = ()
+
+
 class OperationView(Struct, frozen=True):
     id: str
     kind: str = ""
@@ -202,6 +213,7 @@ class OperationView(Struct, frozen=True):
     deadline_at: datetime | None = None
     parent: str | None = None
     cancellable: bool = False
+    details: OperationDetailsView | None = None
 
     @property
     def ended(self) -> bool:

@@ -28,6 +28,7 @@ from shared.model import (
     VmStatus,
     attempt_generation,
     condition,
+    has_rivals,
     is_moving,
     may_have_run,
 )
@@ -64,7 +65,7 @@ class BindVm(Struct, frozen=True, kw_only=True):
         vm = draft.vm(self.vm_id)
         if vm.status.node is not None or vm.deleting or vm.spec.power is Power.STOPPED:
             raise StateConflict(f"{vm.name!r} is no longer waiting for a node")
-        if vm.status.leftovers:
+        if has_rivals(vm):
             raise StateConflict(f"{vm.name!r} may still run on another node")
         self.check(draft, vm, self.node_id)
         node = draft.node(self.node_id)
@@ -91,7 +92,7 @@ class PermitStart(Struct, frozen=True, kw_only=True):
         attempt = vm.status.attempt
         if vm.status.node is None or vm.deleting or vm.spec.power is Power.STOPPED:
             raise StateConflict(f"{vm.name!r} is not waiting for a start")
-        if vm.status.migration is not None or vm.status.leftovers:
+        if vm.status.migration is not None or has_rivals(vm):
             raise StateConflict(f"{vm.name!r} may still run on another node")
         if attempt is not None and attempt.state is not AttemptState.ENDED:
             raise StateConflict(f"generation {attempt.generation} of {vm.name!r} is not over")

@@ -166,6 +166,13 @@ class Draft:
                 found.append(self._state.operations[operation_id].record)
         return sorted(found, key=lambda operation: operation.id)
 
+    def changes_of(self, kind: type[R]) -> Iterator[tuple[R | None, R | None]]:
+        """Yield (before, after) of each record of a kind that this draft puts or deletes."""
+        for (changed_kind, record_id), after in self._changes.items():
+            if changed_kind is kind:
+                stored = self._state.get(kind, record_id)
+                yield None if stored is None else stored.record, after  # type: ignore[misc]
+
     def _changed(self, kind: type[R]) -> Iterator[R]:
         for (changed_kind, _), record in self._changes.items():
             if changed_kind is kind and record is not None:

@@ -195,11 +195,23 @@ def drained(draft: Draft, operation: Operation) -> Operation:
     if any(True for _ in draft.vms_on(node.id)):
         raise StateConflict(f"{node.name!r} is not empty")
     draft.event("node.drained", node.id, Author(operation.by), name=node.name)
-    return operation
+    return replace(operation, saga=replace(journal_of(operation), left=()))
+
+
+def note_ends(ends: tuple[DrainTry, ...]) -> Effect:
+    """Write down how migrations have ended. One that was asked for anew meanwhile is left alone."""
+    by_operation = {each.operation: each for each in ends}
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        journal = journal_of(operation)
+        tries = tuple(by_operation.get(each.operation, each) for each in journal.tries)
+        return replace(operation, saga=replace(journal, tries=tries))
+
+    return effect
 
 
 def note_left(left: tuple[VmLeft, ...]) -> Effect:
-    """Write down which VMs a drain could not move."""
+    """Write down which VMs are still there, and why."""
 
     def effect(draft: Draft, operation: Operation) -> Operation:
         return replace(operation, saga=replace(journal_of(operation), left=left))

@@ -205,10 +205,12 @@ def claim_destination(check: NodeCheck, copied: tuple[str, ...]) -> Effect:
     return effect
 
 
-def to_stage(stage: MigrationStage) -> Effect:
+def to_stage(stage: MigrationStage, *, unclean: bool = False) -> Effect:
+    """Go on to a stage; ``unclean``: see ``MigrationClaim``."""
+
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
-        _put_claim(draft, vm, replace(claim, stage=stage))
+        _put_claim(draft, vm, replace(claim, stage=stage, unclean=claim.unclean or unclean))
         return operation
 
     return effect
@@ -255,15 +257,18 @@ def _switch(draft: Draft, operation: Operation, power_seen: ObservedPower) -> Op
     return operation
 
 
-def close_claim(figures: MigrationFigures | None, *, swept: bool) -> Effect:
-    """End the claim; a source that could not be asked is remembered, to be swept later."""
+def close_claim(figures: MigrationFigures | None, *, swept: bool, empty: bool = False) -> Effect:
+    """End the claim; a source that is not swept is remembered: ``empty``, it has no guest."""
 
     def effect(draft: Draft, operation: Operation) -> Operation:
         vm, claim = claimed(draft, operation)
         leftovers = vm.status.leftovers
         if not swept:
             left = Leftover(
-                node=claim.source, generation=claim.source_generation, disks=claim.copied
+                node=claim.source,
+                generation=claim.source_generation,
+                disks=claim.copied,
+                empty=empty,
             )
             leftovers = (*leftovers, left)
             _event(draft, "vm.leftover", vm, operation.by, node=claim.source)
@@ -275,7 +280,10 @@ def close_claim(figures: MigrationFigures | None, *, swept: bool) -> Effect:
 
 
 def drop_claim(draft: Draft, operation: Operation) -> Operation:
-    """End the claim of a migration that did not happen; the VM is where it was."""
+    """End the claim of a migration that did not happen; the VM is where it was.
+
+    A destination that has not removed all that was made there is remembered.
+    """
     vm = draft.find(Vm, operation.target)
     claim = None if vm is None else vm.status.migration
     if vm is None or claim is None or claim.operation != operation.id:
@@ -291,7 +299,18 @@ def drop_claim(draft: Draft, operation: Operation) -> Operation:
             destination=claim.destination,
             detail=detail,
         )
-    put_vm(draft, replace(vm, status=replace(vm.status, migration=None)))
+    leftovers = vm.status.leftovers
+    if claim.unclean and claim.destination is not None:
+        left = Leftover(
+            node=claim.destination,
+            generation=claim.generation,
+            disks=claim.copied,
+            empty=True,
+            arrival=True,
+        )
+        leftovers = (*leftovers, left)
+        _event(draft, "vm.leftover", vm, operation.by, node=claim.destination)
+    put_vm(draft, replace(vm, status=replace(vm.status, migration=None, leftovers=leftovers)))
     return operation
 
 
@@ -318,6 +337,27 @@ class SweepLeftover(Struct, frozen=True, kw_only=True):
             vm_gone_from_node(draft, vm, Author("leader"))
         else:
             put_vm(draft, vm)
+
+
+class EmptyLeftover(Struct, frozen=True, kw_only=True):
+    """Notes that a node has no guest of a leftover, though something of it is still there."""
+
+    vm_id: str
+    node_id: str
+    generation: int
+
+    def decide(self, draft: Draft) -> None:
+        vm = draft.find(Vm, self.vm_id)
+        if vm is None:
+            return
+        leftovers = tuple(
+            replace(left, empty=True)
+            if (left.node, left.generation) == (self.node_id, self.generation)
+            else left
+            for left in vm.status.leftovers
+        )
+        if leftovers != vm.status.leftovers:
+            put_vm(draft, replace(vm, status=replace(vm.status, leftovers=leftovers)))
 
 
 def with_log_on(status: VmStatus, left: str, new: str | None) -> VmStatus:

@@ -8,7 +8,7 @@ themselves, but through the engine; what one step found reaches another through 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
@@ -58,7 +58,7 @@ class Submit(Protocol):
 
 
 class SagaParts(Struct, frozen=True):
-    """What every saga of a term works with."""
+    """What every saga of a term works with, which began at ``since``."""
 
     state: ClusterState
     nodes: Nodes
@@ -67,6 +67,7 @@ class SagaParts(Struct, frozen=True):
     clock: Clock
     limits: MigrationLimits
     offload: Offload
+    since: datetime
 
 
 class StepContext(Struct, frozen=True):
@@ -84,9 +85,12 @@ class StepContext(Struct, frozen=True):
         return self.parts.nodes
 
     def is_over_limit(self, limit: timedelta) -> bool:
-        """Whether the present step, or its undo, has been under way for longer than ``limit``."""
+        """Whether the present step, or its undo, has been under way for longer than ``limit``.
+
+        Time in which nobody led does not count.
+        """
         began = max(step.at for step in self.operation.steps if step.at is not None)
-        return self.parts.clock.now() - began > limit
+        return self.parts.clock.now() - max(began, self.parts.since) > limit
 
     def unheard(self) -> str:
         """Return which nodes may take something, but have not greeted this leader (yet).

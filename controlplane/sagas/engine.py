@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 # this.
 LOOK_AGAIN_S = 1.0
 PAUSE_AFTER_FAILURE_S = 1.0
+# What is waited for changes in moments as a rule; an operator looks for what has lasted.
+TELL_WAIT_AFTER_S = 5.0
 # What may have to be undone. A step that is pending has done nothing.
 _TOUCHED = frozenset({StepState.RUNNING, StepState.DONE, StepState.FAILED, StepState.UNDOING})
 
@@ -55,6 +57,8 @@ class SagaEngine:
         self._parts = parts
         self._sagas = sagas
         self._driven: dict[str, None] = {}
+        # What each saga waits for, since when, and whether that was told.
+        self._waits: dict[str, tuple[str, float, bool]] = {}
         self._woken = Changes()
 
     def wake(self) -> None:
@@ -109,6 +113,7 @@ class SagaEngine:
                         wait.cancel()
         finally:
             del self._driven[operation_id]
+            self._waits.pop(operation_id, None)
 
     async def _look(self, operation_id: str) -> bool:
         try:
@@ -153,12 +158,23 @@ class SagaEngine:
 
     async def _take(self, operation: Operation, step: Step, outcome: Outcome) -> bool:
         if isinstance(outcome, Waits):
+            self._note_wait(operation.id, step.name, outcome.why)
             return False
         kind = _COMMANDS[type(outcome), operation.undoing]
         await self._parts.submit(
             kind(operation_id=operation.id, step=step.name, effect=outcome.effect)
         )
         return True
+
+    def _note_wait(self, operation_id: str, step: str, why: str) -> None:
+        """Tell, once, what a saga has been waiting for for a while."""
+        now_s = asyncio.get_running_loop().time()
+        known, since_s, told = self._waits.get(operation_id, ("", now_s, False))
+        if known != why:
+            self._waits[operation_id] = (why, now_s, False)
+        elif not told and now_s - since_s >= TELL_WAIT_AFTER_S:
+            log.info("%s: step %s waits: %s", operation_id, step, why)
+            self._waits[operation_id] = (why, since_s, True)
 
 
 _StepCommand = type[FinishStep] | type[FinishUndo] | type[Note] | type[TurnForward]

@@ -39,7 +39,7 @@ from controlplane.scheduler.moves import copied_disks, move_request
 from controlplane.scheduler.place import Candidate, explain, plan
 from controlplane.scheduler.snapshot import Snapshot
 from shared.errors import FieldError, NodeUnreachable, NovacronError
-from shared.model import Node, NodeState, ObservedPower, Operation, Power, Problem, Vm
+from shared.model import AttemptState, Node, NodeState, ObservedPower, Operation, Power, Problem, Vm
 from shared.moves import EndState, MigrationClaim, MigrationJournal, MigrationStage
 from shared.problems import problem
 from shared.protocol import MigrationReport
@@ -52,13 +52,15 @@ PRECHECK_LIMIT = timedelta(seconds=60)
 PREPARE_LIMIT = timedelta(seconds=120)
 # After the switch the source ends within two seconds. One that cannot be asked is swept later.
 FINALIZE_LIMIT = timedelta(seconds=30)
+# A destination that was only made ready is cleaned in a second; one that is away, later.
+CLEAN_LIMIT = timedelta(seconds=30)
 
 # The actions and undos, in the order of the steps.
 
 
 async def _admit(context: StepContext) -> Outcome:
     """Choose the destination, and wait for a slot on both nodes."""
-    vm, claim = _claimed(context)
+    vm, claim = _running(context)
     chosen = await _choose(context, vm, claim)
     if isinstance(chosen, Waits):
         return chosen
@@ -67,7 +69,7 @@ async def _admit(context: StepContext) -> Outcome:
 
 async def _precheck(context: StepContext) -> Outcome:
     """Ask both nodes what stands against it, and name all of it at once."""
-    vm, claim = _claimed(context)
+    vm, claim = _running(context)
     assert claim.destination is not None, "it was admitted"
     try:
         blockers = await _blockers(context, vm, claim.source, claim.destination)
@@ -82,8 +84,14 @@ async def _precheck(context: StepContext) -> Outcome:
 
 async def _claim(context: StepContext) -> Outcome:
     """Give out the generation under which the guest will run on the destination."""
-    vm, claim = _claimed(context)
+    vm, claim = _running(context)
     assert claim.destination is not None, "it was admitted"
+    if vm.request is not None and vm.request.number > vm.status.answered_request:
+        # From now on its node only takes part in the migration: nothing else would be done.
+        if context.is_over_limit(PRECHECK_LIMIT):
+            detail = f"the guest's {vm.request.kind.value} has not been carried out in time"
+            raise StepFailed(problem("request_pending", detail, retryable=True))
+        return Waits(f"the guest's {vm.request.kind.value} is carried out first")
     candidate = _explain(context, context.parts.capacity.current(), vm, claim.destination)
     if not candidate.fits and _journal(context.operation).requested is not None:
         return await _nowhere(context, vm, [candidate])
@@ -110,8 +118,9 @@ async def _prepare(context: StepContext) -> Outcome:
 
 
 async def _undo_prepare(context: StepContext) -> Outcome:
-    """Have the destination leave nothing."""
+    """Have the destination leave nothing; nobody was told to go there, so it may do so later."""
     vm, claim = _claimed(context)
+    assert claim.destination is not None, "it was claimed"
     if claim.stage is MigrationStage.RESUME:
         return Done(unchanged)  # cleaned while the transfer was undone
     if claim.stage is not MigrationStage.CLEAN:
@@ -119,6 +128,9 @@ async def _undo_prepare(context: StepContext) -> Outcome:
     report = _report(context, vm, claim, claim.destination)
     if report is not None and report.stage is MigrationStage.CLEAN and report.settled:
         return Done(unchanged)
+    away = not context.nodes.trusts(claim.destination) and context.is_over_limit(CLEAN_LIMIT)
+    if away or _has_only_files(report, MigrationStage.CLEAN):
+        return Done(to_stage(MigrationStage.CLEAN, unclean=True))
     return Waits("the destination cleans up")
 
 
@@ -162,6 +174,8 @@ async def _undo_transfer(context: StepContext) -> Outcome:
         return Waits("nobody can tell yet where the guest is")
     asked = destination if stage is MigrationStage.CLEAN else source
     report = _report(context, vm, claim, asked)
+    if _has_only_files(report, MigrationStage.CLEAN):
+        return Writes(to_stage(MigrationStage.RESUME, unclean=True))
     if report is None or report.stage is not stage or not report.settled:
         return Waits(f"a node has not answered the stage {stage.value} yet")
     if stage is MigrationStage.CLEAN:
@@ -189,7 +203,8 @@ async def _finalize(context: StepContext) -> Outcome:
     # A strict one is resumed by its new owner, which has just been told.
     goes_on = vm.spec.power is not Power.RUNNING or vm.status.power_seen is not ObservedPower.PAUSED
     if (swept and goes_on) or context.is_over_limit(FINALIZE_LIMIT):
-        return Done(close_claim(figures, swept=swept))
+        empty = _has_only_files(report, MigrationStage.FINALIZE)
+        return Done(close_claim(figures, swept=swept, empty=empty))
     return Waits("the source cleans up, and the guest goes on")
 
 
@@ -293,6 +308,26 @@ def _claimed(context: StepContext) -> tuple[Vm, MigrationClaim]:
     if stored is None or claim is None or claim.operation != context.operation.id:
         raise StepFailed(problem("claim_lost", "the VM is no longer claimed by this migration"))
     return stored.record, claim
+
+
+def _running(context: StepContext) -> tuple[Vm, MigrationClaim]:
+    """Return the VM and its claim. Raises StepFailed when there is no guest (any more) to move."""
+    vm, claim = _claimed(context)
+    attempt = vm.status.attempt
+    if attempt is None or attempt.state is not AttemptState.RUNNING:
+        raise StepFailed(problem("guest_ended", "the guest ended before it was moved"))
+    return vm, claim
+
+
+def _has_only_files(report: MigrationReport | None, stage: MigrationStage) -> bool:
+    """Whether a node has told in a stage that it has no guest, and cannot remove all else."""
+    return (
+        report is not None
+        and report.stage is stage
+        and report.end is EndState.ABSENT
+        and report.fault is not None
+        and not report.settled
+    )
 
 
 def _report(

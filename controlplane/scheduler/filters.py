@@ -185,15 +185,18 @@ def pools(request: PlacementRequest, node: NodeView, context: Context) -> Reason
 def disk_space(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
     """Name the first pool that is too small; a pool that is missing is another filter's."""
     for name, needed_gib in sorted(request.disks_gib.items()):
-        pool = node.pools.get(name)
-        if pool is None or needed_gib <= pool.free_gib:
+        if name not in node.pools:
             continue
+        free_gib = context.snapshot.free_gib(node, name)
+        if needed_gib <= free_gib:
+            continue
+        which = "shared pool" if name in node.shared_pools else "pool"
         return Reason(
             ReasonCode.INSUFFICIENT_DISK,
-            f"needs {needed_gib} GiB in pool {name}, {pool.free_gib:.1f} of "
-            f"{pool.capacity_gib:.1f} GiB may still be promised",
+            f"needs {needed_gib} GiB in {which} {name}, {free_gib:.1f} of "
+            f"{node.pools[name].capacity_gib:.1f} GiB may still be promised",
             needed_gib,
-            pool.free_gib,
+            free_gib,
             "GiB",
         )
     return None

@@ -23,13 +23,14 @@ def move_request(vm: Vm, source: Node) -> PlacementRequest:
     inventory = source.inventory
     shared = shared_pools(source)
     copied = tuple(disk.name for disk in vm.spec.disks if disk.pool not in shared)
+    found = tuple(disk.name for disk in vm.spec.disks if disk.pool in shared)
     move = Move(
         source=source.id,
         virtualization="" if inventory is None else inventory.virtualization,
         qemu="" if inventory is None else inventory.versions.qemu,
         tls=inventory is not None and inventory.migration is not None and inventory.migration.tls,
         able=inventory is not None and inventory.migration is not None,
-        shared_pools=tuple(sorted({disk.pool for disk in vm.spec.disks} & shared)),
+        shared_gib=disks_by_pool(vm, found),
         left_behind=tuple(leftover.node for leftover in vm.status.leftovers),
     )
     return replace(request_of(vm), bound_to=None, disks_gib=disks_by_pool(vm, copied), move=move)

@@ -39,6 +39,7 @@ class Move(Struct, frozen=True, kw_only=True):
     """Where a VM that moves live comes from, and what that asks of its new node.
 
     ``able``: the source can take part. ``left_behind`` are nodes that still hold something of it.
+    ``shared_gib`` is what its disks on shared storage have been promised, by pool: no new space.
     """
 
     source: str
@@ -46,8 +47,12 @@ class Move(Struct, frozen=True, kw_only=True):
     qemu: str
     tls: bool
     able: bool
-    shared_pools: tuple[str, ...] = ()
+    shared_gib: dict[str, int] = {}
     left_behind: tuple[str, ...] = ()
+
+    @property
+    def shared_pools(self) -> tuple[str, ...]:
+        return tuple(sorted(self.shared_gib))
 
 
 class PlacementRequest(Struct, frozen=True, kw_only=True):
@@ -104,11 +109,16 @@ def request_of(vm: Vm) -> PlacementRequest:
 
 
 def load_of_request(request: PlacementRequest) -> Load:
-    """Return what the node gives away when ``request`` is placed on it."""
+    """Return what the node gives away when ``request`` is placed on it.
+
+    The disks that a move finds on shared storage are no new promise, but count from then on there:
+    a move is planned without the VM, and so without them.
+    """
+    found_gib = {} if request.move is None else request.move.shared_gib
     return Load(
         vcpus=request.vcpus,
         memory_mib=memory_needed_mib(request.memory_mib, request.vcpus),
-        disks_gib=request.disks_gib,
+        disks_gib={**found_gib, **request.disks_gib},
         groups=memberships(request.tenant, request.affinity, request.anti_affinity),
     )
 

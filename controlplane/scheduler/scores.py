@@ -55,8 +55,9 @@ def pool_room(request: PlacementRequest, node: NodeView, context: Context) -> fl
     """Prefer room to grow in the fullest of the pools that the disks go to."""
     shares = []
     for name, size_gib in request.disks_gib.items():
-        pool = node.pools[name]
-        shares.append((pool.free_gib - size_gib) / pool.capacity_gib if pool.capacity_gib else 0.0)
+        capacity_gib = node.pools[name].capacity_gib
+        left_gib = context.snapshot.free_gib(node, name) - size_gib
+        shares.append(left_gib / capacity_gib if capacity_gib else 0.0)
     return _clamped(min(shares))
 
 

@@ -11,14 +11,17 @@ What counts as taken on a node:
 - A VM that is stopped for good takes nothing but the space of its disks. Its memory may be given
   away, so starting it again is a placement that asks anew whether it fits.
 - Disks count in full, as what they may grow to, on the node that the VM is bound to.
+- A pool that nodes name as shared is one store: what is promised of it is the sum over all of them,
+  each VM's disks once, on whichever of them the VM is, goes to or has left something.
 - A VM on the move takes all of that on both of its nodes, from the moment a generation was given
-  out for the second one until the first one has nothing left of it.
+  out for the second one until the first one has nothing left of it; where only files are left of
+  it, these.
 - A VM belongs to its groups on a node exactly where it takes CPU and memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -46,20 +49,14 @@ from shared.model import (
 
 
 class PoolView(Struct, frozen=True):
-    """A storage pool in GiB: ``promised`` is what the disks of bound VMs may grow to."""
+    """A node's storage pool in GiB: ``promised`` is what the disks of its VMs may grow to.
+
+    Of a shared pool that is the node's part; the whole is ``Snapshot.promised_gib``.
+    """
 
     capacity_gib: float
     reported_free_gib: float
     promised_gib: int = 0
-
-    @property
-    def free_gib(self) -> float:
-        """What may still be promised.
-
-        Disks are thin: the reported figure does not see what they have yet to grow to, and the
-        promised one does not see foreign files. The smaller of the two holds.
-        """
-        return min(self.reported_free_gib, self.capacity_gib - self.promised_gib)
 
 
 class GroupCount(Struct, frozen=True):
@@ -111,11 +108,34 @@ class NodeView(Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """All nodes by id, and how many VMs of each group run anywhere."""
+    """All nodes by id, and what is counted over all of them.
+
+    ``group_members``: how many VMs of each group run anywhere. ``shared_gib``: what is promised of
+    each shared pool, by its name; kept as a sum, so that no candidate asks all nodes for it.
+    """
 
     settings: SchedulerSettings
     nodes: dict[str, NodeView]
     group_members: dict[GroupKey, int]
+    shared_gib: dict[str, int] = {}
+
+    def promised_gib(self, node: NodeView, pool: str) -> int:
+        """Return what is promised of a pool of a node: by all nodes that share it, if it is shared.
+
+        Raises KeyError when the node has no such pool.
+        """
+        if pool in node.shared_pools:
+            return self.shared_gib.get(pool, 0)
+        return node.pools[pool].promised_gib
+
+    def free_gib(self, node: NodeView, pool: str) -> float:
+        """Return what may still be promised of a pool of a node. Raises KeyError for no such pool.
+
+        Disks are thin: the reported figure does not see what they have yet to grow to, and the
+        promised one does not see foreign files. The smaller of the two holds.
+        """
+        facts = node.pools[pool]
+        return min(facts.reported_free_gib, facts.capacity_gib - self.promised_gib(node, pool))
 
     def with_placement(self, request: PlacementRequest, node_id: str) -> Snapshot:
         """Return the cluster after ``request`` was placed on a node; raises KeyError for none."""
@@ -126,48 +146,73 @@ class Snapshot(Struct, frozen=True):
 
         A request for a VM that counts already must be planned on this, or it counts twice.
         """
-        return self._loaded(loads_of(vm), sign=-1)
+        return self._loaded(_counted_once(loads_of(vm), self.nodes), sign=-1)
 
     def with_node(self, node: Node, vms: Iterable[Vm]) -> Snapshot:
         """Return the cluster with one node read anew; ``vms`` are all those that may count there.
 
-        This is how a snapshot that is kept follows the records: once per changed node.
+        This is how a snapshot that is kept follows the records: once per changed node. If another
+        of a VM's nodes has come to share a pool, or shares it no longer, that is read anew as well.
         """
-        view = _node_view(node, vms, self.settings)
+        empty = _empty_view(node, self.settings)
         before = self.nodes.get(node.id)
-        members = dict(self.group_members)
+        nodes = {**self.nodes, node.id: empty}
+        counted = (_counted_once(loads_of(vm), nodes) for vm in vms)
+        view = nodes[node.id] = _with_loads(
+            empty, [loads[node.id] for loads in counted if node.id in loads]
+        )
+        members, shared_gib = dict(self.group_members), dict(self.shared_gib)
         if before is not None:
             _add_members(members, before, sign=-1)
+            _add_shared(shared_gib, before, sign=-1)
         _add_members(members, view, sign=1)
-        return replace(self, nodes={**self.nodes, node.id: view}, group_members=members)
+        _add_shared(shared_gib, view, sign=1)
+        return replace(self, nodes=nodes, group_members=members, shared_gib=shared_gib)
+
+    def shared_gib_after(self, changes: Iterable[tuple[Vm | None, Vm | None]]) -> dict[str, int]:
+        """Return what is promised of the shared pools after each (before, after) of ``changes``.
+
+        Costs what the changes come to, whatever the size of the cluster.
+        """
+        sums = dict(self.shared_gib)
+        for change in changes:
+            for vm, sign in zip(change, (-1, 1), strict=True):
+                if vm is None:
+                    continue
+                for node_id, load in _counted_once(loads_of(vm), self.nodes).items():
+                    if node_id in self.nodes:
+                        _add_shared_load(sums, self.nodes[node_id], load, sign)
+        return sums
 
     def _loaded(self, loads: dict[str, Load], sign: int) -> Snapshot:
         nodes = dict(self.nodes)
-        members = dict(self.group_members)
+        members, shared_gib = dict(self.group_members), dict(self.shared_gib)
         for node_id, load in loads.items():
             if sign < 0 and node_id not in nodes:
                 continue  # the node was removed, and what ran there with it
             nodes[node_id] = _with_load(nodes[node_id], load, sign)
+            _add_shared_load(shared_gib, nodes[node_id], load, sign)
             for group in load.groups:
                 members[group] = members.get(group, 0) + sign
-        return replace(self, nodes=nodes, group_members=members)
+        return replace(self, nodes=nodes, group_members=members, shared_gib=shared_gib)
 
 
 def build_snapshot(
     nodes: Iterable[Node], vms: Iterable[Vm], settings: SchedulerSettings
 ) -> Snapshot:
     """Build the view of a whole cluster; VMs bound to nodes that are not given count nowhere."""
+    views = {node.id: _empty_view(node, settings) for node in nodes}
     loads: dict[str, list[Load]] = {}
     for vm in vms:
-        for node_id, load in loads_of(vm).items():
+        for node_id, load in _counted_once(loads_of(vm), views).items():
             loads.setdefault(node_id, []).append(load)
-    views: dict[str, NodeView] = {}
     members: dict[GroupKey, int] = {}
-    for node in nodes:
-        view = _loaded_view(node, loads.get(node.id, ()), settings)
-        views[node.id] = view
+    shared_gib: dict[str, int] = {}
+    for node_id, empty in views.items():
+        view = views[node_id] = _with_loads(empty, loads.get(node_id, ()))
         _add_members(members, view, sign=1)
-    return Snapshot(settings, views, members)
+        _add_shared(shared_gib, view, sign=1)
+    return Snapshot(settings, views, members, shared_gib)
 
 
 def loads_of(vm: Vm) -> dict[str, Load]:
@@ -188,7 +233,9 @@ def loads_of(vm: Vm) -> dict[str, Load]:
         for node_id in (claim.source, claim.destination):
             loads.setdefault(node_id, _running_load(vm, disks_by_pool(vm, claim.copied)))
     for leftover in status.leftovers:
-        loads.setdefault(leftover.node, _running_load(vm, disks_by_pool(vm, leftover.disks)))
+        disks_gib = disks_by_pool(vm, leftover.disks)
+        load = Load(disks_gib=disks_gib) if leftover.empty else _running_load(vm, disks_gib)
+        loads.setdefault(leftover.node, load)
     return loads
 
 
@@ -201,12 +248,28 @@ def _running_load(vm: Vm, disks_gib: dict[str, int]) -> Load:
     )
 
 
-def _node_view(node: Node, vms: Iterable[Vm], settings: SchedulerSettings) -> NodeView:
-    loads = [load for vm in vms for node_id, load in loads_of(vm).items() if node_id == node.id]
-    return _loaded_view(node, loads, settings)
+def _counted_once(loads: dict[str, Load], nodes: Mapping[str, NodeView]) -> dict[str, Load]:
+    """Return one VM's loads without the disks that an earlier node counts in the same shared pool.
+
+    Whoever is asked to copy a disk does not share its pool; but an agent's setting may change while
+    a VM is on the move or left something behind, and then both ends' files are one.
+    """
+    if len(loads) == 1:
+        return loads
+    counted_gib: dict[str, int] = {}
+    counted: dict[str, Load] = {}
+    for node_id, load in loads.items():
+        disks_gib = dict(load.disks_gib)
+        shared = nodes[node_id].shared_pools if node_id in nodes else frozenset()
+        for pool in shared & disks_gib.keys():
+            before_gib = counted_gib.get(pool, 0)
+            counted_gib[pool] = max(before_gib, disks_gib[pool])
+            disks_gib[pool] = counted_gib[pool] - before_gib
+        counted[node_id] = replace(load, disks_gib=disks_gib)
+    return counted
 
 
-def _loaded_view(node: Node, loads: Iterable[Load], settings: SchedulerSettings) -> NodeView:
+def _with_loads(view: NodeView, loads: Iterable[Load]) -> NodeView:
     """Sum ``loads`` up first, so that a node with many VMs is copied once."""
     vcpus = memory_mib = 0
     promised: dict[str, int] = {}
@@ -218,7 +281,6 @@ def _loaded_view(node: Node, loads: Iterable[Load], settings: SchedulerSettings)
             promised[pool] = promised.get(pool, 0) + size_gib
         for group, repels in load.groups.items():
             groups[group] = _count(groups.get(group, GroupCount()), repels, sign=1)
-    view = _empty_view(node, settings)
     return replace(
         view,
         allocated_vcpus=vcpus,
@@ -298,3 +360,21 @@ def _count(count: GroupCount, repels: bool, sign: int) -> GroupCount:
 def _add_members(members: dict[GroupKey, int], view: NodeView, sign: int) -> None:
     for group, count in view.groups.items():
         members[group] = members.get(group, 0) + sign * count.members
+
+
+def _add_shared(sums_gib: dict[str, int], view: NodeView, sign: int) -> None:
+    for name in view.shared_pools:
+        _add_gib(sums_gib, name, sign * view.pools[name].promised_gib)
+
+
+def _add_shared_load(sums_gib: dict[str, int], view: NodeView, load: Load, sign: int) -> None:
+    for name, size_gib in load.disks_gib.items():
+        if name in view.shared_pools:
+            _add_gib(sums_gib, name, sign * size_gib)
+
+
+def _add_gib(sums_gib: dict[str, int], name: str, size_gib: int) -> None:
+    """Keep no sum of nothing, so that equal clusters have equal snapshots, however made."""
+    sum_gib = sums_gib.pop(name, 0) + size_gib
+    if sum_gib:
+        sums_gib[name] = sum_gib

@@ -46,7 +46,8 @@ async def plan_drain(
     state = context.state
     here = [state.vms[vm_id].record for vm_id in sorted(state.vm_ids_on(node.id))]
     snapshot = await snapshot_now(context)
-    fates = await context.offload(lambda: [fate_at_rest(node, vm, snapshot) for vm in here])
+    now = context.clock.now()
+    fates = await context.offload(lambda: [fate_at_rest(node, vm, snapshot, now) for vm in here])
     planned = [
         _without_move(context, vm, fate, skipped=vm.id in request.skip)
         for vm, fate in zip(here, fates, strict=True)

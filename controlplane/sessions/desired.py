@@ -51,7 +51,8 @@ def desired_of(stored: Stored[Vm], node: Node, term: Term, name_of: NodeName) ->
     left = next((each for each in vm.status.leftovers if each.node == node.id), None)
     if left is None:
         return None
-    return _part(stored, node, term, Intent.LEAVE, left.generation, _sweep(vm, left))
+    intent = Intent.RECEIVE if left.arrival else Intent.LEAVE
+    return _part(stored, node, term, intent, left.generation, _sweep(vm, left))
 
 
 def _owned(stored: Stored[Vm], node: Node, term: Term) -> Desired:
@@ -120,12 +121,17 @@ def _order(vm: Vm, claim: MigrationClaim, role: MigrationRole, name_of: NodeName
 
 
 def _sweep(vm: Vm, left: Leftover) -> MigrationOrder:
-    """A leftover is swept as a source is finalized: by the generation it must carry."""
+    """A leftover is swept as a source is finalized, by the generation that it must carry; or, where
+    the VM was to come, as a destination is cleaned.
+    """
+    role, stage = MigrationRole.SOURCE, MigrationStage.FINALIZE
+    if left.arrival:
+        role, stage = MigrationRole.DESTINATION, MigrationStage.CLEAN
     return MigrationOrder(
         operation="",
-        role=MigrationRole.SOURCE,
-        stage=MigrationStage.FINALIZE,
-        generation=vm.status.generation,
+        role=role,
+        stage=stage,
+        generation=left.generation if left.arrival else vm.status.generation,
         source_generation=left.generation,
         boot_id="",
         peer="",

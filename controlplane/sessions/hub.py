@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
-from controlplane.commands.migrations import SweepLeftover
+from controlplane.commands.migrations import EmptyLeftover, SweepLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.session import AgentChannel, AgentSession
@@ -34,7 +34,7 @@ from shared.errors import (
 from shared.ids import IdSource
 from shared.lifetime import until_one_ends
 from shared.model import NodeState, Record, Vm, nodes_of
-from shared.moves import MigrationStage
+from shared.moves import EndState, MigrationStage
 from shared.problems import problem_of
 from shared.protocol import (
     PROTOCOL_LEVEL,
@@ -62,6 +62,13 @@ log = logging.getLogger(__name__)
 GREETING_TIMEOUT_S = 15.0
 # Greetings under way at once: each is a commit and a listing of the node's VMs.
 GREETINGS_MAX = 50
+# The stages in which a node removes what it has of a generation.
+_CLEANS = frozenset(
+    {
+        (MigrationRole.SOURCE, MigrationStage.FINALIZE),
+        (MigrationRole.DESTINATION, MigrationStage.CLEAN),
+    }
+)
 # Queries wait for an agent this long; a console log is read in well under a second.
 QUERY_TIMEOUT_S = 10.0
 QUERIES_PER_NODE_MAX = 16
@@ -231,8 +238,9 @@ class Hub:
         """Take a report; one VM's that cannot be taken must not cost the node its session."""
         by = Author(f"agent:{session.node_name}")
         try:
-            if _is_swept(report):
-                await self._applier.submit(_sweep(session.node_id, report))
+            told = _told_of_leftover(session.node_id, report)
+            if told is not None:
+                await self._applier.submit(told)
             await self._applier.submit(ObserveVm(node_id=session.node_id, report=report, by=by))
         except Conflict as refused:
             log.error("a report on %s was not taken: %s", report.vm_id, refused)
@@ -400,19 +408,16 @@ class Hub:
             observer(node_id)
 
 
-def _is_swept(report: VmReport) -> bool:
-    """Whether a node tells that nothing is left of a generation which it had to leave."""
+def _told_of_leftover(node_id: str, report: VmReport) -> SweepLeftover | EmptyLeftover | None:
+    """Return what a report says about a generation that its node had to leave, or to clean up."""
     told = report.migration
-    return (
-        told is not None
-        and told.role is MigrationRole.SOURCE
-        and told.stage is MigrationStage.FINALIZE
-        and told.settled
-    )
-
-
-def _sweep(node_id: str, report: VmReport) -> SweepLeftover:
-    return SweepLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
+    if told is None or (told.role, told.stage) not in _CLEANS:
+        return None
+    if told.settled:
+        return SweepLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
+    if told.fault is not None and told.end is EndState.ABSENT:
+        return EmptyLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
+    return None
 
 
 async def _reject(channel: AgentChannel, error: NovacronError) -> None:

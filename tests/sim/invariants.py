@@ -181,7 +181,8 @@ def start_has_no_rival(before: Ledger, event: SimEvent) -> Iterator[str]:
         known = vm.status.attempt is not None and (
             vm.status.attempt.generation == record.status.attempt.generation
         )
-        if permitted and not known and (vm.status.leftovers or vm.status.migration is not None):
+        rivals = any(not left.empty for left in vm.status.leftovers)
+        if permitted and not known and (rivals or vm.status.migration is not None):
             yield f"{vm_id} may start anew, and may run elsewhere"
 
 

@@ -11,8 +11,8 @@ from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm
 from shared.model import DiskSpec, OperationState, Power, VmPhase
 from shared.states import VmAction, vm_phase
+from tests.sim.bench import ADMIN, Bench, run
 from tests.sim.node import SHARED_POOL, SimNode
-from tests.sim.test_migration import ADMIN, Bench, run
 
 POOLS = ("default", SHARED_POOL)
 

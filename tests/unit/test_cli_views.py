@@ -133,6 +133,18 @@ def test_a_failed_operation_shows_its_error(cli: Cli, api: FakeApi) -> None:
     assert "/spec: too much" in cli.stdout
 
 
+def test_a_drain_shows_what_it_waits_for_until_it_has_ended(cli: Cli, api: FakeApi) -> None:
+    left = [{"vm": "vm-1", "name": "web-1", "reason": "it is being deleted"}]
+    details = {"type": "drain", "left": left}
+    path = "operations/op-1"
+    api.on("GET", path, *(an_operation(state, details=details) for state in ("running", "failed")))
+
+    assert cli.run("op", "show", "op-1") == 0
+    assert "web-1: it is being deleted" in cli.stdout
+    assert cli.run("op", "show", "op-1") == 0
+    assert "it is being deleted" not in cli.stdout
+
+
 def test_the_cluster_shows_who_leads(cli: Cli, api: FakeApi) -> None:
     api.on("GET", "cluster", CLUSTER, {**CLUSTER, "leader": None})
 

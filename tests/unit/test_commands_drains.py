@@ -12,6 +12,7 @@ from controlplane.commands.drains import (
     drained,
     journal_of,
     move_vm,
+    note_ends,
     note_left,
     refuse_release,
     release_vm,
@@ -148,6 +149,20 @@ def test_a_move_is_written_down_with_the_request_for_it_and_counted() -> None:
     assert (tried.vm, tried.operation, tried.count) == (vm_id, second, 2)
 
 
+def test_an_end_is_written_down_unless_another_try_was_begun_meanwhile() -> None:
+    world = MoveWorld()
+    first, second = world.running("web-1"), world.running("web-2")
+    operation_id = draining(world)
+    for vm_id in (first, second):
+        move(world, operation_id, vm_id)
+    before = journal_of(world.operation(operation_id)).tries
+    ended = replace(before[0], ended_at=world.clock.now(), code="cancelled", detail="by user-1")
+    gone = replace(before[1], operation="op-earlier", code="cancelled")
+    world.note(operation_id, "evacuate", note_ends((ended, gone)))
+
+    assert journal_of(world.operation(operation_id)).tries == (ended, before[1])
+
+
 @pytest.mark.parametrize("new", [True, False])
 def test_what_rests_is_let_go_and_swept(new: bool) -> None:
     world = MoveWorld()
@@ -201,9 +216,13 @@ def test_a_node_with_something_left_on_it_is_not_drained() -> None:
 def test_an_empty_node_is_drained() -> None:
     world = MoveWorld()
     operation_id = draining(world)
+    left = (VmLeft(vm="vm-1", name="web-1", reason="it is being deleted"),)
+    world.note(operation_id, "evacuate", note_left(left))
     world.finish(operation_id, "evacuate", drained)
 
-    assert world.ended(operation_id).state is OperationState.SUCCEEDED
+    ended = world.ended(operation_id)
+    assert ended.state is OperationState.SUCCEEDED
+    assert journal_of(ended).left == ()
     assert "node.drained" in world.events()
 
 

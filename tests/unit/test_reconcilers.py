@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.attempts import PLACED, BindVm, EndAttempt, NotePlacement
 from controlplane.commands.cluster import TRIM_MAX, TrimHistory
-from controlplane.commands.draft import Command
+from controlplane.commands.draft import Command, Draft
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
@@ -36,17 +36,21 @@ from controlplane.telemetry.windows import Windows
 from shared.errors import LeadershipLost, OutcomeUnknown, StateConflict
 from shared.model import (
     AttemptState,
+    DiskSpec,
     Event,
     NodeState,
     ObservedPower,
     OperationState,
+    PoolFacts,
+    Vm,
     VmPhase,
     condition,
 )
+from shared.moves import Leftover
 from shared.offload import inline
 from shared.states import VmAction, vm_phase
 from tests.sim.virtual_loop import run_virtual
-from tests.unit.core_world import BORN, CoreWorld, HandClock
+from tests.unit.core_world import BORN, INVENTORY, LEADER, CoreWorld, HandClock
 
 R = TypeVar("R")
 SETTINGS = SchedulerSettings()
@@ -307,6 +311,91 @@ async def test_the_kept_snapshot_is_what_a_fresh_one_would_be() -> None:
     assert term.capacity.current() == fresh.current()
     term.capacity.close()
     fresh.close()
+
+
+def sharing(term: Term, node_id: str, *, shared: bool = True) -> None:
+    """Give a node a pool ``san`` of 100 GiB."""
+    node, revision = term.world.node(node_id), term.state.revision + 1
+    pool = PoolFacts(name="san", capacity_gib=100.0, free_gib=100.0, shared=shared)
+    term.state.put(replace(node, inventory=replace(INVENTORY, pools=(pool,))), revision)
+    term.state.advanced(revision)
+
+
+def two_sharing() -> tuple[Term, str, str]:
+    term = Term()
+    one, two = term.world.node_id, term.world.join("n2")
+    term.sessions.connect(two)
+    for node_id in (one, two):
+        sharing(term, node_id)
+    return term, one, two
+
+
+def on_san(term: Term, name: str, size_gib: int = 90) -> str:
+    return term.world.create(name, disks=(DiskSpec(name="root", size_gib=size_gib, pool="san"),))[0]
+
+
+def bind(term: Term, vm_id: str, node_id: str) -> BindVm:
+    return BindVm(vm_id=vm_id, node_id=node_id, by=LEADER, check=term.capacity.check)
+
+
+async def test_the_capacity_of_a_shared_pool_is_given_away_once() -> None:
+    term, _, _ = two_sharing()
+    first, second = on_san(term, "first"), on_san(term, "second")
+    await term.place.reconcile()
+    assert term.world.vm(first).status.node is not None
+    assert term.world.vm(second).status.node is None
+
+    term.state.remove(Vm, first)
+    await term.place.reconcile()
+    assert term.world.vm(second).status.node is not None
+
+
+def test_the_capacity_of_a_shared_pool_is_checked_over_all_nodes_in_the_transaction() -> None:
+    term, one, two = two_sharing()
+    first, second = on_san(term, "first"), on_san(term, "second")
+    small = on_san(term, "small", size_gib=10)
+    draft = Draft(term.state, term.world.ids, term.world.clock.now())
+    bind(term, first, one).decide(draft)
+    with pytest.raises(StateConflict, match=r"shared pool san, 10\.0 of 100\.0 GiB"):
+        bind(term, second, two).decide(draft)
+    bind(term, small, two).decide(draft)
+
+    term.world.apply(bind(term, first, one))
+    draft = Draft(term.state, term.world.ids, term.world.clock.now())
+    with pytest.raises(StateConflict, match="shared pool san"):
+        bind(term, second, two).decide(draft)
+    draft.delete(Vm, first)
+    bind(term, second, two).decide(draft)
+
+
+def test_the_capacity_check_goes_by_who_shares_the_pool_in_the_same_transaction() -> None:
+    term, one, two = two_sharing()
+    sharing(term, one, shared=False)
+    first, second = on_san(term, "first"), on_san(term, "second")
+    term.world.apply(bind(term, first, one))
+    draft = Draft(term.state, term.world.ids, term.world.clock.now())
+    bind(term, second, two).decide(draft)
+
+    draft = Draft(term.state, term.world.ids, term.world.clock.now())
+    draft.put(replace(term.world.node(one), inventory=term.world.node(two).inventory))
+    with pytest.raises(StateConflict, match="shared pool san"):
+        bind(term, second, two).decide(draft)
+
+
+def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> None:
+    term, one, two = two_sharing()
+    vm_id = on_san(term, "mover")
+    term.world.apply(bind(term, vm_id, two))
+    vm = term.world.vm(vm_id)
+    left = Leftover(node=one, generation=1, disks=("root",))
+    term.state.put(replace(vm, status=replace(vm.status, leftovers=(left,))), term.state.revision)
+    for node_id, shared in ((two, False), (one, False), (two, True), (one, True)):
+        sharing(term, node_id, shared=shared)
+        fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+        assert term.capacity.current() == fresh.current()
+    term.sessions.disconnect(one)
+    assert term.capacity.current().nodes[one].state is NodeState.SILENT
+    assert term.capacity.current().shared_gib == {"san": 90}
 
 
 async def test_history_is_copied_and_trimmed_behind_the_copy() -> None:

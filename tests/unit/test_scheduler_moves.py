@@ -67,9 +67,12 @@ def test_after_the_switch_the_source_counts_until_it_has_nothing_left() -> None:
     finalizing = replace(moved, status=replace(moved.status, migration=claim.status.migration))
     left = Leftover(node="node-a", generation=1, disks=("d0",))
     left_over = replace(moved, status=replace(moved.status, leftovers=(left,)))
+    only_files = (replace(left, empty=True),)
+    files_left = replace(moved, status=replace(moved.status, leftovers=only_files))
 
     assert taken(finalizing) == {"node-a": COMES, "node-b": STAYS}
     assert taken(left_over) == {"node-a": COMES, "node-b": STAYS}
+    assert taken(files_left) == {"node-a": (0, 0, {"default": 10}), "node-b": STAYS}
     assert taken(moved) == {"node-b": STAYS}
 
 
@@ -131,6 +134,7 @@ def test_no_node_is_overrun_while_all_of_a_nodes_vms_are_on_the_move(
     by_id = {node.id: node for node in nodes}
     planned = plan_moves(build_snapshot(nodes, vms, SETTINGS), nodes[0], vms)
     records = {vm.id: vm for vm in vms}
+    shared_gib = build_snapshot(nodes, vms, SETTINGS).shared_gib
     for stage in (MigrationStage.TRANSFER, MigrationStage.FINALIZE):
         for vm, decision in planned:
             if decision.node is None:
@@ -140,7 +144,9 @@ def test_no_node_is_overrun_while_all_of_a_nodes_vms_are_on_the_move(
             if stage is MigrationStage.FINALIZE:
                 moving = replace(moving, status=replace(moving.status, node=decision.node))
             records[vm.id] = moving
-            check_capacity(build_snapshot(nodes, records.values(), SETTINGS), nodes[0].id)
+            snapshot = build_snapshot(nodes, records.values(), SETTINGS)
+            check_capacity(snapshot, nodes[0].id)
+            assert snapshot.shared_gib == shared_gib, "who moves holds what it held"
 
 
 def check_capacity(snapshot: Snapshot, source: str) -> None:

@@ -11,6 +11,16 @@ from controlplane.scheduler.snapshot import build_snapshot
 from shared.model import Node, Vm
 from tests.unit.cluster_text import make_node, make_vm
 
+SAN_GIB = 60
+POOLS = (
+    "",
+    "default:100:100",
+    "default:100:20",
+    f"default:100:100,san:{SAN_GIB}:{SAN_GIB}:shared",
+    f"san:{SAN_GIB}:{SAN_GIB}:shared",
+    f"san:{SAN_GIB}:{SAN_GIB}",
+)
+DISKS = ("", "", "default:10", "default:30", "san:25", "default:10,san:25")
 GROUPS = ("web", "web!", "db", "db!")
 SETTINGS = SchedulerSettings(cpu_overcommit=2.0, memory_reserve_mib=256)
 
@@ -22,7 +32,7 @@ def nodes(draw: st.DrawFn, name: str = "n0") -> Node:
         "memory": str(draw(st.sampled_from((128, 1024, 4096, 16384)))),
         "networks": draw(st.sampled_from(("", "lan", "lan,wan"))),
         "labels": draw(st.sampled_from(("", "zone:a", "zone:b"))),
-        "pools": draw(st.sampled_from(("", "default:100:100", "default:100:20"))),
+        "pools": draw(st.sampled_from(POOLS)),
         "state": draw(st.sampled_from(("ready", "ready", "ready", "silent"))),
     }
     if draw(st.integers(0, 5)) == 0:
@@ -39,7 +49,7 @@ def vms(draw: st.DrawFn, name: str = "v0") -> Vm:
         "memory": str(draw(st.sampled_from((64, 512, 2048, 8192)))),
         "networks": draw(st.sampled_from(("", "", "lan", "wan"))),
         "labels": draw(st.sampled_from(("", "", "zone:a"))),
-        "disks": draw(st.sampled_from(("", "", "default:10", "default:30"))),
+        "disks": draw(st.sampled_from(DISKS)),
         "apart": draw(st.sampled_from(("", *GROUPS))),
         "with": draw(st.sampled_from(("", "", *GROUPS))),
     }
@@ -67,6 +77,7 @@ def test_no_node_is_ever_filled_past_its_capacity(cluster: list[Node], wanted: l
         node_id = place(snapshot, request).node
         if node_id is not None:
             snapshot = snapshot.with_placement(request, node_id)
+    assert snapshot.shared_gib.get("san", 0) <= SAN_GIB
     for node in snapshot.nodes.values():
         assert 0 <= node.allocated_memory_mib <= node.memory_limit_mib
         assert 0 <= node.allocated_vcpus <= node.vcpus_limit
@@ -143,6 +154,7 @@ def test_incremental_views_equal_a_rebuilt_one(cluster: list[Node], wanted: list
         snapshot = snapshot.without(vm)
     empty = build_snapshot(cluster, [], SETTINGS)
     assert snapshot.nodes == empty.nodes
+    assert snapshot.shared_gib == {}
     assert not any(snapshot.group_members.values())
 
 
