@@ -123,11 +123,19 @@ class DrainTry(Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class Unanswered(Struct, frozen=True):
+    """A node that a drain has asked in vain, since when."""
+
+    node: str
+    since: datetime
+
+
 class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
     """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids.
 
     ``total`` is how many VMs the node held when the drain began. ``refused`` are VMs at rest that
     stay, because of what the node answered that was to take them; none is asked about twice.
+    ``unanswered`` are nodes that have not answered yet.
     """
 
     reason: str = ""
@@ -137,3 +145,4 @@ class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
     tries: tuple[DrainTry, ...] = ()
     left: tuple[VmLeft, ...] = ()
     refused: tuple[VmLeft, ...] = ()
+    unanswered: tuple[Unanswered, ...] = ()

@@ -182,7 +182,7 @@ class Endpoint:
         etag = etag_of(context.state, result)
         wait_s = preferred_wait_s(request.sent.prefer)
         if wait_s is not None and isinstance(result, OperationView):
-            result, etag = await self._awaited(principal, result, wait_s)
+            result, etag = await self._awaited(principal, result, etag, wait_s)
             more = (*more, (b"preference-applied", b"wait=%d" % wait_s))
         answer = _answer(request.route, result, etag)
         ended = isinstance(result, OperationView) and result.state in OPERATION_ENDS
@@ -190,14 +190,14 @@ class Endpoint:
         return replace(answer, status=status, headers=(*answer.headers, *more))
 
     async def _awaited(
-        self, principal: Principal, operation: OperationView, wait_s: int
+        self, principal: Principal, operation: OperationView, etag: str | None, wait_s: int
     ) -> tuple[OperationView, str | None]:
         """Return an operation at its end, or after a while; it is accepted, whatever comes."""
         waiting = await_end(self._context, principal, operation, wait_s)
         try:
             return await self._streams.unless_closing(self._tagged(waiting))
         except Unavailable:
-            return operation, etag_of(self._context.state, operation)
+            return operation, etag
 
     async def _tagged(self, work: Awaitable[T]) -> tuple[T, str | None]:
         """Return what ``work`` returns and its ETag, both of one moment: no commit in between."""

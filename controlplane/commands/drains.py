@@ -24,7 +24,7 @@ from controlplane.commands.sagas import (
 from controlplane.commands.upgrade import MOVES_LEVEL, require_level
 from shared.errors import StateConflict
 from shared.model import AttemptState, Node, Operation, OperationState, Vm
-from shared.moves import DrainJournal, DrainTry, Leftover, VmLeft
+from shared.moves import DrainJournal, DrainTry, Leftover, Unanswered, VmLeft
 
 DRAIN = "node.drain"
 # A node of 100 VMs empties within hours, two at a time; what waits for longer waits for a person.
@@ -176,6 +176,19 @@ def refuse_release(vm_id: str, reason: str) -> Effect:
         stays = VmLeft(vm=vm_id, name=draft.vm(vm_id).name, reason=reason)
         others = tuple(each for each in journal.refused if each.vm != vm_id)
         return replace(operation, saga=replace(journal, refused=(*others, stays)))
+
+    return effect
+
+
+def note_answer(node_id: str, *, answered: bool) -> Effect:
+    """Write down that a node does not answer, from now on, or that it does again."""
+
+    def effect(draft: Draft, operation: Operation) -> Operation:
+        journal = journal_of(operation)
+        silent = tuple(each for each in journal.unanswered if each.node != node_id)
+        if not answered:
+            silent = (*silent, Unanswered(node_id, draft.now))
+        return replace(operation, saga=replace(journal, unanswered=silent))
 
     return effect
 

@@ -45,6 +45,8 @@ MOVABLE_PHASES = frozenset({VmPhase.RUNNING, VmPhase.PAUSED})
 # ends is a saga that waits for a node that never comes back.
 MIGRATION_DEADLINE = timedelta(hours=12)
 
+# The stages in which nothing is moved (any more).
+MOTIONLESS = frozenset({MigrationStage.LOOK, MigrationStage.CLEAN, MigrationStage.RESUME})
 # A VM that has been on more nodes than this has no log of the first ones any more.
 LOGS_MAX = 16
 
@@ -150,13 +152,16 @@ def no_slot(
 ) -> str:
     """Return why a migration has to wait for others to end; empty when it has not.
 
-    One whose node does not answer may stay open for days, and moves nothing meanwhile: it holds
-    no slot.
+    One whose node does not answer, or that is undone, may stay open for days, and moves nothing
+    meanwhile: it holds no slot.
     """
     admitted = [
         c
         for c in claims
-        if c.destination is not None and answers(c.source) and answers(c.destination)
+        if c.destination is not None
+        and c.stage not in MOTIONLESS
+        and answers(c.source)
+        and answers(c.destination)
     ]
     if len(admitted) >= limits.cluster:
         return f"{len(admitted)} migrations are under way in the cluster (limit {limits.cluster})"

@@ -23,7 +23,7 @@ from controlplane.commands.drains import (
     note_left,
     uncordon_again,
 )
-from controlplane.commands.migrations import MOVABLE_PHASES
+from controlplane.commands.migrations import MOTIONLESS, MOVABLE_PHASES
 from controlplane.commands.sagas import is_past_return, unchanged
 from controlplane.sagas.context import (
     Done,
@@ -71,6 +71,8 @@ QUIET_BEFORE_TOLD = timedelta(seconds=10)
 # The drain's record holds a reason for each VM; one that names every node of a large cell would
 # make it too large to be stored.
 REASON_CHARS_MAX = 400
+# What is undone is through its stages in seconds.
+STANDS_AFTER = timedelta(seconds=60)
 # Five crashes in a row are held back for half a minute in all, and each further one for longer than
 # all before it together, up to five minutes: what does not stay up by then is not about to.
 CRASHES_MAX = 5
@@ -232,21 +234,31 @@ def _fate_with_local_disk(vm: Vm, disk: str, now: datetime) -> Fate:
 
 
 def _why_no_end(context: StepContext, claim: MigrationClaim) -> str:
-    """Return which nodes an open migration waits for; empty when it only takes its time."""
+    """Return what an open migration waits for; empty when it only takes its time."""
     away = [each for each in (claim.source, claim.destination) if each and _is_away(context, each)]
     nodes = context.state.nodes
     names = [nodes[each].record.name if each in nodes else each for each in away]
-    return f"its migration waits for node {' and '.join(names)}, which is away" if away else ""
+    if away:
+        return f"its migration waits for node {' and '.join(names)}, which is away"
+    stored = context.state.operations.get(claim.operation)
+    stands = stored is not None and claim.stage in MOTIONLESS
+    if stored is not None and stands and _now(context) - stored.record.updated_at > STANDS_AFTER:
+        return (
+            f"its migration ({claim.operation}) stands at {claim.stage.value!r}: see whether the "
+            "libvirtd of both of its nodes answers"
+        )
+    return ""
 
 
 def _is_moving_away(context: StepContext, node: Node, vm: Vm) -> bool:
     """Whether a VM is one of those that move at once.
 
-    One whose destination is away moves nothing, for days perhaps. While the drained node itself is
-    away nothing moves at all, and what was begun counts: nothing is gained by beginning more.
+    One whose destination is away, or that is undone, moves nothing, for days perhaps. While the
+    drained node itself is away nothing moves at all, and what was begun counts: nothing is gained
+    by beginning more.
     """
     claim = vm.status.migration
-    if claim is None or vm.status.node != node.id:
+    if claim is None or vm.status.node != node.id or claim.stage in MOTIONLESS:
         return False
     return claim.destination is None or not _is_away(context, claim.destination)
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from controlplane.commands.drains import refuse_release, release_vm
+from controlplane.commands.drains import (
+    journal_of,
+    note_answer,
+    refuse_release,
+    release_vm,
+)
 from controlplane.sagas.context import Outcome, StepContext, Waits, Writes
 from controlplane.sagas.preflight import arrival_blockers
 from shared.errors import FieldError, NodeUnreachable, Overloaded
@@ -16,7 +21,7 @@ from shared.model import Vm, may_have_run
 from shared.moves import DrainJournal
 
 # Within seconds a node that is gone is silent, and chosen no more, and a libvirtd that is restarted
-# is back; this long into the step nobody waits any more for one that does not answer.
+# is back; for one that has not answered for so long nobody waits any more.
 ASK_LIMIT = timedelta(seconds=60)
 
 
@@ -29,13 +34,19 @@ async def let_go(context: StepContext, vm: Vm, new_node: str | None) -> Outcome:
         return Writes(release_vm(vm.id, new_node))
     node = context.state.nodes[new_node].record
     query_id = f"{context.operation.id}-{vm.id}"
+    silent = journal_of(context.operation).unanswered
+    since = next((each.since for each in silent if each.node == new_node), None)
     try:
         blockers = await arrival_blockers(context.nodes.ask, query_id, vm, node)
     except (NodeUnreachable, Overloaded) as unheard:
-        if not context.is_over_limit(ASK_LIMIT):
+        if since is None:
+            return Writes(note_answer(new_node, answered=False))
+        if context.parts.clock.now() - max(since, context.parts.since) <= ASK_LIMIT:
             return Waits(str(unheard))
         why = f"nobody knows whether {node.name} has its disks: {unheard}"
         return Writes(refuse_release(vm.id, why))
+    if since is not None:
+        return Writes(note_answer(new_node, answered=True))
     if blockers:
         why = f"{node.name}, which was to take it, cannot: {_told(blockers)}"
         return Writes(refuse_release(vm.id, why))

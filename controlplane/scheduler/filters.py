@@ -252,7 +252,7 @@ def can_migrate(request: PlacementRequest, node: NodeView, context: Context) -> 
 
 
 def left_behind(request: PlacementRequest, node: NodeView, context: Context) -> Reason | None:
-    if request.move is None or node.id not in request.move.left_behind:
+    if node.id not in request.left_behind:
         return None
     return Reason(ReasonCode.LEFT_BEHIND, "the node still holds something of the VM, to be swept")
 
@@ -328,7 +328,7 @@ FILTERS: tuple[Filter, ...] = (
     Filter(pools, lambda request: bool(request.disks_gib)),
     Filter(disk_space, lambda request: bool(request.disks_gib)),
     Filter(can_migrate, _moves),
-    Filter(left_behind, _moves),
+    Filter(left_behind, lambda request: bool(request.left_behind)),
     Filter(virtualization, _moves),
     Filter(qemu_version, _moves),
     Filter(shared_pools, _moves),

@@ -31,7 +31,6 @@ def move_request(vm: Vm, source: Node) -> PlacementRequest:
         tls=inventory is not None and inventory.migration is not None and inventory.migration.tls,
         able=inventory is not None and inventory.migration is not None,
         shared_gib=disks_by_pool(vm, found),
-        left_behind=tuple(leftover.node for leftover in vm.status.leftovers),
     )
     return replace(request_of(vm), bound_to=None, disks_gib=disks_by_pool(vm, copied), move=move)
 

@@ -38,7 +38,7 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True):
 class Move(Struct, frozen=True, kw_only=True):
     """Where a VM that moves live comes from, and what that asks of its new node.
 
-    ``able``: the source can take part. ``left_behind`` are nodes that still hold something of it.
+    ``able``: the source can take part.
     ``shared_gib`` is what its disks on shared storage have been promised, by pool: no new space.
     """
 
@@ -48,7 +48,6 @@ class Move(Struct, frozen=True, kw_only=True):
     tls: bool
     able: bool
     shared_gib: dict[str, int] = {}
-    left_behind: tuple[str, ...] = ()
 
     @property
     def shared_pools(self) -> tuple[str, ...]:
@@ -60,6 +59,7 @@ class PlacementRequest(Struct, frozen=True, kw_only=True):
 
     ``disks_gib`` is the space still to be made, by pool: nothing for a VM whose disks exist.
     ``bound_to`` is the id of the node that holds them, the only one on which it can run.
+    ``left_behind`` are nodes that still hold something of the VM, to be swept.
     """
 
     vm_id: str
@@ -73,6 +73,7 @@ class PlacementRequest(Struct, frozen=True, kw_only=True):
     affinity: tuple[GroupRule, ...] = ()
     anti_affinity: tuple[GroupRule, ...] = ()
     bound_to: str | None = None
+    left_behind: tuple[str, ...] = ()
     move: Move | None = None
 
 
@@ -105,6 +106,7 @@ def request_of(vm: Vm) -> PlacementRequest:
         affinity=spec.placement.affinity,
         anti_affinity=spec.placement.anti_affinity,
         bound_to=bound_to,
+        left_behind=tuple(leftover.node for leftover in vm.status.leftovers),
     )
 
 

@@ -36,8 +36,8 @@ from shared.model import Record
 LIMIT_DEFAULT = 50
 # A page of 500 VMs is 1.2 MB of JSON and takes about 10 ms to make.
 LIMIT_MAX = 500
-# Holds the ids of as many objects as a filter may name.
-_CURSOR_LENGTH_MAX = 1000
+# Holds what a filter may name: 16 objects, which may be unknown words of 63 characters.
+_CURSOR_LENGTH_MAX = 6000
 _FINGERPRINT_BYTES = 6
 
 R = TypeVar("R", bound=Record)

@@ -48,9 +48,11 @@ def desired_of(stored: Stored[Vm], node: Node, term: Term, name_of: NodeName) ->
     if claim is not None and claim.generation and claim.source == node.id:
         order = _order(vm, claim, MigrationRole.SOURCE, name_of)
         return _part(stored, node, term, Intent.LEAVE, claim.source_generation, order)
-    left = next((each for each in vm.status.leftovers if each.node == node.id), None)
-    if left is None:
+    here = [each for each in vm.status.leftovers if each.node == node.id]
+    if not here:
         return None
+    # The newest first: while its domain is there, nothing older can be swept.
+    left = max(here, key=lambda each: each.generation)
     intent = Intent.RECEIVE if left.arrival else Intent.LEAVE
     return _part(stored, node, term, intent, left.generation, _sweep(vm, left))
 

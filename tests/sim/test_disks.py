@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+from msgspec.structs import replace
+
+from controlplane.sagas.drain import MOVES_AT_ONCE
 from controlplane.sagas.release import ASK_LIMIT
 from controlplane.services.drains import drain_node
 from controlplane.services.requests import DrainOrder
 from controlplane.services.views import OperationView
 from controlplane.services.vms import act_on_vm
 from shared.model import DiskSpec, OperationState, Power, VmPhase
+from shared.moves import DrainJournal
 from shared.states import VmAction, vm_phase
 from tests.sim.bench import ADMIN, Bench, run
 from tests.sim.node import SHARED_POOL, SimNode
@@ -142,3 +146,30 @@ def test_a_drain_waits_for_a_node_that_cannot_look_but_not_for_ever() -> None:
 
     run(story)
     run(longer)
+
+
+def test_a_node_that_does_not_answer_for_a_moment_late_in_a_drain_is_asked_again() -> None:
+    async def story(bench: Bench) -> None:
+        bench.cluster.fabric.times = replace(bench.cluster.fabric.times, transfer_s=100.0)
+        await bench.cluster.start()
+        await bench.cluster.until_ready()
+        home, away = bench.cluster.nodes.values()
+        for number in range(MOVES_AT_ONCE):
+            await bench.create_on(home.name, f"app-{number}", (), Power.RUNNING)
+        await bench.create_on(home.name, "rest", (SHARED_POOL,), Power.RUNNING)
+        busy = await drain(bench, home)
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        await asyncio.sleep(ASK_LIMIT.total_seconds() + 20)
+        away.libvirtd.go_away()
+        stop = await act_on_vm(bench.cluster.context(), ADMIN, "rest", VmAction.STOP)
+        await bench.ended(stop)
+        await asyncio.sleep(3)
+        away.libvirtd.come_back()
+        await bench.until(lambda: bench.places()["rest"] == away.name)
+        ended = await bench.ended(busy, 1000)
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        assert isinstance(ended.details, DrainJournal)
+        assert (ended.details.refused, ended.details.unanswered) == ((), ())
+        await bench.settled()
+
+    run(story)

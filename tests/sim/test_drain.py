@@ -12,14 +12,16 @@ from typing import Any
 
 from controlplane.sagas.drain import QUIET_BEFORE_TOLD, RETRY_FIRST
 from controlplane.services.drains import drain_node
-from controlplane.services.nodes import get_node
+from controlplane.services.migrations import migrate_vm
+from controlplane.services.nodes import get_node, set_cordon
 from controlplane.services.operations import cancel_operation, get_operation
-from controlplane.services.requests import DrainOrder
+from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder
 from controlplane.services.views import OperationView
-from controlplane.services.vms import delete_vm, get_vm
+from controlplane.services.vms import act_on_vm, delete_vm, get_vm
 from shared.errors import HypervisorError
 from shared.model import DiskSpec, ObservedPower, Operation, OperationState, Power
 from shared.moves import DrainJournal
+from shared.states import VmAction
 from tests.sim.bench import ADMIN, Bench, run
 from tests.sim.ledger import DeleteAsked
 from tests.sim.node import SimNode
@@ -104,6 +106,64 @@ def test_what_has_left_but_is_not_swept_holds_up_nothing_and_is_told() -> None:
         assert (await drain.cancel()).state is OperationState.CANCELLED
         assert not (await get_node(bench.cluster.context(), ADMIN, home)).cordoned
         repair()
+        await bench.settled()
+
+    run(story)
+
+
+def test_a_destination_whose_libvirtd_hangs_holds_up_nothing_else_and_is_told_of() -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        home = await home_of(bench)
+        hangs, open_one = (name for name in bench.cluster.nodes if name != home)
+        context = bench.cluster.context()
+        for number in range(3):
+            await bench.create_on(home, f"app-{number}", (), Power.RUNNING)
+        await set_cordon(context, ADMIN, open_one, CordonOrder(), cordoned=True)
+        drain = await begin(bench, home)
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        await set_cordon(context, ADMIN, open_one, CordonOrder(), cordoned=False)
+        bench.cluster.nodes[hangs].libvirtd.go_away()
+        await bench.until(lambda: list(bench.places().values()).count(open_one) == 2)
+        await drain.until(lambda journal: len(journal.left) == 2)
+        assert all("libvirtd" in reason for reason in (await drain.left()).values())
+        bench.cluster.nodes[hangs].libvirtd.come_back()
+        ended = await drain.ended()
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        await bench.settled()
+
+    run(story, nodes=3)
+
+
+def test_a_node_with_something_left_of_a_vm_is_not_given_it_anew() -> None:
+    """Without a disk the VM is bound to no node once a drain has let go of it."""
+
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        home = await home_of(bench)
+        (away,) = (name for name in bench.cluster.nodes if name != home)
+        context = bench.cluster.context()
+        node = bench.cluster.nodes[away]
+
+        async def slow(*args: object) -> None:
+            await asyncio.sleep(1000)
+
+        replace_call(node, "delete_console_log", slow)
+        moved = await migrate_vm(context, ADMIN, "web-1", MigrateOrder())
+        await asyncio.sleep(5)
+        node.lose_power()
+        assert (await bench.ended(moved, 240)).state is OperationState.FAILED
+        (vm,) = bench.judge.ledger.vms.values()
+        assert [left.arrival for left in vm.status.leftovers] == [True]
+        await bench.ended(await act_on_vm(context, ADMIN, "web-1", VmAction.STOP))
+        assert (await (await begin(bench, home)).ended()).state is OperationState.SUCCEEDED
+        start = await act_on_vm(context, ADMIN, "web-1", VmAction.START)
+        node.boot()
+        repair = replace_call(node, "delete_console_log", refuse)
+        await asyncio.sleep(60)
+        assert await bench.where() is None, "what is left there is swept first"
+        repair()
+        assert (await bench.ended(start)).state is OperationState.SUCCEEDED
         await bench.settled()
 
     run(story)

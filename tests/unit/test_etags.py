@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from controlplane.api.stream import EventStreams
 from controlplane.services import operations
 from controlplane.services.context import Context
 from controlplane.services.views import OperationView
+from shared.errors import Unavailable
 from shared.model import Operation
 from tests.unit.api_world import World, new_vm
 
@@ -184,3 +187,24 @@ async def test_the_etag_of_an_operation_is_of_what_is_shown(
     assert seen.json()["phase"] == "place"
     assert seen.headers["etag"] == before
     assert world.state.operations[operation_id].record.phase == "later"
+
+
+async def test_a_replica_that_stops_answers_with_what_was_accepted_and_its_own_etag(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stopping(streams: EventStreams, work: Coroutine[Any, Any, object]) -> object:
+        waiting = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        for stored in list(world.state.operations.values()):
+            later = replace(stored.record, phase="later")
+            world.state.put(later, world.state.revision + 1)
+        raise Unavailable("this replica stops: ask again")
+
+    monkeypatch.setattr(EventStreams, "unless_closing", stopping)
+    async with world.client() as client:
+        accepted = await client.post(VMS, json=new_vm("web-2"), headers={"Prefer": "wait=1"})
+        assert (accepted.status_code, accepted.json()["phase"]) == (202, "place")
+        cancel = f"/api/v1/operations/{accepted.json()['id']}/actions/cancel"
+        tag = {"If-Match": accepted.headers["etag"]}
+        assert (await client.post(cancel, headers=tag)).status_code == 412
