@@ -15,6 +15,8 @@ from shared.model import Node, Vm
 
 # A path may hold kilobytes; an answer repeats only as much as helps to recognize it.
 _SHOWN_MAX = 80
+# No object's id: neither names nor ids have other characters than plain ones.
+_NOTHING = "-"
 # Four times as many as can be named at once; each is a part of one SQL query.
 _FOLLOWED_MAX = 64
 
@@ -51,10 +53,15 @@ def find_node(context: Context, reference: str) -> Stored[Node]:
 def object_ids(
     context: Context, principal: Principal, references: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the ids of objects named by id or name; what is gone has its id only."""
+    """Return the ids of objects named by id or name; what is gone has its id only.
+
+    Each is short and plain, whatever was sent: cursors hold them.
+    """
     state, tenant = context.state, principal.scope.tenant
     return tuple(
-        state.vm_id_by_name(tenant, each) or state.node_id_by_name(each) or each
+        state.vm_id_by_name(tenant, each)
+        or state.node_id_by_name(each)
+        or (each if each.isascii() else _NOTHING)
         for each in references
     )
 
