@@ -137,7 +137,7 @@ class ControlPlane:
             self.state.observe(self._record_changed)
             self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
-            tasks.create_task(loop.run(self._forget, self.state.changes))
+            tasks.create_task(loop.run_periodically(self._forget))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))

@@ -133,6 +133,8 @@ class Leader:
                 tasks.create_task(sagas.run())
                 for reconciler in self._reconcilers(applier, hub, capacity):
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
+                old_keys = ForgetOldKeys(applier, parts.state, parts.clock)
+                tasks.create_task(loop.run_periodically(old_keys))
                 self._applier, self.hub = applier, hub
                 self.terms_led += 1
                 parts.metrics.leading(True)
@@ -196,7 +198,6 @@ class Leader:
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
             TrimCopiedHistory(applier, parts.state, parts.copy),
-            ForgetOldKeys(applier, parts.state, parts.clock),
             CompactStore(parts.store, parts.state),
         ]
 

@@ -6,8 +6,6 @@ from one to the other is what keeps history without a gap.
 
 from __future__ import annotations
 
-import asyncio
-import math
 from datetime import timedelta
 
 from controlplane.commands.cluster import TRIM_MAX, TrimHistory
@@ -69,7 +67,7 @@ class TrimCopiedHistory:
 
 
 class ForgetHistory:
-    """Runs on every replica, whoever leads; looks once in a period."""
+    """Runs on every replica, whoever leads."""
 
     name = "history retention"
     period_s = 3600.0
@@ -78,13 +76,8 @@ class ForgetHistory:
         self._state = state
         self._history = history
         self._clock = clock
-        self._looked_s = -math.inf
 
     async def reconcile(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._looked_s < self.period_s:
-            return
-        self._looked_s = now_s
         before = self._clock.now() - timedelta(days=KEPT_DAYS)
         in_etcd = min(self._state.history, default=self._state.last_seq + 1)
         while await self._history.forget(before, below=in_etcd) == FORGET_MAX:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-
 from controlplane.commands.terms import FORGET_MAX, ForgetKeys, still_kept
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
@@ -12,7 +9,7 @@ from shared.clock import Clock
 
 
 class ForgetOldKeys:
-    """Looks at all keys (10 ms where there are as many as there may be) once in a period."""
+    """Looks at all keys: 10 ms where there are as many as there may be. Not for every change."""
 
     name = "idempotency keys"
     period_s = 60.0
@@ -21,13 +18,8 @@ class ForgetOldKeys:
         self._applier = applier
         self._state = state
         self._clock = clock
-        self._looked_s = -math.inf
 
     async def reconcile(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._looked_s < self.period_s:
-            return
-        self._looked_s = now_s
         now = self._clock.now()
         old = [
             record_id

@@ -1,4 +1,5 @@
-"""How a reconciler runs: on a timer and on every change, one pass at a time, never retrying inside.
+"""How a reconciler runs: on a timer, and on every change or not; one pass at a time, never retrying
+inside.
 
 A pass that fails is logged, once, and the next one comes by itself.
 """
@@ -37,6 +38,13 @@ async def run(reconciler: Reconciler, changes: Changes) -> None:
             await asyncio.wait([changed], timeout=reconciler.period_s)
         finally:
             changed.cancel()
+
+
+async def run_periodically(reconciler: Reconciler) -> None:
+    """Run a pass once in a period, whatever changes, until cancelled. Raises LeadershipLost."""
+    while True:
+        await _pass(reconciler)
+        await asyncio.sleep(reconciler.period_s)
 
 
 async def _pass(reconciler: Reconciler) -> None:

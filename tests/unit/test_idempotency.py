@@ -192,10 +192,6 @@ async def test_old_keys_are_forgotten_in_steps(world: World) -> None:
     await loop.reconcile()
     assert sizes == [FORGET_MAX, 5]
     assert list(world.state.idempotency) == [young.id]
-    # Until its period is over it does not even look.
-    world.state.put(kept(1), 3)
-    await loop.reconcile()
-    assert len(world.state.idempotency) == 2
 
 
 def test_a_key_that_was_used_anew_meanwhile_is_not_forgotten(world: World) -> None:
