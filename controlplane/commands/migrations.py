@@ -319,50 +319,32 @@ def drop_claim(draft: Draft, operation: Operation) -> Operation:
     return operation
 
 
-class SweepLeftover(Struct, frozen=True, kw_only=True):
-    """Forgets a leftover that its node has reported to be gone."""
+class HearOfLeftover(Struct, frozen=True, kw_only=True):
+    """Takes what a node tells of a leftover: ``gone``, or else that it has no guest, only files."""
 
     vm_id: str
     node_id: str
     generation: int
+    gone: bool
 
     def decide(self, draft: Draft) -> None:
         vm = draft.find(Vm, self.vm_id)
         if vm is None:
             return
-        kept = tuple(
-            left
-            for left in vm.status.leftovers
-            if (left.node, left.generation) != (self.node_id, self.generation)
-        )
-        if kept == vm.status.leftovers:
+        heard = [self._heard(left) for left in vm.status.leftovers]
+        leftovers = tuple(left for left in heard if left is not None)
+        if leftovers == vm.status.leftovers:
             return
-        vm = replace(vm, status=replace(vm.status, leftovers=kept))
-        if vm.deleting and vm.status.node is None:
+        vm = replace(vm, status=replace(vm.status, leftovers=leftovers))
+        if self.gone and vm.deleting and vm.status.node is None:
             vm_gone_from_node(draft, vm, Author("leader"))
         else:
             put_vm(draft, vm)
 
-
-class EmptyLeftover(Struct, frozen=True, kw_only=True):
-    """Notes that a node has no guest of a leftover, though something of it is still there."""
-
-    vm_id: str
-    node_id: str
-    generation: int
-
-    def decide(self, draft: Draft) -> None:
-        vm = draft.find(Vm, self.vm_id)
-        if vm is None:
-            return
-        leftovers = tuple(
-            replace(left, empty=True)
-            if (left.node, left.generation) == (self.node_id, self.generation)
-            else left
-            for left in vm.status.leftovers
-        )
-        if leftovers != vm.status.leftovers:
-            put_vm(draft, replace(vm, status=replace(vm.status, leftovers=leftovers)))
+    def _heard(self, left: Leftover) -> Leftover | None:
+        if (left.node, left.generation) != (self.node_id, self.generation):
+            return left
+        return None if self.gone else replace(left, empty=True)
 
 
 def with_log_on(status: VmStatus, left: str, new: str | None) -> VmStatus:

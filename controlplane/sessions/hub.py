@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
-from controlplane.commands.migrations import EmptyLeftover, SweepLeftover
+from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.session import AgentChannel, AgentSession
@@ -408,16 +408,17 @@ class Hub:
             observer(node_id)
 
 
-def _told_of_leftover(node_id: str, report: VmReport) -> SweepLeftover | EmptyLeftover | None:
+def _told_of_leftover(node_id: str, report: VmReport) -> HearOfLeftover | None:
     """Return what a report says about a generation that its node had to leave, or to clean up."""
     told = report.migration
     if told is None or (told.role, told.stage) not in _CLEANS:
         return None
-    if told.settled:
-        return SweepLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
-    if told.fault is not None and told.end is EndState.ABSENT:
-        return EmptyLeftover(vm_id=report.vm_id, node_id=node_id, generation=report.generation)
-    return None
+    only_files = told.fault is not None and told.end is EndState.ABSENT
+    if not told.settled and not only_files:
+        return None
+    return HearOfLeftover(
+        vm_id=report.vm_id, node_id=node_id, generation=report.generation, gone=told.settled
+    )
 
 
 async def _reject(channel: AgentChannel, error: NovacronError) -> None:

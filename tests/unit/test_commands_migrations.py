@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from controlplane.commands.attempts import BindVm, EndAttempt, ObserveVm, PermitStart
 from controlplane.commands.draft import Author, Command, Draft
 from controlplane.commands.migrations import (
+    HearOfLeftover,
     MigrationLimits,
-    SweepLeftover,
     admit,
     claim_destination,
     close_claim,
@@ -302,9 +302,9 @@ def test_a_leftover_blocks_starts_until_its_node_has_swept_it() -> None:
     assert vm_id not in world.state.vm_ids_to_start()
 
     for node_id, generation in ((world.other_id, 1), (world.node_id, 2)):
-        world.apply(SweepLeftover(vm_id=vm_id, node_id=node_id, generation=generation))
+        world.apply(HearOfLeftover(vm_id=vm_id, node_id=node_id, generation=generation, gone=True))
         assert world.vm(vm_id).status.leftovers, "it is another's"
-    world.apply(SweepLeftover(vm_id=vm_id, node_id=world.node_id, generation=1))
+    world.apply(HearOfLeftover(vm_id=vm_id, node_id=world.node_id, generation=1, gone=True))
     assert world.vm(vm_id).status.leftovers == ()
     assert vm_id in world.state.vm_ids_to_start()
     assert world.apply(start) == 3
@@ -331,7 +331,9 @@ def test_a_deleted_vm_is_gone_when_its_last_leftover_is() -> None:
     assert world.vm(vm_id).status.node is None
     for left in world.vm(vm_id).status.leftovers:
         assert vm_id in world.state.vms
-        sweep = SweepLeftover(vm_id=vm_id, node_id=left.node, generation=left.generation)
+        sweep = HearOfLeftover(
+            vm_id=vm_id, node_id=left.node, generation=left.generation, gone=True
+        )
         world.apply(sweep)
 
     assert vm_id not in world.state.vms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from controlplane.commands.migrations import LOGS_MAX, SweepLeftover, with_log_on
+from controlplane.commands.migrations import LOGS_MAX, HearOfLeftover, with_log_on
 from controlplane.commands.nodes import SetNodeState
 from controlplane.commands.vms import CreateVm, DeleteVm
 from controlplane.services.console import console_log
@@ -97,5 +97,5 @@ def test_a_deleted_vm_waits_for_the_logs_of_nodes_that_can_be_asked(state: NodeS
         return
     assert [left.node for left in world.vm(vm_id).status.leftovers] == [other]
     generation = world.vm(vm_id).status.generation
-    world.apply(SweepLeftover(vm_id=vm_id, node_id=other, generation=generation))
+    world.apply(HearOfLeftover(vm_id=vm_id, node_id=other, generation=generation, gone=True))
     assert vm_id not in world.state.vms

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from controlplane.commands.migrations import (
+    HearOfLeftover,
     MigrationLimits,
     RequestMigration,
-    SweepLeftover,
     admit,
     claim_destination,
     close_claim,
@@ -272,8 +272,12 @@ def test_sweeping_what_is_swept_writes_nothing() -> None:
             _, _, move = await ready(it)
             before = it.state.vms[move.vm_id]
             node_id = it.node_id
-            await it.submit(SweepLeftover(vm_id=move.vm_id, node_id=node_id, generation=1))
-            await it.submit(SweepLeftover(vm_id="vm-gone", node_id=node_id, generation=1))
+            await it.submit(
+                HearOfLeftover(vm_id=move.vm_id, node_id=node_id, generation=1, gone=True)
+            )
+            await it.submit(
+                HearOfLeftover(vm_id="vm-gone", node_id=node_id, generation=1, gone=True)
+            )
 
             assert it.state.vms[move.vm_id] == before
 
