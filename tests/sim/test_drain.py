@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
+
 from controlplane.sagas.drain import QUIET_BEFORE_TOLD, RETRY_FIRST
-from controlplane.services.drains import drain_node
+from controlplane.services.drains import drain_node, plan_drain
 from controlplane.services.migrations import migrate_vm
 from controlplane.services.nodes import get_node, set_cordon
 from controlplane.services.operations import cancel_operation, get_operation
@@ -335,5 +337,88 @@ def test_a_guest_that_never_stays_up_does_not_hold_a_drain_until_its_deadline() 
         assert ended.updated_at - ended.created_at < timedelta(minutes=3)
         repair()
         await bench.settled(END_LIMIT_S)
+
+    run(story)
+
+
+def test_a_drain_empties_a_node_and_tells_beforehand() -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        node_name = await bench.where()
+        assert node_name is not None
+        context = bench.cluster.context()
+        for number, disks in enumerate(((), ("shared",), ("default",))):
+            await bench.create_on(node_name, f"rest-{number}", disks, Power.STOPPED)
+        plan = await plan_drain(context, ADMIN, node_name, DrainOrder())
+        assert {v.vm_name: v.action for v in plan.vms} == {
+            "web-1": "migrate",
+            "rest-0": "release",
+            "rest-1": "release",
+            "rest-2": "stay",
+        }
+        assert plan.blocked == 1
+        ended = await bench.ended(await drain_node(context, ADMIN, node_name, DrainOrder()))
+        assert ended.state is OperationState.FAILED
+        assert ended.error is not None
+        assert (ended.error.code, len(ended.error.errors)) == ("drain_incomplete", 1)
+        assert (await get_node(context, ADMIN, node_name)).cordoned, "it stays closed"
+        left = await get_vm(context, ADMIN, "rest-2")
+        bench.cluster.observe(DeleteAsked(left.id))
+        await bench.ended(await delete_vm(context, ADMIN, "rest-2"))
+        ended = await bench.ended(await drain_node(context, ADMIN, node_name, DrainOrder()))
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        assert (await get_node(context, ADMIN, node_name)).allocated.vms == 0
+        await bench.settled()
+
+    run(story)
+
+
+def test_a_drain_whose_destination_is_gone_moves_the_rest_and_can_be_cancelled() -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        home = await bench.where()
+        assert home is not None
+        context = bench.cluster.context()
+        gone, away = (name for name in bench.cluster.nodes if name != home)
+        await set_cordon(context, ADMIN, away, CordonOrder(), cordoned=True)
+        for number in range(3):
+            await bench.create_on(home, f"app-{number}", (), Power.RUNNING, others=(gone,))
+        stuck = await drain_node(context, ADMIN, home, DrainOrder())
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        bench.cluster.nodes[gone].lose_power()
+        await set_cordon(context, ADMIN, away, CordonOrder(), cordoned=False)
+        await bench.until(lambda: sum(w == away for w in bench.places().values()) == 2)
+        # Of the first two nobody can tell where they are.
+        await bench.until(lambda: len(bench.on_the_move()) == 2)
+        await cancel_operation(context, ADMIN, stuck.id)
+        assert (await bench.ended(stuck)).state is OperationState.CANCELLED
+        assert len(bench.on_the_move()) == 2
+        assert not (await get_node(context, ADMIN, home)).cordoned
+        bench.cluster.nodes[gone].boot()
+        await bench.settled()
+        assert sorted(bench.places().values()) == sorted([home, home, away, away])
+
+    run(story, nodes=3)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.004])
+def test_a_new_leader_that_has_heard_nobody_yet_gives_up_no_drain(after_s: float) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.start()
+        node_name = await bench.where()
+        assert node_name is not None
+        await bench.create_on(node_name, "rests", ("shared",), Power.STOPPED)
+        context = bench.cluster.context()
+        bench.cluster.observe(DeleteAsked((await get_vm(context, ADMIN, "web-1")).id))
+        await bench.ended(await delete_vm(context, ADMIN, "web-1"))
+        operation = await drain_node(context, ADMIN, node_name, DrainOrder())
+        await asyncio.sleep(after_s)
+        (replica,) = bench.cluster.replicas.values()
+        replica.crash()
+        replica.start()
+        await bench.cluster.until_ready()
+        ended = await bench.ended(operation)
+        assert ended.state is OperationState.SUCCEEDED, ended.error
+        await bench.settled()
 
     run(story)
