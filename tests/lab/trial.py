@@ -173,7 +173,11 @@ class Trial:
             timer.join()
 
     def _differences(self) -> list[str]:
-        return audit.differences(self.lab, self.api)
+        """Return what differs; a libvirtd that does not listen yet is itself a difference."""
+        try:
+            return audit.differences(self.lab, self.api)
+        except LabError as silent:
+            return [str(silent)]
 
     def _events(self, field: str, value: str) -> list[EventView]:
         items = self.api.client.collect(path_of("events"), ((field, value),)).items
