@@ -93,7 +93,7 @@ def counts_of(history: History) -> Counts:
         writes=len(writes),
         unknown=sum(all(not _is_answer(a) for a in each) for each in writes),
         not_done=sum(each.outcome is Outcome.NOT_DONE for each in history.attempts),
-        faults=len(history.faults),
+        faults=len({(fault.blow, fault.began_ns) for fault in history.faults}),
         lasted_s=(max(times) - min(times)) / 1e9,
     )
 

@@ -141,8 +141,7 @@ class _Builder:
         self._tags = tags
         self._steps: list[Step[Register]] = []
         self._attempts: dict[int, Attempt] = {}
-        # Of each client, the steps that it knows to have happened.
-        self._known: defaultdict[int, list[int]] = defaultdict(list)
+        self._of_sessions: list[int] = []
 
     def build(self, attempts: Iterable[Attempt]) -> RegisterHistory:
         efforts: defaultdict[str, list[Attempt]] = defaultdict(list)
@@ -214,7 +213,9 @@ class _Builder:
     def _look(self, act: Act, attempt: Attempt, after: tuple[int, ...] = ()) -> None:
         """Add a look at the state as a replica knew it."""
         begin = attempt.invoked_ns if attempt.freshness is Freshness.LATEST else EVER
-        self._add(act, attempt, begin, attempt.returned_ns, after)
+        step_id = self._add(act, attempt, begin, attempt.returned_ns, after)
+        if attempt.freshness is Freshness.SESSION:
+            self._of_sessions.append(step_id)
 
     def _add(
         self, act: Act, attempt: Attempt, begin: int, end: int | None, after: tuple[int, ...] = ()
@@ -230,8 +231,7 @@ class _Builder:
         for step in self._steps:
             if step.end is not None:
                 known[self._attempts[step.id].client].append((step.end, step.id))
-        for position, step in enumerate(self._steps):
-            attempt = self._attempts[step.id]
-            if attempt.freshness is Freshness.SESSION and step.begin == EVER:
-                before = tuple(id for end, id in known[attempt.client] if end <= attempt.invoked_ns)
-                self._steps[position] = replace(step, after=(*step.after, *before))
+        for position in self._of_sessions:
+            step, attempt = self._steps[position], self._attempts[position]
+            before = (id for end, id in known[attempt.client] if end <= attempt.invoked_ns)
+            self._steps[position] = replace(step, after=(*step.after, *before))

@@ -130,7 +130,8 @@ def test_what_shows_too_little_is_not_counted() -> None:
     }
     fault = Fault(blow="kill", program="r1", pid=1, began_ns=0, ended_ns=1)
     whole = worked_on(1, 2600, clients=16, names=24, unknown=0.15).history()
-    assert too_little(counts_of(replace(whole, faults=(fault, fault)))) == []
+    other = replace(fault, began_ns=5)
+    assert too_little(counts_of(replace(whole, faults=(fault, other)))) == []
 
 
 def test_operations_that_were_refused_for_now_do_not_count() -> None:
