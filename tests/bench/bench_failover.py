@@ -188,7 +188,7 @@ def _held(fault: Fault, runs: list[Run]) -> list[BenchResult]:
 
 
 def _stalls(cell: FailoverCell) -> BenchResult:
-    """Return by how much 99 % of the looks at an event loop were late at most, the worst replica's."""
+    """Return what 99 % of the looks at an event loop were late at most, on the worst replica."""
     worst_s = 0.0
     for text in cell.scrapes():
         buckets = [(float(m["le"]), float(m["count"])) for m in _BUCKET.finditer(text)]
