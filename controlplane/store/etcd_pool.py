@@ -83,10 +83,10 @@ class EtcdStore:
         self._rng = rng
         self._page_keys = page_keys
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         for _ in range(LISTINGS_MAX):
             try:
-                return await self._list(prefix, revision_min)
+                return await self._list(prefix, revision_min, keys_only)
             except Compacted as error:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
@@ -192,11 +192,11 @@ class EtcdStore:
     async def close(self) -> None:
         await self._members.close()
 
-    async def _list(self, prefix: str, revision_min: int) -> Listing:
+    async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
         end, start, revision = prefix_end(prefix), prefix, 0
         items: builtins.list[KeyValue] = []
         while True:
-            page = RangeOp(start, end, limit=self._page_keys, revision=revision)
+            page = RangeOp(start, end, self._page_keys, revision, keys_only)
             answer = await self._page(page, revision_min)
             revision = revision or answer.header.revision
             items += answer.items

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from controlplane.store.etcd_rpc import (
     TXN_OPS_MAX,
@@ -111,7 +112,7 @@ class ModelEtcd:
                 continue
             if op.limit and len(found) == op.limit:
                 return tuple(found), True
-            found.append(version.kv)
+            found.append(replace(version.kv, value=b"") if op.keys_only else version.kv)
         return tuple(found), False
 
     def txn(self, txn: Txn) -> tuple[bool, tuple[tuple[KeyValue, ...], ...]]:
