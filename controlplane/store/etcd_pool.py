@@ -49,6 +49,8 @@ from shared.errors import (
     Compacted,
     NotFound,
     NovacronError,
+    OutcomeUnknown,
+    StoreFull,
     StoreUnavailable,
 )
 
@@ -101,7 +103,9 @@ class EtcdStore:
         """Raise, besides the port's errors, ChangeTooLarge; OutcomeUnknown at the first doubt.
 
         To repeat the same commit is safe when it writes the mark: if the first took effect, the
-        fence refuses the second.
+        fence refuses the second. What uses etcd's quota up may have been written although etcd
+        refuses it (its applier writes first and asks then): it is read back, and the answer is as
+        if the fence had refused it when it was.
         """
         assert len({write.key for write in writes}) == len(writes), "a commit's keys are distinct"
         if len(writes) > TXN_OPS_MAX:
@@ -114,11 +118,14 @@ class EtcdStore:
             success=tuple(_op(write) for write in writes),
             failure=(RangeOp(keys.LEADER), RangeOp(keys.MARK)),
         )
-        done = await self._txn(txn, Effect.ONCE)
-        if done.succeeded:
-            return Committed(done.header.revision)
-        leader, mark = (_first(found) for found in done.reads)
-        return NotCommitted(leader, mark, done.header.revision)
+        try:
+            done = await self._txn(txn, Effect.ONCE)
+        except StoreFull:
+            holds = await self._read_back(txn)
+            if holds.succeeded:
+                raise
+            return _not_committed(holds)
+        return Committed(done.header.revision) if done.succeeded else _not_committed(done)
 
     def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[WatchBatch]:
         return etcd_watch.watch(self._members, prefix, from_revision, self._rng)
@@ -216,6 +223,13 @@ class EtcdStore:
             lambda member, deadline_s: member.txn(txn, deadline_s), effect
         )
 
+    async def _read_back(self, txn: Txn) -> TxnDone:
+        """Ask whether a transaction's fence holds still. Raises OutcomeUnknown."""
+        try:
+            return await self._txn(structs.replace(txn, success=()), Effect.READ)
+        except StoreUnavailable as error:
+            raise OutcomeUnknown(f"etcd is full, and may have taken the write: {error}") from error
+
     async def _alarms(self, statuses: Sequence[MemberStatus]) -> dict[str, tuple[str, ...]]:
         """Return the names of alarms by member id, as the first member that answers knows them."""
         for member, status in zip(self._members.all, statuses, strict=True):
@@ -259,6 +273,11 @@ def _op(write: Write) -> Op:
     if isinstance(write, Put):
         return PutOp(write.key, write.value)
     return DeleteOp(write.key)
+
+
+def _not_committed(done: TxnDone) -> NotCommitted:
+    leader, mark = (_first(found) for found in done.reads)
+    return NotCommitted(leader, mark, done.header.revision)
 
 
 def _first(items: tuple[KeyValue, ...]) -> KeyValue | None:
