@@ -63,7 +63,9 @@ class TermOver(LeadershipLost):
         self.ambiguous = ambiguous
 
 
-class _Waiting(Struct):
+class _Waiting(Struct, eq=False):
+    """One caller's change; equal to no other, so that thousands are searched without comparing."""
+
     command: Command[Any]
     result: asyncio.Future[Any]
 
@@ -72,6 +74,7 @@ class Applier:
     """Serves one term: made when it begins, closed for good when it is lost.
 
     ``until_writable`` is awaited before each commit: it holds writes back while the lease is old.
+    ``group_writes_max`` bounds a transaction.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Applier:
         ids: IdSource,
         clock: Clock,
         until_writable: Callable[[], Awaitable[None]],
+        group_writes_max: int = GROUP_WRITES_MAX,
     ) -> None:
         self._store = store
         self._state = state
@@ -94,6 +98,7 @@ class Applier:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._until_writable = until_writable
+        self._group_writes_max = group_writes_max
         self._lost: LeadershipLost | None = None
         # So many of those that wait are written one by one: together they could not be.
         self._apart = 0
@@ -150,23 +155,22 @@ class Applier:
 
     async def _commit_group(self) -> None:
         draft = Draft(self._state, self._ids, self._clock.now())
+        fit = self._group_writes_max
         group: list[tuple[_Waiting, Any]] = []
         while self._waiting and not (group and self._apart):
             savepoint = draft.savepoint()
             waiting = self._waiting[0]
             try:
                 decided = waiting.command.decide(draft)
-                if draft.size() > GROUP_WRITES_MAX and not group:
-                    raise ChangeTooLarge(
-                        f"the change is {draft.size()} writes; {GROUP_WRITES_MAX} fit"
-                    )
+                if draft.size() > fit and not group:
+                    raise ChangeTooLarge(f"the change is {draft.size()} writes; {fit} fit")
             except Exception as error:
                 draft.rollback(savepoint)
                 self._waiting.popleft()
                 self._apart = max(0, self._apart - 1)
                 _refuse(waiting, _refusal(error))
                 continue
-            if draft.size() > GROUP_WRITES_MAX:
+            if draft.size() > fit:
                 draft.rollback(savepoint)
                 break
             self._waiting.popleft()
