@@ -22,6 +22,7 @@ from controlplane.app import ControlPlane, Ports, ReplicaSettings
 from controlplane.config import BootstrapConfig, ControlPlaneConfig, TlsConfig
 from controlplane.leader import Founding
 from controlplane.sessions.grpc_server import AgentServer
+from controlplane.sessions.peer_grpc import PeerDialler
 from controlplane.store.etcd_grpc import EtcdTls
 from controlplane.store.etcd_pool import connect
 from controlplane.store.history import History
@@ -70,6 +71,7 @@ async def serve(config: ControlPlaneConfig) -> None:
     store = TimedStore(
         connect(config.etcd.endpoints, _etcd_tls(config.etcd.tls)), metrics.etcd_request
     )
+    peers = PeerDialler(tls)
     ports = Ports(
         store=store,
         history=history,
@@ -79,10 +81,15 @@ async def serve(config: ControlPlaneConfig) -> None:
         offload=planning_thread,
         windows=windows,
         metrics=metrics,
+        peers=peers,
     )
     replica = ControlPlane(_settings(config), ports)
     agents = AgentServer(
-        founding.cluster.cell, replica.hub, replica.leader_address, replica.telemetry
+        founding.cluster.cell,
+        replica.hub,
+        replica.leader_address,
+        replica.telemetry,
+        replica.peers,
     )
     host, port = host_and_port(config.api.listen)
     api = ApiServer(
@@ -97,6 +104,7 @@ async def serve(config: ControlPlaneConfig) -> None:
         await run_until_asked_to_stop(replica.run(), api.run())
     finally:
         await agents.stop()
+        await peers.close()
         await store.close()
         await history.close()
         history_thread.close()

@@ -40,6 +40,7 @@ from shared.offload import ThreadOffload
 from tests.bench.bootstrap import lower_bound
 from tests.bench.result import BenchResult, figure
 from tests.contract.etcd_process import EtcdCluster
+from tests.unit.lone_replica import NO_PEERS
 
 KEYS_PER_CREATE = 4
 KEYS_PER_S_MIN = 4_000
@@ -75,7 +76,7 @@ class Writer:
         self._numbers = itertools.count()
         self.state = ClusterState()
         self.informer = Informer(store, self.state)
-        self.copy = CopyHistory(self.state, history)
+        self.copy = CopyHistory(self.state, history, NO_PEERS)
 
     async def turn(self, group_writes_max: int) -> float:
         """Create VMs for a turn with hundreds of callers; return the keys written per second."""
@@ -90,7 +91,10 @@ class Writer:
     async def _trim(self) -> None:
         """Take what was copied out of etcd, as the leader does all the time."""
         async with self._applying(GROUP_WRITES_MAX) as applier:
-            await TrimCopiedHistory(applier, self.state, self.copy).reconcile()
+            await TrimCopiedHistory(applier, self.state, self._copied).reconcile()
+
+    def _copied(self) -> int:
+        return self.copy.copied_seq
 
     @asynccontextmanager
     async def _applying(self, group_writes_max: int) -> AsyncIterator[Applier]:

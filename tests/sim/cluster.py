@@ -21,6 +21,7 @@ from agent.simulated_fabric import SimulatedFabric
 from controlplane.app import ControlPlane
 from controlplane.leader import Founding
 from controlplane.services.context import Context
+from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
 from shared.clock import Clock
 from shared.errors import NoLeader
 from shared.ids import new_cell
@@ -49,6 +50,7 @@ AGENT_PORT = 8444
 METHODS = {
     SESSION_METHOD: Kinds(by_server=AgentMessage, by_client=LeaderMessage),
     TELEMETRY_METHOD: Kinds(by_server=TelemetryMessage, by_client=TelemetryAnswer),
+    PEER_METHOD: Kinds(by_server=PeerRequest, by_client=PeerAnswer),
 }
 BIRTH = datetime(2030, 1, 1, tzinfo=UTC)
 
