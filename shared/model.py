@@ -506,11 +506,15 @@ class Applied(Struct, frozen=True, kw_only=True):
 
 
 class LeaderKey(Struct, frozen=True, kw_only=True):
-    """The value of the leader key; ``incarnation`` is one process of a replica."""
+    """The value of the leader key; ``incarnation`` is one process of a replica.
+
+    ``since`` is when it stood for election; None of one of an older release.
+    """
 
     replica: str
     incarnation: str
     url: str = ""
+    since: datetime | None = None
 
 
 class Replica(Struct, frozen=True, kw_only=True):

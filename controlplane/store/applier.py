@@ -51,6 +51,9 @@ Result = TypeVar("Result")
 GROUP_WRITES_MAX = 127
 # At 25 commands a group and 3 ms a commit this is half a second of work; more is refused at once.
 WAITING_COMMANDS_MAX = 4096
+# A term that ends by intent lets the group under way come to its end for so long: a commit takes
+# milliseconds, and the next leader waits.
+FINISH_S = 0.5
 # Sending a group of unknown outcome again is cheap and safe; how often is bounded by the term.
 RETRY_DELAY_S = 0.1
 
@@ -100,6 +103,8 @@ class Applier:
         self._until_writable = until_writable
         self._group_writes_max = group_writes_max
         self._lost: LeadershipLost | None = None
+        # Set once a command is committed that asks for the end of the term.
+        self.given_up = asyncio.Event()
         # So many of those that wait are written one by one: together they could not be.
         self._apart = 0
 
@@ -154,7 +159,7 @@ class Applier:
         return OutcomeUnknown("etcd does not answer; the change is being written or never will be")
 
     async def _commit_group(self) -> None:
-        draft = Draft(self._state, self._ids, self._clock.now())
+        draft = Draft(self._state, self._ids, self._clock.now(), self._term)
         fit = self._group_writes_max
         group: list[tuple[_Waiting, Any]] = []
         while self._waiting and not (group and self._apart):
@@ -188,8 +193,22 @@ class Applier:
         except Exception as error:
             self._refuse_or_part(group, _refusal(error))
             return
+        committing = asyncio.create_task(self._commit(writes, sealed))
         try:
-            revision = await self._commit(writes, sealed)
+            await asyncio.wait({committing})
+        finally:
+            await _finish(committing)
+            self._conclude(committing, sealed, group)
+
+    def _conclude(
+        self,
+        committing: asyncio.Task[int],
+        sealed: SealedDraft,
+        group: list[tuple[_Waiting, Any]],
+    ) -> None:
+        """Take what was committed, and tell who waits. Raises TermOver."""
+        try:
+            revision = committing.result()
         except asyncio.CancelledError:
             _refuse_all(group, OutcomeUnknown("the replica stopped while the change was written"))
             raise
@@ -205,6 +224,8 @@ class Applier:
             return
         self._take(sealed, revision)
         _resolve(group)
+        if sealed.gives_up_term:
+            self.given_up.set()
 
     def _refuse_or_part(self, group: list[tuple[_Waiting, Any]], error: Exception) -> None:
         """Refuse a change that cannot be written; of several, find out which by trying each."""
@@ -292,6 +313,14 @@ def _group_of(mark: KeyValue) -> str:
         return unpack(mark.value, Applied).group
     except RecordUnreadable:
         return ""
+
+
+async def _finish(committing: asyncio.Task[int]) -> None:
+    """Return once a commit has ended; soon after a stop it is cancelled."""
+    if not committing.done():
+        await asyncio.wait({committing}, timeout=FINISH_S)
+        committing.cancel()
+        await asyncio.wait({committing})
 
 
 def _refusal(error: Exception) -> Exception:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from controlplane.state import ClusterState
+from controlplane.state import Changes, ClusterState
 from controlplane.store import keys
 from controlplane.store.port import KeyValue, Listing, Store, WatchBatch
 from shared.codec import unpack
@@ -30,6 +30,7 @@ class Informer:
         self._state = state
         self._auditing = False
         self._must_list = False
+        self.leader_key = Changes()
         self.mismatches = 0
         self.unreadable: set[str] = set()
         self.replicas: dict[str, Replica] = {}
@@ -120,6 +121,8 @@ class Informer:
         self._state.advanced(listing.revision)
 
     def _take_batch(self, batch: WatchBatch) -> None:
+        if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):
+            self.leader_key.notify()
         for item in batch.puts:
             if item.key.startswith(keys.REPLICAS):
                 self._take_item(item)
