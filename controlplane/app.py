@@ -112,7 +112,14 @@ class ControlPlane:
             version=settings.version,
             started_at=ports.clock.now(),
         )
-        self._election = Election(ports.store, self._me, settings.election, ports.clock, ports.rng)
+        self._election = Election(
+            ports.store,
+            self._me,
+            settings.election,
+            ports.clock,
+            ports.rng,
+            self.informer.leader_key.next,
+        )
         self.leader = Leader(
             LeaderParts(
                 store=ports.store,
@@ -184,7 +191,7 @@ class ControlPlane:
         if leader is None or cluster is None:
             return Leadership()
         term = Term(cluster.epoch, self._election.leader_revision)
-        return Leadership(leader.replica, leader.url, str(term))
+        return Leadership(leader.replica, leader.url, str(term), leader.since)
 
     def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self.informer.replicas.items()))

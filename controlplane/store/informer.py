@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from controlplane.state import ClusterState
+from controlplane.state import Changes, ClusterState
 from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store, WatchBatch
 from shared.codec import unpack
@@ -44,6 +44,7 @@ class Informer:
         self._state = state
         self._auditing = False
         self._must_list = False
+        self.leader_key = Changes()
         self.mismatches = 0
         self.unreadable: set[str] = set()
         self.replicas: dict[str, Replica] = {}
@@ -168,6 +169,8 @@ class Informer:
         self._state.advanced(changes.revision)
 
     def _take_batch(self, batch: WatchBatch) -> None:
+        if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):
+            self.leader_key.notify()
         for item in batch.puts:
             if item.key.startswith(keys.REPLICAS):
                 self._take_item(item)

@@ -289,7 +289,7 @@ SAMPLES: tuple[Struct, ...] = (
     ),
     model.FinishedOperation(seq=920, operation=OPERATION),
     model.Applied(group="group-1", seq=920),
-    model.LeaderKey(replica="r1", incarnation="abc", url="https://10.0.0.1:8443"),
+    model.LeaderKey(replica="r1", incarnation="abc", url="https://10.0.0.1:8443", since=AT),
     model.Replica(
         name="r1",
         incarnation="abc",

@@ -324,6 +324,26 @@ def test_a_stop_in_the_middle_of_a_commit_is_unknown_to_who_waits() -> None:
     virtual(main())
 
 
+def test_a_stop_lets_the_commit_under_way_come_to_its_end() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            for index in range(3):
+                it.cluster.stop(index)
+            waiting = it.submit("key-a")
+            await asyncio.sleep(0.1)
+            it.running.cancel()
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            for index in range(3):
+                it.cluster.resume(index)
+            assert await waiting == 1
+            with pytest.raises(asyncio.CancelledError):
+                await it.running
+            await it.assert_memory_is_etcd()
+
+    virtual(main())
+
+
 def test_who_stops_waiting_stops_nothing() -> None:
     async def main() -> None:
         async with writer() as it:

@@ -228,6 +228,24 @@ def test_replicas_are_known_while_they_are_registered() -> None:
     virtual(main())
 
 
+def test_whoever_waits_for_the_leader_key_is_woken_when_it_comes_or_goes() -> None:
+    async def main() -> None:
+        async with following() as it:
+            changed = it.informer.leader_key.next()
+            await it.commit(put("key-b"))
+            await asyncio.sleep(A_WHILE_S)
+            assert not changed.done(), "another key"
+            await it.world.store.resign(it.fence.leader_revision)
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
+            changed = it.informer.leader_key.next()
+            await it.world.lead()
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
+
+    virtual(main())
+
+
 def test_while_it_leads_the_watch_only_audits() -> None:
     async def main() -> None:
         async with following() as it:
