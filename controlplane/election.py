@@ -29,18 +29,20 @@ log = logging.getLogger(__name__)
 
 # A campaign that failed is tried again after up to this long, so that replicas do not collide.
 CAMPAIGN_JITTER_S = 0.5
-# How often a follower looks at the key besides the watch that wakes it.
-FOLLOWER_LOOK_S = 1.0
 # On the way out; without an answer the lease ends the term soon enough.
 RESIGN_TIMEOUT_S = 1.0
 
 
 class ElectionSettings(Struct, frozen=True, kw_only=True):
-    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast."""
+    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast.
+
+    ``follower_look_s``: how often a replica that does not lead looks whether the key is there.
+    """
 
     lease_ttl_s: int = 5
     renew_period_s: float = 1.0
     suspend_after_s: float = 3.0
+    follower_look_s: float = 1.0
 
 
 class Reign:
@@ -119,11 +121,11 @@ class Election:
         current = await self._store.get(keys.LEADER)
         if current is not None and not await self._resign_dead_self(current):
             self.leader = _read_leader(current)
-            await asyncio.sleep(FOLLOWER_LOOK_S)
+            await asyncio.sleep(self._settings.follower_look_s)
             return None
         if unfit:
             self.leader = None
-            await asyncio.sleep(FOLLOWER_LOOK_S)
+            await asyncio.sleep(self._settings.follower_look_s)
             return None
         sent_s = self._clock.boottime_s()
         self._lease = await self._store.grant_lease(self._settings.lease_ttl_s)
