@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.sim.faults import Pair
+from tests.sim.faults.injector import Pair
 from tests.sim.simulation import Outcome, simulate
 
 

@@ -37,6 +37,7 @@ from shared.errors import OutcomeUnknown
 from shared.model import AttemptState, Node, Term, Vm
 from shared.moves import EndState, MigrationClaim, MigrationStage
 from shared.protocol import Desired, Intent, MigrationReport, MigrationRole
+from tests.sim.agent_ports import ProcessHypervisor
 from tests.sim.invariants import (
     Invariant,
     arrived_guest_is_not_cleaned,
@@ -54,7 +55,6 @@ from tests.sim.invariants import (
     within_capacity,
     written_by_the_leader,
 )
-from tests.sim.libvirtd import ProcessHypervisor
 
 _E = EndState
 

@@ -9,9 +9,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from controlplane.election import ElectionSettings
+from controlplane.sessions.hub import HubSettings
+from controlplane.store.etcd_members import Limits
 from tests.sim.aim import Aim
 from tests.sim.cluster import ClusterSettings, SimCluster
-from tests.sim.faults import Faults, Pair, heal
+from tests.sim.faults.healing import heal
+from tests.sim.faults.injector import Faults, Pair
 from tests.sim.invariants import (
     INVARIANTS,
     Invariant,
@@ -26,6 +30,14 @@ from tests.sim.trace import Trace
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
 
+# Renewals, heartbeats and looks take most of a quiet cluster's work. They come less often than in
+# production; what they must outlast is as much longer.
+ELECTION = ElectionSettings(
+    lease_ttl_s=10, renew_period_s=2.5, suspend_after_s=6.0, follower_look_s=2.5
+)
+SESSIONS = HubSettings(heartbeat_period_s=6.0, silence_limit_s=30.0)
+STORE = Limits(watch_silence_s=4.0)
+
 # After healing: the longest back-off of a VM that crashed a few times, agents' reconnects, a
 # greeting. Operations' own deadline is later, so that one that hangs is seen.
 SETTLE_LIMIT_S = 600.0
@@ -35,9 +47,9 @@ SETTLE_LOOK_S = 5.0
 class SimulationSettings(Struct, frozen=True, kw_only=True):
     """How much happens in one seed."""
 
-    operations: int = 30
-    faults: int = 8
-    duration_s: float = 150.0
+    operations: int = 60
+    faults: int = 15
+    duration_s: float = 600.0
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -183,9 +195,12 @@ class _Run:
 
 def _shape(rng: random.Random) -> ClusterSettings:
     return ClusterSettings(
-        replicas=rng.choice((1, 3)),
-        members=rng.choice((1, 3)),
-        nodes=rng.choice((3, 4)),
+        replicas=3,
+        members=3,
+        nodes=rng.choice((4, 5)),
         node_cpus=2,
         node_memory_mib=4096,
+        election=ELECTION,
+        sessions=SESSIONS,
+        store=STORE,
     )

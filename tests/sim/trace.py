@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import deque
+
+from tests.sim.virtual_loop import true_time_s
 
 # Enough to see what led to a violation; a whole run has some ten thousand lines.
 TAIL_LINES = 400
@@ -19,7 +20,7 @@ class Trace:
         self.lines = 0
 
     def note(self, text: str) -> None:
-        line = f"{asyncio.get_running_loop().time():.6f} {text}"
+        line = f"{true_time_s():.6f} {text}"
         self._hash.update(line.encode() + b"\n")
         self._tail.append(line)
         self.lines += 1
