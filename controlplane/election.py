@@ -94,6 +94,7 @@ class Election:
         self._lease = 0
         self._unfit = ""
         self.leader: LeaderKey | None = None
+        self.leader_revision = 0
 
     async def run(self, lead: Lead, unfit: Unfit) -> None:
         """Campaign for ever; while a term is ours, ``lead`` runs, and is cancelled at its end.
@@ -120,7 +121,7 @@ class Election:
         self._tell_unfit(unfit)
         current = await self._store.get(keys.LEADER)
         if current is not None and not await self._resign_dead_self(current):
-            self.leader = _read_leader(current)
+            self._note_leader(current)
             await asyncio.sleep(self._settings.follower_look_s)
             return None
         if unfit:
@@ -130,7 +131,7 @@ class Election:
         sent_s = self._clock.boottime_s()
         self._lease = await self._store.grant_lease(self._settings.lease_ttl_s)
         outcome = await self._store.campaign(pack(self._me), self._lease)
-        self.leader = _read_leader(outcome.leader)
+        self._note_leader(outcome.leader)
         if outcome.leader.lease != self._lease:
             await self._store.revoke_lease(self._lease)
             return None
@@ -206,6 +207,9 @@ class Election:
         if current is None or current.create_revision != reign.leader_revision:
             raise LeadershipLost("the leader key is another's")
         return current.lease == self._lease
+
+    def _note_leader(self, found: KeyValue) -> None:
+        self.leader, self.leader_revision = _read_leader(found), found.create_revision
 
     def _is_me(self, leader: LeaderKey | None) -> bool:
         return leader is not None and leader.incarnation == self._me.incarnation

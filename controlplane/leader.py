@@ -23,7 +23,7 @@ from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
-from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.history import TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
@@ -49,10 +49,6 @@ from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
 
-# While etcd is away a request is refused after this: an election of etcd takes 1 to 2 s, and the
-# client asks again. Reconcilers and sessions wait as long as the term lasts.
-SUBMIT_LIMIT_S = 6.0
-
 
 class Founding(Struct, frozen=True):
     """What a new cluster begins with, made by ``novacron init``."""
@@ -67,7 +63,6 @@ class LeaderParts(Struct, frozen=True):
     store: Store
     state: ClusterState
     informer: Informer
-    copy: CopyHistory
     ids: IdSource
     clock: Clock
     founding: Founding
@@ -77,6 +72,7 @@ class LeaderParts(Struct, frozen=True):
     limits: MigrationLimits
     offload: Offload
     progress: Callable[[MigrationProgress], None]
+    copied: Callable[[], int]
 
 
 class Leader:
@@ -96,11 +92,15 @@ class Leader:
         """Return why this replica must not lead, as far as it has read by now; empty if it may."""
         return why_too_old(self._parts.state.cluster())
 
-    async def submit(self, command: Command[Result]) -> Result:
+    @property
+    def leads(self) -> bool:
+        return self._applier is not None
+
+    async def submit(self, command: Command[Result], limit_s: float) -> Result:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:
             raise NoLeader("this replica does not lead at present; try again shortly")
-        return await self._applier.submit(command, SUBMIT_LIMIT_S)
+        return await self._applier.submit(command, limit_s)
 
     async def ask(self, node_id: str, query: Query) -> bytes:
         if self.hub is None:
@@ -197,7 +197,7 @@ class Leader:
             EndLostAttempts(applier, parts.state),
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
-            TrimCopiedHistory(applier, parts.state, parts.copy),
+            TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
         ]
 

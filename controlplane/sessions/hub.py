@@ -19,6 +19,7 @@ from controlplane.commands.draft import Author
 from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.sessions.desired import desired_of
+from controlplane.sessions.peer_messages import AgentList
 from controlplane.sessions.session import AgentChannel, AgentSession
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
@@ -97,6 +98,7 @@ class Hub:
         self._settings = settings
         self._ids = ids
         self._sessions: dict[str, AgentSession] = {}
+        self._sessions_changed = 0
         self._greetings = asyncio.Semaphore(GREETINGS_MAX)
         self._trust_observers: list[Callable[[str], None]] = []
         self._migration_observers: list[Callable[[], None]] = []
@@ -121,9 +123,10 @@ class Hub:
             return None
         return asyncio.get_running_loop().time() - session.heard_s
 
-    def agent_versions(self) -> dict[str, str]:
-        """Return what the connected agents said they are, by node id."""
-        return {node_id: session.agent_version for node_id, session in self._sessions.items()}
+    def agents(self) -> AgentList:
+        """Return what the connected agents said they are."""
+        versions = {node_id: session.agent_version for node_id, session in self._sessions.items()}
+        return AgentList(name=f"{self._applier.term}/{self._sessions_changed}", versions=versions)
 
     def on_trust_change(self, observer: Callable[[str], None]) -> None:
         self._trust_observers.append(observer)
@@ -269,6 +272,7 @@ class Hub:
         now_s = asyncio.get_running_loop().time()
         session = AgentSession(node_id, hello, channel, now_s)
         self._sessions[node_id] = session
+        self._sessions_changed += 1
         self._tell_trust(node_id)
         return session
 
@@ -276,6 +280,7 @@ class Hub:
         session.fail_queries()
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
+            self._sessions_changed += 1
             self._tell_trust(session.node_id)
 
     async def _run(self, session: AgentSession) -> None:

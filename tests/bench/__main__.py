@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import bench_api, bench_create, bench_footprint, bench_migrate
+from tests.bench import bench_api, bench_create, bench_failover, bench_footprint, bench_migrate
 from tests.bench.result import BenchResult
 
 BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
@@ -17,6 +17,7 @@ BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
     "api": bench_api.run,
     "footprint": bench_footprint.run,
     "migrate": bench_migrate.run,
+    "failover": bench_failover.run,
 }
 
 

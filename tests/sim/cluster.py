@@ -23,6 +23,7 @@ from controlplane.election import ElectionSettings
 from controlplane.leader import Founding
 from controlplane.services.context import Context
 from controlplane.sessions.hub import HubSettings
+from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
 from controlplane.store.etcd_members import Limits
 from shared.clock import Clock
 from shared.errors import NoLeader
@@ -54,7 +55,9 @@ AGENT_PORT = 8444
 METHODS = {
     SESSION_METHOD: Kinds(by_server=AgentMessage, by_client=LeaderMessage),
     TELEMETRY_METHOD: Kinds(by_server=TelemetryMessage, by_client=TelemetryAnswer),
+    PEER_METHOD: Kinds(by_server=PeerRequest, by_client=PeerAnswer),
 }
+
 Observer = Callable[[SimEvent], None]
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
+from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
 from controlplane.store.etcd_pool import EtcdStore
 from controlplane.store.history import History
 from controlplane.telemetry.exporter import unscraped_metrics
 from controlplane.telemetry.windows import Windows
-from shared.errors import Disconnected, NovacronError
+from shared.errors import Disconnected, NovacronError, OutcomeUnknown
 from shared.offload import inline
 from shared.protocol import SESSION_METHOD, NotLeader
 from shared.tls import Identity, Role
@@ -95,6 +96,7 @@ class SimReplica:
             offload=inline,
             windows=windows,
             metrics=unscraped_metrics(windows),
+            peers=_PeersOfProcess(cluster, process),
         )
         settings = ReplicaSettings(
             name=self.name,
@@ -140,9 +142,13 @@ class SimReplica:
 async def _serve(
     control_plane: ControlPlane, cell: str, method: str, stream: Stream, host: str
 ) -> None:
-    """Do what controlplane/sessions/grpc_server.py does with a stream that an agent opened."""
-    identity = Identity(cell, Role.AGENT, host)
+    """Do what controlplane/sessions/grpc_server.py does with what a peer has opened."""
     try:
+        if method == PEER_METHOD:
+            peer = Identity(cell, Role.REPLICA, host)
+            await stream.send(await control_plane.peers.answer(await stream.receive(), peer))
+            return
+        identity = Identity(cell, Role.AGENT, host)
         if method != SESSION_METHOD:
             await control_plane.telemetry.serve(stream, identity)
             return
@@ -154,7 +160,7 @@ async def _serve(
     except Disconnected:
         pass
     except NovacronError as error:
-        log.warning("the stream of %s ended: %s", identity.name, error)
+        log.warning("the stream of %s ended: %s", host, error)
 
 
 def leaves(error: BaseException) -> Sequence[BaseException]:
@@ -162,6 +168,31 @@ def leaves(error: BaseException) -> Sequence[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for each in error.exceptions for leaf in leaves(each)]
     return [error]
+
+
+class _PeersOfProcess:
+    """The port ``PeerCall``: a stream for each call, which ends with its answer."""
+
+    def __init__(self, cluster: SimCluster, process: Process) -> None:
+        self._cluster = cluster
+        self._process = process
+
+    async def __call__(self, address: str, request: PeerRequest, limit_s: float) -> PeerAnswer:
+        self._process.check()
+        try:
+            async with asyncio.timeout(limit_s):
+                stream = await self._cluster.network.dial(address, PEER_METHOD)
+        except TimeoutError:
+            raise Disconnected(f"{address} did not accept a connection in time") from None
+        try:
+            async with asyncio.timeout(limit_s):
+                await stream.send(request)
+                answer: PeerAnswer = await stream.receive()
+                return answer
+        except (Disconnected, TimeoutError) as error:
+            raise OutcomeUnknown(f"{address} did not answer: {error}") from error
+        finally:
+            await stream.close()
 
 
 class _HistoryOfProcess(History):

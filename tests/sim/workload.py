@@ -138,11 +138,7 @@ class Client:
 
     async def _once(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
         """Call a replica; one that dies meanwhile leaves the outcome unknown."""
-        names = list(self._cluster.replicas)
-        chosen = self._cluster.replicas[self._rng.choice(names)]
-        for replica in self._cluster.replicas.values():
-            if replica.control_plane is not None and replica.control_plane.leader.term is not None:
-                chosen = replica
+        chosen = self._rng.choice(list(self._cluster.replicas.values()))
         process, control_plane = chosen.process, chosen.control_plane
         if process is None or control_plane is None:
             raise Unavailable(f"{chosen.name} does not accept connections")

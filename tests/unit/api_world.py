@@ -43,6 +43,7 @@ from shared.model import (
 )
 from shared.offload import inline
 from shared.protocol import Query, VmReport
+from tests.unit.lone_replica import own_reads
 
 Result = TypeVar("Result")
 
@@ -118,7 +119,7 @@ class World:
             submit=self.submit,
             ask=self.ask,
             history=self.history,
-            windows=self.windows,
+            figures=own_reads(self.windows),
             progress=self.progress,
             store=cast(Store, OneMember()),
             clock=self.clock,
