@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import sys
 import time
@@ -10,26 +11,25 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.sim.faults.injector import Pair
+from tests.sim.process import current
 from tests.sim.simulation import Outcome, simulate
+from tests.sim.virtual_loop import true_time_s
 
 
 def main(arguments: Sequence[str]) -> int:
     """Return 0 when every seed held, 1 otherwise."""
     options = _parse(arguments)
-    level = logging.INFO if options.logs else logging.CRITICAL
-    logging.basicConfig(stream=sys.stdout, level=level, format="    %(name)s: %(message)s")
+    _log(options.logs)
     began_s = time.monotonic()
     coverage: Counter[Pair] = Counter()
     endings: Counter[str] = Counter()
     failed: list[int] = []
     virtual_s = 0.0
     for seed in range(options.start, options.start + options.seeds):
-        outcome = simulate(seed, keep_trace=options.trace)
+        outcome = simulate(seed, tell=_print if options.trace else None)
         coverage.update(outcome.coverage)
         endings.update(outcome.outcomes)
         virtual_s += outcome.virtual_s
-        if options.trace:
-            print("\n".join(outcome.tail))
         if outcome.violated:
             failed.append(seed)
             _tell_failure(outcome)
@@ -65,6 +65,30 @@ def coverage_table(coverage: Counter[Pair]) -> str:
 def _tell_failure(outcome: Outcome) -> None:
     print(f"seed {outcome.seed}: {outcome.complaint}")
     print(f"    replay: ./dev sim --start {outcome.seed} --seeds 1 --trace --logs", flush=True)
+
+
+class _PlaceAndTime(logging.Formatter):
+    """Says when in the simulation a line was logged, and by which process."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return super().format(record)
+        process = current()
+        where = "" if process is None else f" {process.incarnation}"
+        return f"{true_time_s():.6f}    {where} {record.name}: {super().format(record)}"
+
+
+def _log(wanted: bool) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_PlaceAndTime())
+    level = logging.INFO if wanted else logging.CRITICAL
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _print(line: str) -> None:
+    print(line)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

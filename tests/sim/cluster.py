@@ -55,7 +55,7 @@ AGENT_PORT = 8444
 METHODS = {
     SESSION_METHOD: Kinds(by_server=AgentMessage, by_client=LeaderMessage),
     TELEMETRY_METHOD: Kinds(by_server=TelemetryMessage, by_client=TelemetryAnswer),
-    PEER_METHOD: Kinds(by_server=PeerRequest, by_client=PeerAnswer),
+    PEER_METHOD: Kinds(by_server=PeerRequest, by_client=PeerAnswer, lasting=False),
 }
 
 Observer = Callable[[SimEvent], None]
@@ -91,6 +91,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     election: ElectionSettings = ElectionSettings()
     sessions: HubSettings = HubSettings()
     store: Limits = Limits()
+    exchange_period_s: float = 1.0
 
 
 class SimCluster:

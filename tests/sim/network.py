@@ -37,10 +37,11 @@ Link = tuple[str, str]
 
 
 class Kinds(Struct, frozen=True):
-    """What either side of a method decodes."""
+    """What either side of a method decodes; ``lasting`` streams are worth telling of."""
 
     by_server: Any
     by_client: Any
+    lasting: bool = True
 
 
 class NetworkSettings(Struct, frozen=True, kw_only=True):
@@ -120,7 +121,9 @@ class Network:
         server = Stream(listener.process, back, there, kinds.by_server)
         self._streams = [pair for pair in self._streams if not _over(pair)]
         self._streams.append((client, server))
-        self._trace.note(f"open {source.incarnation} -> {listener.process.incarnation} {method}")
+        if kinds.lasting:
+            opened = f"{source.incarnation} -> {listener.process.incarnation}"
+            self._trace.note(f"open {opened} {method}")
         listener.process.spawn(
             self._serve(listener, method, server, source.host), f"{address}{method}"
         )

@@ -97,6 +97,7 @@ class SimReplica:
             windows=windows,
             metrics=unscraped_metrics(windows),
             peers=_PeersOfProcess(cluster, process),
+            settle_memory=_leave_memory,
         )
         settings = ReplicaSettings(
             name=self.name,
@@ -106,6 +107,7 @@ class SimReplica:
             version="simulated",
             election=cluster.settings.election,
             sessions=cluster.settings.sessions,
+            exchange_period_s=cluster.settings.exchange_period_s,
         )
         control_plane = self.control_plane = ControlPlane(settings, ports)
 
@@ -161,6 +163,10 @@ async def _serve(
         pass
     except NovacronError as error:
         log.warning("the stream of %s ended: %s", host, error)
+
+
+def _leave_memory() -> None:
+    """Many replicas of many clusters share this process, one cluster after the other."""
 
 
 def leaves(error: BaseException) -> Sequence[BaseException]:

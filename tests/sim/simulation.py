@@ -26,7 +26,7 @@ from tests.sim.invariants import (
 )
 from tests.sim.ledger import Died, SimEvent
 from tests.sim.process import adopt_by_context
-from tests.sim.trace import Trace
+from tests.sim.trace import Tell, Trace
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
 
@@ -63,30 +63,32 @@ class Outcome(Struct, frozen=True, kw_only=True):
     trace_lines: int
     outcomes: Counter[str]
     coverage: Counter[Pair]
-    tail: list[str]
 
 
 def simulate(
     seed: int,
     settings: SimulationSettings | None = None,
     *,
-    keep_trace: bool = False,
+    tell: Tell | None = None,
     only: Invariant | None = None,
 ) -> Outcome:
-    """Run one seed to its end or to its first violation; ``only`` judges by one invariant."""
-    run = _Run(seed, settings or SimulationSettings(), keep_trace, only)
+    """Run one seed to its end or to its first violation.
+
+    ``tell`` is given what happens, line by line; ``only`` judges by one invariant.
+    """
+    run = _Run(seed, settings or SimulationSettings(), tell, only)
     return run_virtual(run.main(), adopt_by_context)
 
 
 class _Run:
     def __init__(
-        self, seed: int, settings: SimulationSettings, keep_trace: bool, only: Invariant | None
+        self, seed: int, settings: SimulationSettings, tell: Tell | None, only: Invariant | None
     ) -> None:
         self._seed = seed
         self._settings = settings
         self._judge = Judge(INVARIANTS if only is None else (only,))
         self._must_settle = only is None
-        self._trace = Trace(keep_all=keep_trace)
+        self._trace = Trace(tell)
         self._violation: Violation | None = None
         self._stopped = asyncio.Event()
         self._aim: Aim | None = None
@@ -108,7 +110,7 @@ class _Run:
         faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
         await self._unless_stopped(self._story(cluster, workload, faults))
         virtual_s = loop.time()
-        digest, lines, tail = self._trace.digest(), self._trace.lines, self._trace.tail()
+        digest, lines = self._trace.digest(), self._trace.lines
         for node in cluster.nodes.values():
             node.crash_agent()
         for replica in cluster.replicas.values():
@@ -123,7 +125,6 @@ class _Run:
             trace_lines=lines,
             outcomes=workload.client.outcomes,
             coverage=faults.coverage,
-            tail=tail,
         )
 
     async def _story(self, cluster: SimCluster, workload: Workload, faults: Faults) -> None:
@@ -203,4 +204,5 @@ def _shape(rng: random.Random) -> ClusterSettings:
         election=ELECTION,
         sessions=SESSIONS,
         store=STORE,
+        exchange_period_s=5.0,
     )
