@@ -22,12 +22,12 @@ from agent.hypervisor import (
     Transfer,
 )
 from agent.relay import Relays, RelayTarget
-from shared.errors import FieldError, HypervisorUnavailable
+from shared.errors import FieldError
 from shared.model import Sample
 from shared.moves import MigrationFigures
 from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
 from tests.sim.ledger import SetOut
-from tests.sim.libvirtd import SILENCE_LIMIT_S, Libvirtd, Observer
+from tests.sim.libvirtd import Libvirtd, Observer
 from tests.sim.process import Process, never_mind, outside
 
 Result = TypeVar("Result")
@@ -72,9 +72,11 @@ class ProcessHypervisor:
         await self._act(lambda driver: driver.resume(name, generation))
 
     async def reboot(self, name: str, generation: int) -> None:
+        self._restarting(name, generation)
         await self._act(lambda driver: driver.reboot(name, generation))
 
     async def reset(self, name: str, generation: int) -> None:
+        self._restarting(name, generation)
         await self._act(lambda driver: driver.reset(name, generation))
 
     async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
@@ -96,7 +98,7 @@ class ProcessHypervisor:
             there = volume in await driver.volumes(pool)
             await driver.delete_volume(pool, volume)
             if there:
-                self._libvirtd.erased(volume.rpartition("-")[0])
+                self._libvirtd.erased_volume(pool, volume)
 
         await self._act(delete)
 
@@ -150,6 +152,10 @@ class ProcessHypervisor:
     def listen(self, listener: DomainListener) -> None:
         self._libvirtd.listen(self._process, listener)
 
+    def _restarting(self, name: str, generation: int) -> None:
+        self._process.check()
+        self._libvirtd.restarting(name, generation)
+
     async def _quick(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
         return await self._call(self._libvirtd.call(work, QUICK_S))
 
@@ -167,12 +173,10 @@ class ProcessHypervisor:
             raise
         call = outside(work, "libvirtd-call")
         call.add_done_callback(never_mind)
-        while not call.done():
-            await asyncio.wait({call}, timeout=SILENCE_LIMIT_S)
+        try:
+            return await self._libvirtd.answer(call)
+        finally:
             self._process.check()
-            if not call.done() and self._libvirtd.is_silent():
-                raise HypervisorUnavailable("libvirtd has not answered for too long")
-        return call.result()
 
 
 class RelaysOfProcess:

@@ -119,10 +119,17 @@ class SimCluster:
         self.fabric = SimulatedFabric(linked=self._linked)
         self.etcd = EtcdHosts(settings.members, self.part(), self._committed)
         names = [f"replica-{number + 1}" for number in range(settings.replicas)]
-        addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
+        self._addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
         self.replicas = {name: SimReplica(self, name) for name in names}
-        nodes = [f"node-{number + 1}" for number in range(settings.nodes)]
-        self.nodes = {name: SimNode(self, name, addresses) for name in nodes}
+        self.nodes: dict[str, SimNode] = {}
+        for _ in range(settings.nodes):
+            self.add_node()
+
+    def add_node(self) -> SimNode:
+        """Set a further node up; it joins once its agent is started."""
+        name = f"node-{len(self.nodes) + 1}"
+        node = self.nodes[name] = SimNode(self, name, self._addresses)
+        return node
 
     async def start(self) -> None:
         for replica in self.replicas.values():

@@ -21,6 +21,7 @@ from tests.sim.ledger import (
     Ended,
     Erased,
     Left,
+    Restarting,
     Resumed,
     SimEvent,
     Started,
@@ -67,6 +68,7 @@ class Libvirtd:
         self._answers = asyncio.Event()
         self._answers.set()
         self._hangs_since_s: float | None = None
+        self._awaited: dict[asyncio.Future[None], None] = {}
         self._tells = True
         self._unheard_until_s = 0.0
         self._driver = driver
@@ -98,6 +100,7 @@ class Libvirtd:
         """Take calls and answer none, as when stopped; what was asked is done when it goes on."""
         self._answers.clear()
         self._hangs_since_s = true_time_s()
+        later(SILENCE_LIMIT_S, self._silence_lasts, self._hangs_since_s)
 
     def go_on(self) -> None:
         if self._hangs_since_s is not None:
@@ -105,10 +108,18 @@ class Libvirtd:
             self._hangs_since_s = None
             self._domain_changed("")
 
-    def is_silent(self) -> bool:
-        """Whether it has hung for so long that its clients give it up."""
-        now_s = true_time_s()
-        return self._hangs_since_s is not None and now_s - self._hangs_since_s >= SILENCE_LIMIT_S
+    async def answer(self, call: asyncio.Task[Result]) -> Result:
+        """Return what a call returns. Raises HypervisorUnavailable for a libvirtd that hangs."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        call.add_done_callback(lambda _: _come(answer))
+        self._awaited[answer] = None
+        if self._hangs_since_s is not None:
+            later(SILENCE_LIMIT_S, _give_up, answer)
+        try:
+            await answer
+        finally:
+            del self._awaited[answer]
+        return call.result()
 
     def lose_events(self) -> None:
         """Tell nobody of any change from now on."""
@@ -178,6 +189,15 @@ class Libvirtd:
     def erased(self, vm_id: str) -> None:
         self._observe(Erased(self.node, vm_id))
 
+    def erased_volume(self, pool: str, volume: str) -> None:
+        shared = any(each.name == pool and each.shared for each in self._state.facts.pools)
+        self._observe(Erased(self.node, volume.rpartition("-")[0], volume, shared))
+
+    def restarting(self, name: str, generation: int) -> None:
+        domain = self._state.domains.get(name)
+        if domain is not None and domain.vm_id is not None:
+            self._observe(Restarting(self.node, domain.vm_id, generation))
+
     def witness(self) -> None:
         """Compare which guests run with what was seen last."""
         ours = {d.vm_id: d for d in self._state.domains.values() if d.vm_id is not None}
@@ -241,6 +261,22 @@ class Libvirtd:
             if process.alive:
                 process.call_soon(listener, name)
 
+    def _silence_lasts(self, since_s: float) -> None:
+        """Have the clients give it up that wait since it began to hang, if it still does."""
+        if self._hangs_since_s == since_s:
+            for answer in list(self._awaited):
+                _give_up(answer)
+
     def _refuse_when_away(self) -> None:
         if not self.available:
             raise HypervisorUnavailable(f"libvirtd of {self.node} does not answer")
+
+
+def _come(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_result(None)
+
+
+def _give_up(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_exception(HypervisorUnavailable("libvirtd has not answered for too long"))

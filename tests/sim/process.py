@@ -45,6 +45,10 @@ class Process:
         self._runs = asyncio.Event()
         self._runs.set()
 
+    @property
+    def task_count(self) -> int:
+        return len(self._tasks)
+
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run ``work`` in this process."""
         context = self._context.copy()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
+from controlplane.sessions.hub import GREETING_TIMEOUT_S
 from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
 from controlplane.store.etcd_pool import EtcdStore
 from controlplane.store.history import History
@@ -156,10 +157,12 @@ async def _serve(
             return
         hub = control_plane.hub()
         if hub is None:
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                await stream.receive()
             await stream.send(NotLeader(agent_address=control_plane.leader_address()))
         else:
             await hub.serve(stream, identity)
-    except Disconnected:
+    except (Disconnected, TimeoutError):
         pass
     except NovacronError as error:
         log.warning("the stream of %s ended: %s", host, error)

@@ -10,8 +10,11 @@ from typing import Any
 from msgspec import Struct
 
 from controlplane.election import ElectionSettings
+from controlplane.services.context import Scope
+from controlplane.services.operations import find_operation
 from controlplane.sessions.hub import HubSettings
 from controlplane.store.etcd_members import Limits
+from shared.model import Operation
 from tests.sim.aim import Aim
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.faults.healing import heal
@@ -24,8 +27,10 @@ from tests.sim.invariants import (
     everything_settles,
     replicas_agree,
 )
+from tests.sim.invariants.settled import acknowledged_is_kept
 from tests.sim.ledger import Died, SimEvent
 from tests.sim.process import adopt_by_context
+from tests.sim.sizes import sizes
 from tests.sim.trace import Tell, Trace
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
@@ -42,6 +47,7 @@ STORE = Limits(watch_silence_s=4.0)
 # greeting. Operations' own deadline is later, so that one that hangs is seen.
 SETTLE_LIMIT_S = 600.0
 SETTLE_LOOK_S = 5.0
+MEASURE_PERIOD_S = 20.0
 
 
 class SimulationSettings(Struct, frozen=True, kw_only=True):
@@ -92,6 +98,7 @@ class _Run:
         self._violation: Violation | None = None
         self._stopped = asyncio.Event()
         self._aim: Aim | None = None
+        self._faults: Faults | None = None
 
     async def main(self) -> Outcome:
         loop = asyncio.get_running_loop()
@@ -107,7 +114,7 @@ class _Run:
             duration_s=self._settings.duration_s,
         )
         self._aim = Aim(workload, ledger)
-        faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
+        faults = self._faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
         await self._unless_stopped(self._story(cluster, workload, faults))
         virtual_s = loop.time()
         digest, lines = self._trace.digest(), self._trace.lines
@@ -129,12 +136,20 @@ class _Run:
 
     async def _story(self, cluster: SimCluster, workload: Workload, faults: Faults) -> None:
         await cluster.start()
+        measuring = asyncio.ensure_future(self._measure(cluster))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(workload.run())
             tasks.create_task(faults.run(self._settings.faults, self._settings.duration_s))
+        measuring.cancel()
         heal(cluster)
         if self._must_settle:
             await self._settle(cluster, workload)
+
+    async def _measure(self, cluster: SimCluster) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_PERIOD_S)
+            for measured in sizes(cluster, self._judge.ledger):
+                self._observe(measured)
 
     async def _settle(self, cluster: SimCluster, workload: Workload) -> None:
         end_s = asyncio.get_running_loop().time() + SETTLE_LIMIT_S
@@ -157,11 +172,25 @@ class _Run:
             complaints = [
                 *everything_settles(self._judge.ledger, found),
                 *replicas_agree(self._judge.ledger, states),
+                *await self._forgotten(cluster),
             ]
             if complaints:
                 return complaints
             await asyncio.sleep(SETTLE_LOOK_S)
         return []
+
+    async def _forgotten(self, cluster: SimCluster) -> list[str]:
+        """Ask every replica for every operation that a client was told of."""
+        ledger, complaints = self._judge.ledger, list[str]()
+        for name, replica in cluster.replicas.items():
+            if replica.control_plane is None:
+                complaints.append(f"{name} is down")
+                continue
+            context, found = replica.control_plane.context(), dict[str, Operation | None]()
+            for operation_id in ledger.acknowledged:
+                found[operation_id] = await find_operation(context, Scope(), operation_id)
+            complaints += acknowledged_is_kept(ledger, name, found)
+        return complaints
 
     async def _unless_stopped(self, work: Any) -> None:
         story = asyncio.ensure_future(work)
@@ -182,6 +211,8 @@ class _Run:
                 self._stop(violation)
         if self._aim is not None:
             self._aim.take(event)
+        if self._faults is not None:
+            self._faults.happened()
 
     def _stop(self, violation: Violation) -> None:
         self._trace.note(f"violation: {violation}")

@@ -23,7 +23,6 @@ Pair = tuple[str, str]
 # How many faults come whenever they come; the others wait for an operation, and strike within it.
 AT_REST_SHARE = 0.3
 MOMENT_LIMIT_S = 10.0
-MOMENT_LOOK_S = 0.02
 MOMENT_LENGTH_S = 0.6
 # An aim fails where no VM runs yet, or none can be moved: then it is taken a little later.
 AIM_TRIES = 4
@@ -37,6 +36,7 @@ class Faults:
         self, cluster: SimCluster, ledger: Ledger, rng: random.Random, aim: Aim, seed: int
     ) -> None:
         self._scene = Scene(cluster, ledger, rng)
+        self.happened = self._scene.happened
         self._ledger = ledger
         self._rng = rng
         self._aim = aim
@@ -85,11 +85,8 @@ class Faults:
         """Mostly strike in the middle of an operation, when one comes soon."""
         if self._rng.random() < AT_REST_SHARE:
             return
-        for _ in range(round(MOMENT_LIMIT_S / MOMENT_LOOK_S)):
-            if self._ledger.operations:
-                await self._scene.last(0.0, MOMENT_LENGTH_S)
-                return
-            await asyncio.sleep(MOMENT_LOOK_S)
+        if await self._scene.until(lambda: bool(self._ledger.operations), MOMENT_LIMIT_S):
+            await self._scene.last(0.0, MOMENT_LENGTH_S)
 
     def _note(self, kind: str) -> None:
         self._scene.note(f"fault {kind}")

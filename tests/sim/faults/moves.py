@@ -9,10 +9,9 @@ from tests.sim.faults.scene import Scene
 
 # How long a migration is waited for.
 RELAY_LIMIT_S = 10.0
-RELAY_LOOK_S = 0.02
+RELAY_LOOK_S = 0.1
 # How many of the relays that break do so in the few milliseconds in which libvirt runs two guests.
 CRITICAL_SHARE = 0.5
-SWITCH_LOOK_S = 0.002
 SWITCH_LIMIT_S = 5.0
 # Twice as long as a saga waits for a source that it has to clean up.
 ISOLATED_S = 80.0
@@ -25,7 +24,7 @@ async def break_relay(scene: Scene) -> None:
     if relay is None:
         return
     if scene.rng.random() < CRITICAL_SHARE:
-        await _until_switched(relay)
+        await _until_switched(scene, relay)
     scene.note(f"break the relay to {relay.destination}")
     relay.end()
 
@@ -35,7 +34,7 @@ async def fail_libvirtd_at_switch(scene: Scene) -> None:
     relay = await _relay(scene)
     if relay is None:
         return
-    await _until_switched(relay)
+    await _until_switched(scene, relay)
     await scene.last(0.0, 0.2)
     node = scene.cluster.nodes[scene.rng.choice([relay.destination, *scene.cluster.nodes])]
     libvirtd = node.libvirtd
@@ -52,7 +51,7 @@ async def isolate_source_at_switch(scene: Scene) -> None:
     relay = await _relay(scene)
     if relay is None or relay.travel is None:
         return
-    await _until_switched(relay)
+    await _until_switched(scene, relay)
     source, replicas = relay.source_node, tuple(scene.cluster.replicas)
     links = [*((source, each) for each in replicas), *((each, source) for each in replicas)]
     scene.note(f"isolate {source}")
@@ -84,9 +83,7 @@ async def _relay(scene: Scene) -> SimulatedRelay | None:
     return None
 
 
-async def _until_switched(relay: SimulatedRelay) -> None:
+async def _until_switched(scene: Scene, relay: SimulatedRelay) -> None:
     travel = relay.travel
-    for _ in range(round(SWITCH_LIMIT_S / SWITCH_LOOK_S)):
-        if travel is None or travel.done.done() or travel.switched:
-            return
-        await asyncio.sleep(SWITCH_LOOK_S)
+    if travel is not None:
+        await scene.until(lambda: travel.switched or travel.done.done(), SWITCH_LIMIT_S)

@@ -29,6 +29,29 @@ class Scene:
         self.cluster = cluster
         self.ledger = ledger
         self.rng = rng
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    def happened(self) -> None:
+        """Look whether something has come about that a fault waits for."""
+        for condition, came in self._waiting:
+            if not came.done() and condition():
+                came.set_result(None)
+
+    async def until(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        """Wait until an event has made a condition true; return whether one has, in time."""
+        if condition():
+            return True
+        came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (condition, came)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(limit_s):
+                await came
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.remove(entry)
+        return True
 
     def note(self, text: str) -> None:
         self.cluster.trace.note(text)
