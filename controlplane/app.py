@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -19,7 +19,7 @@ from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
-from controlplane.sessions.following import Following
+from controlplane.sessions.following import PERIOD_S, Following
 from controlplane.sessions.hub import Hub, HubSettings
 from controlplane.sessions.leader_link import LeaderLink, PeerCall
 from controlplane.sessions.peer_messages import AgentList
@@ -72,10 +72,15 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     migrations: MigrationLimits = MigrationLimits()
+    exchange_period_s: float = PERIOD_S
 
 
 class Ports(Struct, frozen=True):
-    """What a replica is given of the world."""
+    """What a replica is given of the world.
+
+    ``settle_memory`` is called once the cluster has been listed, which stays for long: a process
+    that has its memory to itself keeps its collector from looking at all of it again and again.
+    """
 
     store: Store
     history: History
@@ -86,6 +91,7 @@ class Ports(Struct, frozen=True):
     windows: Windows
     metrics: Metrics
     peers: PeerCall
+    settle_memory: Callable[[], None]
 
 
 class ControlPlane:
@@ -144,6 +150,7 @@ class ControlPlane:
             lambda: self._copy.copied_seq,
             self.progress,
             ports.peers,
+            settings.exchange_period_s,
         )
         self.peers = PeerAnswers(
             ports.founding.cluster.cell,
@@ -161,10 +168,7 @@ class ControlPlane:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
-            # What was listed stays for long; collecting it again and again would hold the loop for
-            # 120 ms at 50,000 VMs.
-            gc.collect()
-            gc.freeze()
+            self._ports.settle_memory()
             # From here on, not before: what was listed was counted by an earlier process.
             self.state.observe(self._record_changed)
             self.state.observe_history(self._entry_added)
