@@ -166,6 +166,8 @@ class ControlPlane:
         """Follow, copy and forget history, stand for election: until cancelled."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
+            # Before anything is read, which may take seconds: nobody leads until then.
+            tasks.create_task(self._election.give_back())
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
             self._ports.settle_memory()

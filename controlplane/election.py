@@ -135,6 +135,18 @@ class Election:
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
 
+    async def give_back(self) -> None:
+        """Resign a term that an earlier process of this replica held, before anything is read.
+
+        What fails is tried again by the first campaign.
+        """
+        try:
+            current = await self._store.get(keys.LEADER)
+            if current is not None:
+                await self._resign_dead_self(current)
+        except NovacronError as error:
+            log.warning("whether a term was left over is not known yet: %s", error)
+
     async def _campaign(self, unfit: str) -> Reign | None:
         """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
         self._tell_unfit(unfit)

@@ -169,6 +169,25 @@ def test_when_a_leader_stops_the_term_is_given_back_at_once() -> None:
     virtual(main())
 
 
+def test_a_term_of_an_earlier_process_is_given_back_before_the_first_campaign() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            lease = await it.world.store.grant_lease(60)
+            await it.world.store.campaign(pack(LeaderKey(replica="r1", incarnation="1")), lease)
+            await _newly_started(it, "r2").give_back()
+            assert await it.key() is not None, "another replica's term is not ours to give back"
+            await _newly_started(it, "r1").give_back()
+            assert await it.key() is None
+
+    virtual(main())
+
+
+def _newly_started(it: Cluster, name: str) -> Election:
+    me = LeaderKey(replica=name, incarnation="2")
+    store = cast(Store, it.world.store)
+    return Election(store, me, SETTINGS, LoopClock(), random.Random(1), Changes().next)
+
+
 def test_who_follows_stands_as_soon_as_the_watch_shows_that_the_key_is_gone() -> None:
     seldom = replace(SETTINGS, follower_look_s=3600.0)
 
