@@ -43,11 +43,11 @@ METHODS = {
 }
 # How often each is done, of a hundred.
 SHARES = {
-    Kind.CREATE: 18,
-    Kind.CHANGE: 34,
-    Kind.CONFIRM: 6,
-    Kind.DELETE: 9,
-    Kind.GET: 28,
+    Kind.CREATE: 22,
+    Kind.CHANGE: 37,
+    Kind.CONFIRM: 7,
+    Kind.DELETE: 10,
+    Kind.GET: 19,
     Kind.LIST: 5,
 }
 # Of changes and deletions, how many are for one version; of those, for the newest that was seen.
@@ -61,8 +61,12 @@ AGAIN = 0.03
 # Of writes, how many wait no longer than such a write usually takes; of all, how many are patient.
 HASTY = 0.3
 PATIENT = 0.08
-# Half of all is done to a quarter of the names.
-HOT_SHARE = 0.25
+# How many are done to the name that is everybody's at the moment, and how long a moment is: so that
+# changes of one VM meet in one commit.
+HOT = 0.5
+MOMENT_NS = 300_000_000
+# How many of those that are denied look at once what is there instead.
+CURIOUS = 0.6
 FRESHNESS = {Freshness.ANY: 2, Freshness.SESSION: 4, Freshness.LATEST: 4}
 WALK_SHARE = 0.5
 WALK_LIMIT = 7
@@ -72,7 +76,7 @@ LIMIT_S = 1.5
 # A suspended replica stays so for less.
 PATIENT_LIMIT_S = 12.0
 ATTEMPTS_MAX = 200
-PAUSE_S = 0.04
+PAUSE_S = 0.03
 RETRY_PAUSE_S = 0.06
 REMEMBERED = 12
 
@@ -91,6 +95,9 @@ class Board:
     @property
     def operations(self) -> int:
         return self._operations
+
+    def hot_name(self) -> str:
+        return self.names[time.monotonic_ns() // MOMENT_NS % len(self.names)]
 
     def next_operation(self) -> int:
         with self._lock:
@@ -139,12 +146,14 @@ class Client:
     def run(self) -> None:
         """Do one thing after the other until the board says to stop."""
         while not self._board.stop.is_set():
-            self.do(self._next_plan())
+            plan = self._next_plan()
+            if self.do(plan) is Outcome.DENIED and self._rng.random() < CURIOUS:
+                self.do(Plan(kind=Kind.GET, name=plan.name, freshness=self._freshness()))
             self._board.stop.wait(self._rng.expovariate(1 / PAUSE_S))
         self._wire.close()
 
-    def do(self, plan: Plan, only: str = "") -> None:
-        """Do one operation, at one replica only if that is named."""
+    def do(self, plan: Plan, only: str = "") -> Outcome:
+        """Do one operation, at one replica only if that is named; returns what it came to."""
         operation = self._board.next_operation()
         for _ in range(ATTEMPTS_MAX):
             replica = only or self._rng.choice(self._wire.replicas())
@@ -158,6 +167,7 @@ class Client:
             self._board.stop.wait(self._rng.uniform(0, 2 * RETRY_PAUSE_S))
         if plan.key:
             self._keyed.append(plan)
+        return attempt.outcome
 
     def _next_plan(self) -> Plan:
         rng = self._rng
@@ -167,9 +177,7 @@ class Client:
         if kind is Kind.LIST:
             limit = WALK_LIMIT if rng.random() < WALK_SHARE else 0
             return Plan(kind=kind, freshness=self._freshness(), page_limit=limit)
-        hot = max(1, int(len(self._board.names) * HOT_SHARE))
-        names = self._board.names[:hot] if rng.random() < 0.5 else self._board.names[hot:]
-        name = rng.choice(names)
+        name = self._board.hot_name() if rng.random() < HOT else rng.choice(self._board.names)
         may = kind in (Kind.CHANGE, Kind.DELETE) and rng.random() < CONDITIONAL
         conditional = may or kind is Kind.CONFIRM
         etags = self._etags[name]

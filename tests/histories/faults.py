@@ -42,7 +42,7 @@ class Blow(Struct, frozen=True, kw_only=True):
 # does not know it. etcd elects anew after one to two seconds without its leader.
 BLOWS = (
     Blow(name="kill-leader", victims=("leader",)),
-    Blow(name="stop-leader", victims=("leader",), stays_s=7.0),
+    Blow(name="stop-leader", victims=("leader",), stays_s=8.0),
     Blow(name="stop-leader-shortly", victims=("leader",), stays_s=2.0),
     Blow(name="stop-leader-about-a-lease", victims=("leader",), stays_s=5.2),
     Blow(name="kill-follower", victims=("follower",)),

@@ -169,7 +169,7 @@ class _Builder:
             changed = (self._add(change, first, effort[0].invoked_ns, end),)
         for attempt in effort:
             if attempt.outcome is Outcome.DENIED:
-                self._take_denial(attempt, changed if attempt is not effort[0] else ())
+                self._take_denial(attempt, again=attempt is not effort[0])
             elif attempt.outcome is Outcome.OK:
                 self._take_sight(attempt, changed)
 
@@ -183,13 +183,14 @@ class _Builder:
             return Deleted(only)
         return None
 
-    def _take_denial(self, attempt: Attempt, changed: tuple[int, ...]) -> None:
-        """Take what a denial says; ``changed``: what an earlier one of its key may have done."""
+    def _take_denial(self, attempt: Attempt, *, again: bool) -> None:
+        """Take what a denial says; ``again``: there was an attempt with its key before."""
         if attempt.code == NAME_TAKEN:
             # Decided where the change would be made, whatever revision was asked for.
             self._add(SawOther(ABSENT), attempt, attempt.invoked_ns, attempt.returned_ns)
-        elif attempt.code == NOT_FOUND and attempt.kind is Kind.CHANGE and changed:
-            # It may be the changed VM that is gone, and the name be another's by now.
+        elif attempt.code == NOT_FOUND and attempt.kind is Kind.CHANGE and again:
+            # It may be the VM that was changed then that is gone, and the name be another's by now;
+            # also if it was not found then: it may have been deleted in the moment of its change.
             self._add(Saw(ABSENT), attempt, EVER, attempt.returned_ns)
         elif attempt.code == NOT_FOUND:
             self._look(Saw(ABSENT), attempt)
