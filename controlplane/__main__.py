@@ -28,6 +28,7 @@ from controlplane.store.etcd_pool import connect
 from controlplane.store.history import History
 from controlplane.store.timed import TimedStore
 from controlplane.telemetry.exporter import Metrics
+from controlplane.telemetry.stalls import watch_stalls
 from controlplane.telemetry.windows import Windows
 from shared.addresses import host_and_port
 from shared.clock import SystemClock
@@ -101,7 +102,7 @@ async def serve(config: ControlPlaneConfig) -> None:
     await agents.start(config.agents.listen, tls)
     log.info("serving", extra={"api": config.api.listen, "agents": config.agents.listen})
     try:
-        await run_until_asked_to_stop(replica.run(), api.run())
+        await run_until_asked_to_stop(replica.run(), api.run(), watch_stalls(metrics.loop_stalled))
     finally:
         await agents.stop()
         await peers.close()

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import bench_api, bench_applier, bench_create, bench_footprint, bench_migrate
+from tests.bench import (
+    bench_api,
+    bench_applier,
+    bench_create,
+    bench_failover,
+    bench_footprint,
+    bench_migrate,
+)
 from tests.bench.result import BenchResult
 
 BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
@@ -18,6 +25,7 @@ BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
     "applier": bench_applier.run,
     "footprint": bench_footprint.run,
     "migrate": bench_migrate.run,
+    "failover": bench_failover.run,
 }
 
 

@@ -25,6 +25,7 @@ from shared.errors import (
     OutcomeUnknown,
     Overloaded,
     StateConflict,
+    StoreFull,
     StoreUnavailable,
 )
 from shared.ids import IdSource
@@ -200,6 +201,26 @@ def test_a_lost_answer_is_read_back_and_nothing_is_applied_twice() -> None:
             await it.assert_memory_is_etcd()
 
     virtual(main())
+
+
+def test_what_uses_the_quota_up_is_acknowledged_when_it_was_written() -> None:
+    """etcd refuses the write that fills it, and may have applied it all the same."""
+
+    async def main() -> None:
+        async with writer() as it:
+            await it.submit("a")
+            it.model.quota_bytes = it.model.size_bytes + 500
+            assert await it.submit("b", filling="x" * 1000) == 1
+            with pytest.raises(StoreFull):
+                await it.submit("c")
+            await it.assert_memory_is_etcd()
+            assert sorted(it.state.api_keys) == ["a", "b"]
+            it.model.quota_bytes = 0
+            it.model.disarm()
+            assert await it.submit("c") == 1
+            await it.assert_memory_is_etcd()
+
+    run_virtual(main())
 
 
 def test_nothing_happened_when_no_member_could_be_reached() -> None:
