@@ -2,7 +2,10 @@
 
 While another replica leads, the watch is what advances the state. While this one leads, its own
 commits do, and the watch only audits: every key must come back exactly as it was committed. After
-a compaction everything is listed again and compared, so that readers never see a gap.
+a compaction everything is listed again and compared, so that readers never see a gap. What a
+comparison with etcd finds although the watch looked healthy, a follower lists again. A leader's
+memory is the truth: a difference there is a write of somebody who does not hold the term, or a
+defect; it is counted and told, and only a person can say which it is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,16 @@ RETRY_S = 1.0
 READ_SINGLY_MAX = 200
 # Records decoded and indexed before others get their turn: about 15 ms.
 TAKEN_AT_ONCE = 500
+# So many differences are told one by one; the rest is told as a number.
+DIFFERENCES_TOLD_MAX = 20
+
+
+class Difference(Struct, frozen=True, order=True):
+    """A key at the revision that etcd has it at, and memory; 0 where it is not."""
+
+    key: str
+    listed: int
+    known: int
 
 
 class _Changes(Struct, frozen=True):
@@ -39,9 +52,20 @@ class _Changes(Struct, frozen=True):
 
 
 class Informer:
-    def __init__(self, store: Store, state: ClusterState) -> None:
+    """``mismatches`` counts what memory was found to have otherwise than etcd.
+
+    Each is also told to ``on_mismatch``, with how many there were at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        state: ClusterState,
+        on_mismatch: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._store = store
         self._state = state
+        self._on_mismatch = on_mismatch
         self._auditing = False
         self._must_list = False
         self.leader_key = Changes()
@@ -58,6 +82,20 @@ class Informer:
         """Advance the state by the watch again, from a fresh listing: memory may be ahead."""
         self._auditing = False
         self._must_list = True
+
+    def note_differences(self, found: frozenset[Difference]) -> None:
+        """Count and tell what a comparison found; a follower makes it good."""
+        if not found:
+            return
+        whose = "the leader's" if self._auditing else "this follower's"
+        for each in sorted(found)[:DIFFERENCES_TOLD_MAX]:
+            log.error(
+                "%s is at %d in etcd and at %d in %s memory (0: not there)",
+                *(each.key, each.listed, each.known, whose),
+            )
+        log.error("%d keys differ between etcd and %s memory", len(found), whose)
+        self._count(len(found))
+        self._must_list = not self._auditing
 
     async def load(self, revision_min: int) -> None:
         """Make the state what etcd lists at a revision not below ``revision_min``.
@@ -133,14 +171,9 @@ class Informer:
         if item.key.startswith(keys.REPLICAS) or item.key in self.unreadable:
             return True
         try:
-            if item.key.startswith(keys.HISTORY):
-                return keys.history_seq(item.key) not in self._state.history
-            if not keys.holds_record(item.key):
-                return False
-            known = self._state.get(*keys.record_of(item.key))
+            return known_revision(self._state, item) != item.mod_revision
         except RecordUnreadable:
             return True  # not a key of this release: it is looked at, and set aside
-        return known is None or known.revision != item.mod_revision
 
     async def _follow(self, next_revision: int) -> int:
         """Take batches until a listing is due; return the revision to go on from."""
@@ -228,5 +261,26 @@ class Informer:
             return  # our own commit whose answer is still on its way
         if known is None or known.revision >= item.mod_revision:
             return
-        self.mismatches += 1
         log.error("%s at %d is not in the leader's memory", item.key, item.mod_revision)
+        self._count(1)
+
+    def _count(self, mismatches: int) -> None:
+        self.mismatches += mismatches
+        self._on_mismatch(mismatches)
+
+
+def known_revision(state: ClusterState, item: KeyValue) -> int:
+    """Return at which revision memory has a key, 0 when it is not there.
+
+    For keys that memory does not keep, or not with their revision, that is the one of the item.
+    Raises RecordUnreadable for a key that is not of this release.
+    """
+    if item.key.startswith(keys.HISTORY):
+        # Entries never change, and are only kept by their number.
+        return item.mod_revision if keys.history_seq(item.key) in state.history else 0
+    if not keys.holds_record(item.key):
+        return item.mod_revision
+    if item.key == keys.CLUSTER:
+        return next((stored.revision for stored in state.clusters.values()), 0)
+    stored = state.get(*keys.record_of(item.key))
+    return 0 if stored is None else stored.revision
