@@ -245,9 +245,11 @@ class Ledger:
         if isinstance(event, Started) and not event.paused:
             self.ran[attempt] = None
         stands = isinstance(event, Left) or (isinstance(event, Started) and event.paused)
+        # What libvirt lets go on beside another is held again: it is neither newer nor older.
+        returned = isinstance(event, Resumed) and event.by_libvirt
         if stands:
             self.seats.setdefault(event.vm_id, {})[event.node] = None
-        elif not isinstance(event, Ended):
+        elif not isinstance(event, Ended) and not returned:
             self.seats[event.vm_id] = {event.node: None}
 
     def _commit(self, commit: Committed) -> None:
