@@ -17,13 +17,13 @@ from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.upgrade import why_too_old
-from controlplane.election import Reign
+from controlplane.election import Reign, SteppedDown
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
-from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.history import TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.silence import NoteSilence
@@ -49,9 +49,9 @@ from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
 
-# While etcd is away a request is refused after this: an election of etcd takes 1 to 2 s, and the
-# client asks again. Reconcilers and sessions wait as long as the term lasts.
-SUBMIT_LIMIT_S = 6.0
+# Between the command to step down and the end of the term: its answer, and that of other commands
+# of the same moment, goes out before peers see that somebody else leads.
+ANSWERS_FIRST_S = 0.1
 
 
 class Founding(Struct, frozen=True):
@@ -67,7 +67,6 @@ class LeaderParts(Struct, frozen=True):
     store: Store
     state: ClusterState
     informer: Informer
-    copy: CopyHistory
     ids: IdSource
     clock: Clock
     founding: Founding
@@ -77,6 +76,7 @@ class LeaderParts(Struct, frozen=True):
     limits: MigrationLimits
     offload: Offload
     progress: Callable[[MigrationProgress], None]
+    copied: Callable[[], int]
 
 
 class Leader:
@@ -96,11 +96,15 @@ class Leader:
         """Return why this replica must not lead, as far as it has read by now; empty if it may."""
         return why_too_old(self._parts.state.cluster())
 
-    async def submit(self, command: Command[Result]) -> Result:
+    @property
+    def leads(self) -> bool:
+        return self._applier is not None
+
+    async def submit(self, command: Command[Result], limit_s: float) -> Result:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:
             raise NoLeader("this replica does not lead at present; try again shortly")
-        return await self._applier.submit(command, SUBMIT_LIMIT_S)
+        return await self._applier.submit(command, limit_s)
 
     async def ask(self, node_id: str, query: Query) -> bytes:
         if self.hub is None:
@@ -108,7 +112,7 @@ class Leader:
         return await self.hub.ask(node_id, query)
 
     async def lead(self, reign: Reign) -> None:
-        """Take over and lead until cancelled. Raises LeadershipLost, ReleaseTooOld."""
+        """Take over and lead until cancelled. Raises LeadershipLost, SteppedDown, ReleaseTooOld."""
         parts = self._parts
         parts.informer.audit_only()
         applier: Applier | None = None
@@ -118,6 +122,7 @@ class Leader:
             applier = await self._take_over(reign)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(applier.run())
+                tasks.create_task(_until_given_up(applier))
                 cluster = await self._found(applier)
                 hub = Hub(
                     applier,
@@ -197,9 +202,16 @@ class Leader:
             EndLostAttempts(applier, parts.state),
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
-            TrimCopiedHistory(applier, parts.state, parts.copy),
+            TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
         ]
+
+
+async def _until_given_up(applier: Applier) -> None:
+    """Raise SteppedDown soon after a command has asked for the end of the term."""
+    await applier.given_up.wait()
+    await asyncio.sleep(ANSWERS_FIRST_S)
+    raise SteppedDown(f"the term {applier.term} was given up")
 
 
 def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -38,6 +38,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.commands",
         "controlplane.state",
         "controlplane.store.applier",
+        # What peers ask each other for, besides changes.
+        "controlplane.store.history",
+        "controlplane.telemetry.progress",
         "controlplane.telemetry.windows",
         "shared",
     ),

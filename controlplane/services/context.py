@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
@@ -14,7 +15,7 @@ from controlplane.state import ClusterState
 from controlplane.store.history import History
 from controlplane.store.port import Store
 from controlplane.telemetry.progress import Progress, ProgressFrame
-from controlplane.telemetry.windows import Windows
+from controlplane.telemetry.windows import Rates, Series
 from shared.clock import Clock
 from shared.model import DEFAULT_TENANT, Replica
 from shared.offload import Offload
@@ -58,7 +59,10 @@ class Principal(Struct, frozen=True):
 
 
 class Submit(Protocol):
-    """Commits a command through the leader's applier. Raises NoLeader besides what it raises."""
+    """Commits a command wherever the leader is, and returns once this replica has what it changed.
+
+    Raises what the command raises, Unavailable, OutcomeUnknown.
+    """
 
     async def __call__(self, command: Command[Result]) -> Result: ...
 
@@ -67,6 +71,19 @@ class Ask(Protocol):
     """Sends a query to a node's agent and returns its answer. Raises NodeUnreachable."""
 
     async def __call__(self, node_id: str, query: Query) -> bytes: ...
+
+
+class Figures(Protocol):
+    """What nodes and VMs use, as their agents' latest samples say, whichever replica has those.
+
+    ``period_s`` is how far apart the points of a series are.
+    """
+
+    period_s: float
+
+    async def latest(self, objects: Iterable[str]) -> dict[str, Rates]: ...
+
+    async def series(self, object_id: str) -> Series | None: ...
 
 
 class ProgressReader(Protocol):
@@ -82,7 +99,7 @@ class ProgressReader(Protocol):
 
 
 class ProgressFeed(Protocol):
-    """How far operations are that this replica runs."""
+    """How far operations are, as this replica runs them or the leader has told it."""
 
     def latest(self, operation_id: str) -> Progress | None: ...
 
@@ -97,21 +114,22 @@ class Leadership(Struct, frozen=True):
     replica: str = ""
     url: str = ""
     term: str = ""
+    since: datetime | None = None
 
 
 class Context(Struct, frozen=True):
     """The replica's parts, wired once in ``controlplane/app.py``.
 
     ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
-    registrations that this replica sees, ``agents`` the versions of the agents in session with it
-    by node id, if it leads; ``version`` is this replica's own.
+    registrations that this replica sees, ``agents`` the versions of the agents in session with the
+    leader by node id; ``version`` is this replica's own.
     """
 
     state: ClusterState
     submit: Submit
     ask: Ask
     history: History
-    windows: Windows
+    figures: Figures
     progress: ProgressFeed
     store: Store
     clock: Clock

@@ -1,6 +1,7 @@
-"""The gRPC server that agents dial: mTLS, two streams, nothing decided here.
+"""The gRPC server that agents and other replicas dial: mTLS, nothing decided here.
 
-Whoever connects is who its certificate says: a role of ``agent`` in this cell, or nothing.
+Whoever connects is who its certificate says: streams are for an ``agent`` of this cell, calls for a
+``replica``, and anybody else is refused.
 """
 
 from __future__ import annotations
@@ -8,15 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from controlplane.sessions.hub import GREETING_TIMEOUT_S, Hub
+from controlplane.sessions.peer_messages import PeerRefused, PeerRequest
+from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from shared.channel import Channel
-from shared.errors import Disconnected, NovacronError, Unauthenticated
+from shared.codec import pack, unpack
+from shared.errors import (
+    Disconnected,
+    NovacronError,
+    RecordUnreadable,
+    Unauthenticated,
+    Unavailable,
+)
 from shared.grpc_channel import CHANNEL_OPTIONS, GrpcChannel
+from shared.problems import problem_of
 from shared.protocol import (
     AgentMessage,
     LeaderMessage,
@@ -41,12 +52,14 @@ class AgentServer:
         hub: Callable[[], Hub | None],
         leader_address: Callable[[], str | None],
         telemetry: TelemetryServer,
+        peers: PeerAnswers,
     ) -> None:
         """``hub`` is the present term's, if this replica leads."""
         self._cell = cell
         self._hub = hub
         self._leader_address = leader_address
         self._telemetry = telemetry
+        self._peers = peers
         self._server: Any = None
 
     async def start(self, listen: str, tls: TlsMaterial) -> int:
@@ -56,8 +69,12 @@ class AgentServer:
             "Session": grpc.stream_stream_rpc_method_handler(self._session),
             "Telemetry": grpc.stream_stream_rpc_method_handler(self._telemetry_stream),
         }
+        calls = {"Call": grpc.unary_unary_rpc_method_handler(self._peer_call)}
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("novacron.Agents", handlers),)
+            (
+                grpc.method_handlers_generic_handler("novacron.Agents", handlers),
+                grpc.method_handlers_generic_handler("novacron.Replicas", calls),
+            )
         )
         credentials = grpc.ssl_server_credentials(
             [(tls.key, tls.certificate)], root_certificates=tls.ca, require_client_auth=True
@@ -93,6 +110,18 @@ class AgentServer:
         )
         await self._guard(context, lambda identity: self._telemetry.serve(channel, identity))
 
+    async def _peer_call(self, data: bytes, context: Any) -> bytes:
+        try:
+            identity = identity_among(_names(context))
+            request: PeerRequest = unpack(data, cast(Any, PeerRequest))
+        except Unauthenticated as error:
+            log.warning("%s is refused: %s", context.peer(), error)
+            return pack(PeerRefused(problem=problem_of(error)))
+        except RecordUnreadable:
+            newer = Unavailable("the leader's release does not know this request: upgrade it first")
+            return pack(PeerRefused(problem=problem_of(newer)))
+        return pack(await self._peers.answer(request, identity))
+
     async def _guard(self, context: Any, serve: Callable[[Identity], Any]) -> None:
         """Serve a peer whose certificate is an agent's of this cell; log what goes wrong, once."""
         try:
@@ -113,11 +142,15 @@ class AgentServer:
             raise
 
     def _identify(self, context: Any) -> Identity:
-        names = context.auth_context().get("x509_subject_alternative_name", [])
-        identity = identity_among(names)
+        identity = identity_among(_names(context))
         if identity.role is not Role.AGENT or identity.cell != self._cell:
             raise Unauthenticated(f"{identity} is not an agent of cell {self._cell}")
         return identity
+
+
+def _names(context: Any) -> list[bytes]:
+    names: list[bytes] = context.auth_context().get("x509_subject_alternative_name", [])
+    return names
 
 
 async def _never_mind() -> None:

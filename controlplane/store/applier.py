@@ -55,6 +55,9 @@ Result = TypeVar("Result")
 GROUP_WRITES_MAX = 127
 # At 25 commands a group and 3 ms a commit this is half a second of work; more is refused at once.
 WAITING_COMMANDS_MAX = 4096
+# A term that ends by intent lets the group under way come to its end for so long: a commit takes
+# milliseconds, and the next leader waits.
+FINISH_S = 0.5
 # Sending a group of unknown outcome again is cheap and safe; how often is bounded by the term.
 RETRY_DELAY_S = 0.1
 
@@ -67,7 +70,9 @@ class TermOver(LeadershipLost):
         self.ambiguous = ambiguous
 
 
-class _Waiting(Struct):
+class _Waiting(Struct, eq=False):
+    """One caller's change; equal to no other, so that thousands are searched without comparing."""
+
     command: Command[Any]
     result: asyncio.Future[Any]
 
@@ -82,6 +87,7 @@ class Applier:
     """Serves one term: made when it begins, closed for good when it is lost.
 
     ``until_writable`` is awaited before each commit: it holds writes back while the lease is old.
+    ``group_writes_max`` bounds a transaction.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class Applier:
         ids: IdSource,
         clock: Clock,
         until_writable: Callable[[], Awaitable[None]],
+        group_writes_max: int = GROUP_WRITES_MAX,
     ) -> None:
         self._store = store
         self._state = state
@@ -104,7 +111,10 @@ class Applier:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._until_writable = until_writable
+        self._group_writes_max = group_writes_max
         self._lost: LeadershipLost | None = None
+        # Set once a command is committed that asks for the end of the term.
+        self.given_up = asyncio.Event()
         # So many of those that wait are written one by one: together they could not be.
         self._apart = 0
 
@@ -159,21 +169,20 @@ class Applier:
         return OutcomeUnknown("etcd does not answer; the change is being written or never will be")
 
     async def _commit_group(self) -> None:
-        draft = Draft(self._state, self._ids, self._clock.now())
+        draft = Draft(self._state, self._ids, self._clock.now(), self._term)
+        fit = self._group_writes_max
         group: list[tuple[_Waiting, Any]] = []
         while self._waiting and not (group and self._apart):
             savepoint = draft.savepoint()
             waiting = self._waiting[0]
             try:
                 decided = waiting.command.decide(draft)
-                if draft.size() > GROUP_WRITES_MAX and not group:
-                    raise ChangeTooLarge(
-                        f"the change is {draft.size()} writes; {GROUP_WRITES_MAX} fit"
-                    )
+                if draft.size() > fit and not group:
+                    raise ChangeTooLarge(f"the change is {draft.size()} writes; {fit} fit")
             except Exception as error:
                 draft.rollback(savepoint)
                 decided = _Refused(_refusal(error))
-            if draft.size() > GROUP_WRITES_MAX:
+            if draft.size() > fit:
                 draft.rollback(savepoint)
                 break
             self._waiting.popleft()
@@ -191,8 +200,22 @@ class Applier:
         except Exception as error:
             self._refuse_or_part(group, _refusal(error))
             return
+        committing = asyncio.create_task(self._commit(writes, sealed))
         try:
-            revision = await self._commit(writes, sealed)
+            await asyncio.wait({committing})
+        finally:
+            await _finish(committing)
+            self._conclude(committing, sealed, group)
+
+    def _conclude(
+        self,
+        committing: asyncio.Task[int],
+        sealed: SealedDraft,
+        group: list[tuple[_Waiting, Any]],
+    ) -> None:
+        """Take what was committed, and tell who waits. Raises TermOver."""
+        try:
+            revision = committing.result()
         except asyncio.CancelledError:
             _refuse_all(group, OutcomeUnknown("the replica stopped while the change was written"))
             raise
@@ -208,6 +231,8 @@ class Applier:
             return
         self._take(sealed, revision)
         _resolve(group)
+        if sealed.gives_up_term:
+            self.given_up.set()
 
     async def _tell_unwritten(self, group: list[tuple[_Waiting, Any]]) -> None:
         """Tell what was decided on memory alone, once that is proven to be the newest."""
@@ -304,6 +329,14 @@ def _group_of(mark: KeyValue) -> str:
         return unpack(mark.value, Applied).group
     except RecordUnreadable:
         return ""
+
+
+async def _finish(committing: asyncio.Task[int]) -> None:
+    """Return once a commit has ended; soon after a stop it is cancelled."""
+    if not committing.done():
+        await asyncio.wait({committing}, timeout=FINISH_S)
+        committing.cancel()
+        await asyncio.wait({committing})
 
 
 def _refusal(error: Exception) -> Exception:

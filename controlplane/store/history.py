@@ -161,6 +161,10 @@ class History:
         """
         return await self._in_file(lambda: self._forget(before, below))
 
+    async def segment(self, after: int, until: int) -> tuple[HistoryEntry, ...]:
+        """Return those in (``after``, ``until``] that are of the newest part without a gap."""
+        return await self._in_file(lambda: self._segment(after, until))
+
     async def entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
         """Return matching events or audit records, oldest first."""
         return await self._in_file(lambda: self._entries(wanted))
@@ -225,6 +229,13 @@ class History:
             self._database.executemany(
                 "INSERT OR IGNORE INTO history VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
+
+    def _segment(self, after: int, until: int) -> tuple[HistoryEntry, ...]:
+        begin = max(after, self._reach().first - 1)
+        rows = self._database.execute(
+            "SELECT body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq", (begin, until)
+        ).fetchall()
+        return tuple(_entry(body) for (body,) in rows)
 
     def _forget(self, before: datetime, below: int) -> int:
         oldest = self._database.execute(

@@ -46,6 +46,7 @@ ROWS_AT_ONCE = 2000
 
 HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 PLACEMENT_BUCKETS_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
+STALL_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 ETCD_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
@@ -136,6 +137,14 @@ class Metrics:
             observe = self._etcd_children[method] = self._etcd.labels(method).observe
         observe(duration_s)
 
+    def store_mismatches(self, count: int) -> None:
+        """Count keys that memory was found to have otherwise than the store."""
+        self._mismatches.inc(count)
+
+    def loop_stalled(self, late_s: float) -> None:
+        """Count one look at the event loop, with how late it came to its turn."""
+        self._stalls.observe(late_s)
+
     async def render(self, view: ClusterView) -> bytes:
         """Return everything in Prometheus' text format (``CONTENT_TYPE``)."""
         parts = [generate_latest(self._registry)]
@@ -181,6 +190,17 @@ class Metrics:
             ("route", "method", "status"),
             registry=registry,
             buckets=HTTP_BUCKETS_S,
+        )
+        self._stalls = Histogram(
+            "novacron_event_loop_stall_seconds",
+            "How late the event loop came to what was due, looked at 20 times a second.",
+            registry=registry,
+            buckets=STALL_BUCKETS_S,
+        )
+        self._mismatches = Counter(
+            "novacron_store_mismatches",
+            "Keys that memory was found to have otherwise than etcd: on a leader a foreign write.",
+            registry=registry,
         )
         self._etcd = Histogram(
             "novacron_etcd_request_duration_seconds",

@@ -165,6 +165,11 @@ class Lab:
         self._releases[name] = release
         self._start_replica(replica, "/readyz")
 
+    def start_replica(self, name: str) -> None:
+        """Start a replica that was stopped, and return once it answers."""
+        replica = next(r for r in self.replicas if r.name == name)
+        self._start_replica(replica, "/healthz")
+
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
         api = self.api()

@@ -37,24 +37,28 @@ from shared.errors import OutcomeUnknown
 from shared.model import AttemptState, Node, Term, Vm
 from shared.moves import EndState, MigrationClaim, MigrationStage
 from shared.protocol import Desired, Intent, MigrationReport, MigrationRole
-from tests.sim.invariants import (
-    Invariant,
-    arrived_guest_is_not_cleaned,
-    claim_outlives_the_guest,
+from tests.sim.agent_ports import ProcessHypervisor
+from tests.sim.invariants import Invariant
+from tests.sim.invariants.guests import (
     end_was_wanted,
     erased_was_deleted,
     generation_used_once,
-    history_is_dense,
-    moves_are_begun_once,
-    nothing_acknowledged_is_lost,
-    owner_has_the_guest,
     returned_guest_is_held,
     single_runner,
+)
+from tests.sim.invariants.moves import (
+    arrived_guest_is_not_cleaned,
+    claim_outlives_the_guest,
+    moves_are_begun_once,
+    owner_has_the_guest,
     start_has_no_rival,
+)
+from tests.sim.invariants.records import (
+    history_is_dense,
+    nothing_acknowledged_is_lost,
     within_capacity,
     written_by_the_leader,
 )
-from tests.sim.libvirtd import ProcessHypervisor
 
 _E = EndState
 

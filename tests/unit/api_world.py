@@ -43,6 +43,7 @@ from shared.model import (
 )
 from shared.offload import inline
 from shared.protocol import Query, VmReport
+from tests.unit.lone_replica import own_reads
 
 Result = TypeVar("Result")
 
@@ -99,7 +100,7 @@ class World:
         self.progress = ProgressBoard(self.clock)
         self.replicas: tuple[Replica, ...] = (REPLICA,)
         self.agents: dict[str, str] = {}
-        self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7")
+        self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7", BORN)
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
         self.token = str(Token(self.ids.new("key"), SECRET))
@@ -118,7 +119,7 @@ class World:
             submit=self.submit,
             ask=self.ask,
             history=self.history,
-            windows=self.windows,
+            figures=own_reads(self.windows),
             progress=self.progress,
             store=cast(Store, OneMember()),
             clock=self.clock,

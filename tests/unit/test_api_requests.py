@@ -174,7 +174,12 @@ async def test_cluster_view(world: World) -> None:
     async with world.client() as client:
         cluster = (await client.get("/api/v1/cluster")).json()
     assert cluster["cell"] == "abc123"
-    assert cluster["leader"] == {"replica": "r1", "url": "https://127.0.0.1:8443", "term": "1.7"}
+    assert cluster["leader"] == {
+        "replica": "r1",
+        "url": "https://127.0.0.1:8443",
+        "term": "1.7",
+        "since": "2026-11-01T12:00:00Z",
+    }
     assert cluster["replicas"][0]["name"] == "r1"
     assert cluster["members"][0]["alarms"] == ["NOSPACE"]
     assert cluster["nodes"] == {"ready": 1, "silent": 0}

@@ -31,6 +31,7 @@ from shared.errors import (
     OutcomeUnknown,
     Overloaded,
     StateConflict,
+    StoreFull,
     StoreUnavailable,
 )
 from shared.ids import IdSource
@@ -234,6 +235,26 @@ def test_a_lost_answer_is_read_back_and_nothing_is_applied_twice() -> None:
     virtual(main())
 
 
+def test_what_uses_the_quota_up_is_acknowledged_when_it_was_written() -> None:
+    """etcd refuses the write that fills it, and may have applied it all the same."""
+
+    async def main() -> None:
+        async with writer() as it:
+            await it.submit("a")
+            it.model.quota_bytes = it.model.size_bytes + 500
+            assert await it.submit("b", filling="x" * 1000) == 1
+            with pytest.raises(StoreFull):
+                await it.submit("c")
+            await it.assert_memory_is_etcd()
+            assert sorted(it.state.api_keys) == ["a", "b"]
+            it.model.quota_bytes = 0
+            it.model.disarm()
+            assert await it.submit("c") == 1
+            await it.assert_memory_is_etcd()
+
+    run_virtual(main())
+
+
 def test_nothing_happened_when_no_member_could_be_reached() -> None:
     async def main() -> None:
         async with writer() as it:
@@ -396,6 +417,26 @@ def test_a_stop_in_the_middle_of_a_commit_is_unknown_to_who_waits() -> None:
                 await later
             for index in range(3):
                 it.cluster.resume(index)
+
+    virtual(main())
+
+
+def test_a_stop_lets_the_commit_under_way_come_to_its_end() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            for index in range(3):
+                it.cluster.stop(index)
+            waiting = it.submit("key-a")
+            await asyncio.sleep(0.1)
+            it.running.cancel()
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            for index in range(3):
+                it.cluster.resume(index)
+            assert await waiting == 1
+            with pytest.raises(asyncio.CancelledError):
+                await it.running
+            await it.assert_memory_is_etcd()
 
     virtual(main())
 

@@ -51,6 +51,7 @@ from shared.offload import inline
 from shared.states import VmAction, vm_phase
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.core_world import BORN, INVENTORY, LEADER, CoreWorld, HandClock
+from tests.unit.lone_replica import NO_PEERS
 
 R = TypeVar("R")
 SETTINGS = SchedulerSettings()
@@ -401,8 +402,8 @@ def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> Non
 async def test_history_is_copied_and_trimmed_behind_the_copy() -> None:
     term = Term()
     history = History(None, inline)
-    copy = CopyHistory(term.state, history)
-    trim = TrimCopiedHistory(cast(Any, term), term.state, copy)
+    copy = CopyHistory(term.state, history, NO_PEERS)
+    trim = TrimCopiedHistory(cast(Any, term), term.state, lambda: copy.copied_seq)
     last = KEPT_IN_ETCD + 3 * TRIM_MAX
     for seq in range(1, last + 1):
         term.state.put_history(
@@ -424,7 +425,7 @@ async def test_a_copy_goes_on_where_the_file_ends() -> None:
     term = Term()
     history = History(None, inline)
     await history.append(list(term.state.history.values()))
-    copy = CopyHistory(term.state, history)
+    copy = CopyHistory(term.state, history, NO_PEERS)
     await copy.reconcile()
     assert copy.copied_seq == term.state.last_seq
     await history.close()
@@ -440,7 +441,7 @@ def test_history_is_forgotten_after_its_time_and_never_what_etcd_has() -> None:
             state.put_history(
                 Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=BORN, by="b")
             )
-        await CopyHistory(state, history).reconcile()
+        await CopyHistory(state, history, NO_PEERS).reconcile()
         for seq in range(1, last - in_etcd + 1):
             state.remove_history(seq)
 
