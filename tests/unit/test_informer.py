@@ -162,6 +162,20 @@ def test_what_memory_has_already_is_not_read_again() -> None:
     virtual(main())
 
 
+def test_what_is_over_is_found_beside_a_record_that_cannot_be_read() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(Put(put("key-b").key, b"poison"))
+            await it.seen()
+            # As many as are listed, and one of them is not there any more.
+            it.state.put(api_key("key-z"), 1)
+            await it.informer.load(it.fence.mark_revision)
+            assert sorted(it.state.api_keys) == ["key-a"]
+            assert it.informer.unreadable == {put("key-b").key}
+
+    virtual(main())
+
+
 def test_a_poisoned_record_is_set_aside_and_stops_nothing() -> None:
     async def main() -> None:
         async with following() as it:
