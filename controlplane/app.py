@@ -27,6 +27,7 @@ from controlplane.sessions.peer_reads import PeerReads
 from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from controlplane.state import ClusterState
+from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from controlplane.store.port import Store
@@ -100,7 +101,8 @@ class ControlPlane:
         self._ports = ports
         self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
         self.state = ClusterState()
-        self.informer = Informer(ports.store, self.state)
+        self.informer = Informer(ports.store, self.state, ports.metrics.store_mismatches)
+        self._comparison = Comparison(ports.store, self.state, self.informer)
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
@@ -118,7 +120,14 @@ class ControlPlane:
             version=settings.version,
             started_at=ports.clock.now(),
         )
-        self._election = Election(ports.store, self._me, settings.election, ports.clock, ports.rng)
+        self._election = Election(
+            ports.store,
+            self._me,
+            settings.election,
+            ports.clock,
+            ports.rng,
+            self.informer.leader_key.next,
+        )
         self.leader = Leader(
             LeaderParts(
                 store=ports.store,
@@ -159,6 +168,8 @@ class ControlPlane:
         """Follow, copy and forget history, stand for election: until cancelled."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
+            # Before anything is read, which may take seconds: nobody leads until then.
+            tasks.create_task(self._election.give_back())
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
             self._ports.settle_memory()
@@ -167,6 +178,7 @@ class ControlPlane:
             self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(loop.run_periodically(self._forget))
+            tasks.create_task(self._comparison.run())
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
@@ -188,7 +200,7 @@ class ControlPlane:
         if leader is None or cluster is None:
             return Leadership()
         term = Term(cluster.epoch, self._election.leader_revision)
-        return Leadership(leader.replica, leader.url, str(term))
+        return Leadership(leader.replica, leader.url, str(term), leader.since)
 
     def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self.informer.replicas.items()))

@@ -17,7 +17,7 @@ from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.upgrade import why_too_old
-from controlplane.election import Reign
+from controlplane.election import Reign, SteppedDown
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
@@ -48,6 +48,10 @@ from shared.offload import Offload
 from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
+
+# Between the command to step down and the end of the term: its answer, and that of other commands
+# of the same moment, goes out before peers see that somebody else leads.
+ANSWERS_FIRST_S = 0.1
 
 
 class Founding(Struct, frozen=True):
@@ -108,7 +112,7 @@ class Leader:
         return await self.hub.ask(node_id, query)
 
     async def lead(self, reign: Reign) -> None:
-        """Take over and lead until cancelled. Raises LeadershipLost, ReleaseTooOld."""
+        """Take over and lead until cancelled. Raises LeadershipLost, SteppedDown, ReleaseTooOld."""
         parts = self._parts
         parts.informer.audit_only()
         applier: Applier | None = None
@@ -118,6 +122,7 @@ class Leader:
             applier = await self._take_over(reign)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(applier.run())
+                tasks.create_task(_until_given_up(applier))
                 cluster = await self._found(applier)
                 hub = Hub(
                     applier,
@@ -200,6 +205,13 @@ class Leader:
             TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
         ]
+
+
+async def _until_given_up(applier: Applier) -> None:
+    """Raise SteppedDown soon after a command has asked for the end of the term."""
+    await applier.given_up.wait()
+    await asyncio.sleep(ANSWERS_FIRST_S)
+    raise SteppedDown(f"the term {applier.term} was given up")
 
 
 def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:

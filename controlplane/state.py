@@ -34,7 +34,7 @@ Observer = Callable[[Record | None, Record | None], None]
 HistoryObserver = Callable[[HistoryEntry], None]
 
 
-class Stored(Struct, Generic[R], frozen=True):
+class Stored(Struct, Generic[R], frozen=True, gc=False):
     """A record and the revision at which etcd stored it."""
 
     record: R

@@ -57,7 +57,7 @@ from typing import ClassVar
 from msgspec import Struct
 
 
-class FieldError(Struct, frozen=True):
+class FieldError(Struct, frozen=True, gc=False):
     """One fault of a request or a configuration; ``pointer`` is a JSON pointer (RFC 6901)."""
 
     pointer: str

@@ -427,6 +427,14 @@ ROUTES: tuple[Route, ...] = (
         query=DryRunQuery,
     ),
     Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/step-down",
+        handler=lambda c: cluster.step_down(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Let the leader give its term up to another replica",
+        view=ClusterView,
+    ),
+    Route(
         method="GET",
         path="/healthz",
         handler=_healthz,

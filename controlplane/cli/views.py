@@ -302,6 +302,7 @@ class LeaderView(Struct, frozen=True):
     replica: str = ""
     url: str = ""
     term: Any = None
+    since: datetime | None = None
 
 
 class ReplicaView(Struct, frozen=True):
@@ -315,8 +316,12 @@ class MemberView(Struct, frozen=True):
     reachable: bool = False
     version: str = ""
     is_leader: bool = False
+    raft_term: int = 0
+    revision: int = 0
     db_size_bytes: int = 0
+    db_in_use_bytes: int = 0
     alarms: tuple[str, ...] = ()
+    problem: str = ""
 
 
 class ClusterView(Struct, frozen=True):

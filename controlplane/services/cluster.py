@@ -1,4 +1,6 @@
-"""Use cases of the cluster as a whole: what it is, what is ready, and the end of its upgrades."""
+"""Use cases of the cluster as a whole: what it is, what is ready, the end of its upgrades, and a
+change of its leader.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import asyncio
 from itertools import islice
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from controlplane.commands.cluster import StepDown
 from controlplane.commands.upgrade import FinalizeUpgrade, still_behind, why_too_old
 from controlplane.services.context import Context, Leadership, Permission, Principal
 from controlplane.services.revisions import cluster_revision
@@ -20,7 +24,7 @@ from controlplane.services.views import (
 )
 from controlplane.services.vms import author
 from controlplane.store.port import MemberStatus
-from shared.errors import FieldError, NovacronError, Unavailable
+from shared.errors import FieldError, NoLeader, NovacronError, Unavailable
 from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 
 # A member that takes longer than this is shown as it is, unreachable: the page must not hang on it.
@@ -62,6 +66,23 @@ async def finalize_upgrade(context: Context, principal: Principal) -> ClusterVie
     )
     await context.submit(command)
     return await show_cluster(context, principal)
+
+
+async def step_down(context: Context, principal: Principal) -> ClusterView:
+    """Let the replica that leads give its term up to another; return the cluster as it was.
+
+    The term ends a moment after this has been committed under it. Raises Forbidden, NoLeader,
+    StateConflict when another one leads by then, what committing raises.
+    """
+    authorize(principal, Permission.CLUSTER_WRITE)
+    leadership = context.leadership()
+    if not leadership.term:
+        raise NoLeader("nobody leads at present, so nobody can step down")
+    before = await show_cluster(context, principal)
+    await context.submit(
+        StepDown(term=leadership.term, leader=leadership.replica, by=author(principal))
+    )
+    return replace(before, revision=cluster_revision(context.state))
 
 
 async def show_cluster(context: Context, principal: Principal) -> ClusterView:
@@ -144,7 +165,12 @@ async def _members(context: Context) -> tuple[MemberStatus, ...]:
 def _leader(leadership: Leadership) -> LeaderView | None:
     if not leadership.term:
         return None
-    return LeaderView(replica=leadership.replica, url=leadership.url, term=leadership.term)
+    return LeaderView(
+        replica=leadership.replica,
+        url=leadership.url,
+        term=leadership.term,
+        since=leadership.since,
+    )
 
 
 def _replica(replica: Replica) -> ReplicaView:
@@ -153,10 +179,15 @@ def _replica(replica: Replica) -> ReplicaView:
 
 def _member(member: MemberStatus) -> MemberView:
     return MemberView(
+        id=member.member_id,
         endpoint=member.endpoint,
         reachable=member.reachable,
         version=member.version,
         is_leader=member.is_leader,
+        raft_term=member.raft_term,
+        revision=member.revision,
         db_size_bytes=member.db_size_bytes,
+        db_in_use_bytes=member.db_in_use_bytes,
         alarms=member.alarms,
+        problem=member.problem,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
@@ -113,6 +114,7 @@ class Leadership(Struct, frozen=True):
     replica: str = ""
     url: str = ""
     term: str = ""
+    since: datetime | None = None
 
 
 class Context(Struct, frozen=True):

@@ -274,9 +274,12 @@ class PlanView(Struct, frozen=True, kw_only=True):
 
 
 class LeaderView(Struct, frozen=True, kw_only=True):
+    """``since`` is null for a leader of a release that does not tell."""
+
     replica: str
     url: str
     term: str
+    since: datetime | None
 
 
 class ReplicaView(Struct, frozen=True, kw_only=True):
@@ -286,12 +289,22 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
 
 
 class MemberView(Struct, frozen=True, kw_only=True):
+    """A member of etcd. ``raft_term`` and ``revision`` are how far it is, to be compared with the
+    others'; what compaction has freed of the database is no longer in use, and comes back when the
+    member is defragmented. ``problem`` says what is wrong with it, if anything is.
+    """
+
+    id: str
     endpoint: str
     reachable: bool
     version: str
     is_leader: bool
+    raft_term: int
+    revision: int
     db_size_bytes: int
+    db_in_use_bytes: int
     alarms: tuple[str, ...]
+    problem: str
 
 
 class NodeCounts(Struct, frozen=True, kw_only=True):

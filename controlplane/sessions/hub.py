@@ -8,8 +8,9 @@ one displaces the older. Made for one term, and closed with it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -41,6 +42,7 @@ from shared.protocol import (
     PROTOCOL_LEVEL,
     Answer,
     Desired,
+    DesiredTogether,
     Heartbeat,
     HeartbeatSeen,
     Hello,
@@ -51,6 +53,7 @@ from shared.protocol import (
     MigrationRole,
     Query,
     Rejected,
+    ReportsTogether,
     TermAccepted,
     VmReport,
     Welcome,
@@ -214,6 +217,7 @@ class Hub:
                 cluster_id=self._cluster_id,
                 heartbeat_period_s=self._settings.heartbeat_period_s,
                 silence_limit_s=self._settings.silence_limit_s,
+                together=True,
             )
         )
         accepted = await channel.receive()
@@ -229,8 +233,8 @@ class Hub:
 
     async def _take_hello(self, session: AgentSession, hello: Hello) -> None:
         """Take what the agent found; only then is the node trusted with anything new."""
-        for report in hello.domains:
-            await self._observe(session, report)
+        # Together: fifty VMs are one group of the applier, not fifty.
+        await asyncio.gather(*(self._observe(session, report) for report in hello.domains))
         session.trusted = True
         self._tell_trust(session.node_id)
         await self._applier.submit(
@@ -306,6 +310,10 @@ class Hub:
             if isinstance(message, Heartbeat):
                 term = self._applier.term
                 await session.channel.send(HeartbeatSeen(term=term, number=message.number))
+            elif isinstance(message, ReportsTogether):
+                for report in message.reports:
+                    self._hear_of_migration(session, report)
+                    session.say(report)
             elif isinstance(message, VmReport | InventoryReport):
                 self._hear_of_migration(session, message)
                 session.say(message)
@@ -352,29 +360,38 @@ class Hub:
     async def _push(self, session: AgentSession) -> None:
         """Send what changed of the node's VMs; first all of them, then the sync mark."""
         vm_ids = tuple(sorted(self._state.vm_ids_on(session.node_id)))
-        for vm_id in vm_ids:
-            await self._push_vm(session, vm_id)
+        for start in range(0, len(vm_ids), session.together_max):
+            await self._push_vms(session, vm_ids[start : start + session.together_max])
         await session.channel.send(InSync(term=self._applier.term, vm_ids=vm_ids))
         while True:
             await session.wake.wait()
             session.wake.clear()
             while session.dirty:
-                vm_id = next(iter(session.dirty))
-                del session.dirty[vm_id]
-                await self._push_vm(session, vm_id)
+                dirty = list(itertools.islice(session.dirty, session.together_max))
+                for vm_id in dirty:
+                    del session.dirty[vm_id]
+                await self._push_vms(session, dirty)
 
-    async def _push_vm(self, session: AgentSession, vm_id: str) -> None:
+    async def _push_vms(self, session: AgentSession, vm_ids: Iterable[str]) -> None:
+        due = tuple(d for d in (self._due(session, vm_id) for vm_id in vm_ids) if d is not None)
+        if len(due) == 1:
+            await session.channel.send(due[0])
+        elif due:
+            await session.channel.send(DesiredTogether(desired=due))
+
+    def _due(self, session: AgentSession, vm_id: str) -> Desired | None:
+        """Return what the node must be told of a VM, and note that it was; None for nothing."""
         desired = self._desired(session, vm_id)
         if desired is None:
             session.sent.pop(vm_id, None)
             session.migrations.pop(vm_id, None)
-            return
+            return None
         sent = session.sent.get(vm_id)
         # A new revision that says nothing new would only make the agent answer again.
         if sent is not None and replace(sent, revision=desired.revision) == desired:
-            return
+            return None
         session.sent[vm_id] = desired
-        await session.channel.send(desired)
+        return desired
 
     def _desired(self, session: AgentSession, vm_id: str) -> Desired | None:
         stored = self._state.vms.get(vm_id)

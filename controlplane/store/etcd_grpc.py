@@ -375,6 +375,7 @@ def _range_request(op: RangeOp) -> Any:
         range_end=_encode(op.range_end),
         limit=op.limit,
         revision=op.revision,
+        keys_only=op.keys_only,
     )
 
 

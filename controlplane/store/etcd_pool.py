@@ -49,6 +49,8 @@ from shared.errors import (
     Compacted,
     NotFound,
     NovacronError,
+    OutcomeUnknown,
+    StoreFull,
     StoreUnavailable,
 )
 
@@ -83,10 +85,10 @@ class EtcdStore:
         self._rng = rng
         self._page_keys = page_keys
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         for _ in range(LISTINGS_MAX):
             try:
-                return await self._list(prefix, revision_min)
+                return await self._list(prefix, revision_min, keys_only)
             except Compacted as error:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
@@ -101,7 +103,9 @@ class EtcdStore:
         """Raise, besides the port's errors, ChangeTooLarge; OutcomeUnknown at the first doubt.
 
         To repeat the same commit is safe when it writes the mark: if the first took effect, the
-        fence refuses the second.
+        fence refuses the second. What uses etcd's quota up may have been written although etcd
+        refuses it (its applier writes first and asks then): it is read back, and the answer is as
+        if the fence had refused it when it was.
         """
         assert len({write.key for write in writes}) == len(writes), "a commit's keys are distinct"
         if len(writes) > TXN_OPS_MAX:
@@ -114,11 +118,14 @@ class EtcdStore:
             success=tuple(_op(write) for write in writes),
             failure=(RangeOp(keys.LEADER), RangeOp(keys.MARK)),
         )
-        done = await self._txn(txn, Effect.ONCE)
-        if done.succeeded:
-            return Committed(done.header.revision)
-        leader, mark = (_first(found) for found in done.reads)
-        return NotCommitted(leader, mark, done.header.revision)
+        try:
+            done = await self._txn(txn, Effect.ONCE)
+        except StoreFull:
+            holds = await self._read_back(txn)
+            if holds.succeeded:
+                raise
+            return _not_committed(holds)
+        return Committed(done.header.revision) if done.succeeded else _not_committed(done)
 
     def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[WatchBatch]:
         return etcd_watch.watch(self._members, prefix, from_revision, self._rng)
@@ -192,11 +199,11 @@ class EtcdStore:
     async def close(self) -> None:
         await self._members.close()
 
-    async def _list(self, prefix: str, revision_min: int) -> Listing:
+    async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
         end, start, revision = prefix_end(prefix), prefix, 0
         items: builtins.list[KeyValue] = []
         while True:
-            page = RangeOp(start, end, limit=self._page_keys, revision=revision)
+            page = RangeOp(start, end, self._page_keys, revision, keys_only)
             answer = await self._page(page, revision_min)
             revision = revision or answer.header.revision
             items += answer.items
@@ -215,6 +222,13 @@ class EtcdStore:
         return await self._members.call(
             lambda member, deadline_s: member.txn(txn, deadline_s), effect
         )
+
+    async def _read_back(self, txn: Txn) -> TxnDone:
+        """Ask whether a transaction's fence holds still. Raises OutcomeUnknown."""
+        try:
+            return await self._txn(structs.replace(txn, success=()), Effect.READ)
+        except StoreUnavailable as error:
+            raise OutcomeUnknown(f"etcd is full, and may have taken the write: {error}") from error
 
     async def _alarms(self, statuses: Sequence[MemberStatus]) -> dict[str, tuple[str, ...]]:
         """Return the names of alarms by member id, as the first member that answers knows them."""
@@ -259,6 +273,11 @@ def _op(write: Write) -> Op:
     if isinstance(write, Put):
         return PutOp(write.key, write.value)
     return DeleteOp(write.key)
+
+
+def _not_committed(done: TxnDone) -> NotCommitted:
+    leader, mark = (_first(found) for found in done.reads)
+    return NotCommitted(leader, mark, done.header.revision)
 
 
 def _first(items: tuple[KeyValue, ...]) -> KeyValue | None:

@@ -52,12 +52,16 @@ class Compare(Struct, frozen=True):
 
 
 class RangeOp(Struct, frozen=True):
-    """Read ``[key, range_end)``, or the one key without an end; 0 is no limit, newest revision."""
+    """Read ``[key, range_end)``, or the one key without an end; 0 is no limit, newest revision.
+
+    With ``keys_only`` every value is empty.
+    """
 
     key: str
     range_end: str = ""
     limit: int = 0
     revision: int = 0
+    keys_only: bool = False
 
 
 class PutOp(Struct, frozen=True):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from controlplane.store.etcd_rpc import (
     TXN_OPS_MAX,
@@ -70,6 +71,9 @@ class _Lease:
         self.expiry: asyncio.TimerHandle | None = None
 
 
+FULL = "etcd's quota is used up: compact, defragment and disarm the alarm"
+
+
 class ModelEtcd:
     """The state that all members share; ``quota_bytes`` 0 is no quota."""
 
@@ -111,19 +115,27 @@ class ModelEtcd:
                 continue
             if op.limit and len(found) == op.limit:
                 return tuple(found), True
-            found.append(version.kv)
+            found.append(replace(version.kv, value=b"") if op.keys_only else version.kv)
         return tuple(found), False
 
     def txn(self, txn: Txn) -> tuple[bool, tuple[tuple[KeyValue, ...], ...]]:
-        """Execute all or nothing; return which branch, and the results of its reads."""
+        """Execute all or nothing; return which branch, and the results of its reads.
+
+        What uses the quota up is executed and told to be refused, as etcd does where its size (it
+        measures every 100 ms) let the request pass.
+        """
         _check_txn(txn)
-        self._check_quota(txn)
+        fills_up = self._fills_up(txn)
         succeeded = all(self._holds(compare) for compare in txn.compares)
         branch = txn.success if succeeded else txn.failure
         for op in branch:
             if isinstance(op, PutOp) and op.lease and op.lease not in self._leases:
                 raise NotFound("the lease is gone")
-        return succeeded, self._apply(branch)
+        done = self._apply(branch)
+        if fills_up:
+            self.full = True
+            raise StoreFull(FULL)
+        return succeeded, done
 
     def compact(self, revision: int) -> None:
         if revision <= self.compact_revision:
@@ -141,7 +153,7 @@ class ModelEtcd:
 
     def grant(self, ttl_s: int) -> tuple[int, int]:
         if self.full:
-            raise StoreFull("etcd's quota is used up")
+            raise StoreFull(FULL)
         self._last_lease += 1
         lease = _Lease(max(ttl_s, LEASE_TTL_MIN_S))
         self._leases[self._last_lease] = lease
@@ -231,15 +243,16 @@ class ModelEtcd:
         }
         return actual[compare.target] == compare.value
 
-    def _check_quota(self, txn: Txn) -> None:
-        """Refuse what adds data once the quota was used up, until the alarm is disarmed."""
+    def _fills_up(self, txn: Txn) -> bool:
+        """Whether a transaction uses the quota up. Raises StoreFull for what adds data after that.
+
+        So it stays until the alarm is disarmed.
+        """
         puts = [op for op in (*txn.success, *txn.failure) if isinstance(op, PutOp)]
-        if not puts:
-            return
-        if self.quota_bytes and self._bytes + _bytes_of(puts) > self.quota_bytes:
-            self.full = True
-        if self.full:
-            raise StoreFull("etcd's quota is used up: compact, defragment and disarm the alarm")
+        if puts and self.full:
+            raise StoreFull(FULL)
+        quota = self.quota_bytes
+        return bool(puts and quota) and self._bytes + _bytes_of(puts) > quota
 
     def _apply(self, branch: Sequence[Op]) -> tuple[tuple[KeyValue, ...], ...]:
         """Execute operations at the next revision, which is used only if something changes."""

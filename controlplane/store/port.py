@@ -94,8 +94,11 @@ class MemberStatus(Struct, frozen=True):
 class Store(Protocol):
     """Raises StoreUnavailable (nothing happened), OutcomeUnknown (read back), StoreFull."""
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
-        """Return a linearizable listing at one revision, read in pages, not older than asked."""
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
+        """Return a linearizable listing at one revision, read in pages, not older than asked.
+
+        With ``keys_only`` every value is empty: what has changed is known by its revisions.
+        """
         ...
 
     async def get(self, key: str) -> KeyValue | None:

@@ -32,8 +32,9 @@ class TimedStore:
         self._store = store
         self._observe = observe
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
-        return await self._timed("list", self._store.list(prefix, revision_min=revision_min))
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
+        listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
+        return await self._timed("list", listing)
 
     async def get(self, key: str) -> KeyValue | None:
         return await self._timed("get", self._store.get(key))

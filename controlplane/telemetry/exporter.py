@@ -137,6 +137,10 @@ class Metrics:
             observe = self._etcd_children[method] = self._etcd.labels(method).observe
         observe(duration_s)
 
+    def store_mismatches(self, count: int) -> None:
+        """Count keys that memory was found to have otherwise than the store."""
+        self._mismatches.inc(count)
+
     def loop_stalled(self, late_s: float) -> None:
         """Count one look at the event loop, with how late it came to its turn."""
         self._stalls.observe(late_s)
@@ -192,6 +196,11 @@ class Metrics:
             "How late the event loop came to what was due, looked at 20 times a second.",
             registry=registry,
             buckets=STALL_BUCKETS_S,
+        )
+        self._mismatches = Counter(
+            "novacron_store_mismatches",
+            "Keys that memory was found to have otherwise than etcd: on a leader a foreign write.",
+            registry=registry,
         )
         self._etcd = Histogram(
             "novacron_etcd_request_duration_seconds",

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.store import keys
 from controlplane.store.etcd_members import Limits
@@ -79,6 +80,16 @@ async def test_a_listing_is_sorted_and_of_one_prefix(world: World) -> None:
     ]
     assert listing.revision == fence.mark_revision
     assert {item.mod_revision for item in listing.items} == {fence.mark_revision}
+
+
+async def test_a_listing_of_keys_has_revisions_and_no_values(world: World) -> None:
+    fence = await world.commit(await world.lead(), *_puts(3))
+    fence = await world.commit(fence, _puts(1)[0])
+    whole, bare = await world.store.list(VMS), await world.store.list(VMS, keys_only=True)
+    assert [replace(item, value=b"") for item in whole.items] == list(bare.items)
+    assert bare.items[0].mod_revision == fence.mark_revision
+    assert bare.items[1].mod_revision < fence.mark_revision
+    assert all(item.value for item in whole.items)
 
 
 async def test_pages_of_a_listing_are_of_one_revision(world: World) -> None:

@@ -100,7 +100,7 @@ class World:
         self.progress = ProgressBoard(self.clock)
         self.replicas: tuple[Replica, ...] = (REPLICA,)
         self.agents: dict[str, str] = {}
-        self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7")
+        self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7", BORN)
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
         self.token = str(Token(self.ids.new("key"), SECRET))

@@ -66,6 +66,12 @@ async def test_build_and_leadership(metrics: Metrics) -> None:
     assert found["novacron_leader_transitions_total"] == {labels(): 3}
 
 
+async def test_what_memory_had_otherwise_than_the_store(metrics: Metrics) -> None:
+    metrics.store_mismatches(2)
+    metrics.store_mismatches(1)
+    assert (await scrape(metrics))["novacron_store_mismatches_total"] == {labels(): 3}
+
+
 async def test_operations_and_placements(metrics: Metrics) -> None:
     metrics.operation_entered("vm.create", OperationState.SUCCEEDED)
     metrics.operation_entered("vm.create", OperationState.SUCCEEDED)

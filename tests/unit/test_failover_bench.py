@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from controlplane.telemetry.stalls import LOOK_S, watch_stalls
-from tests.bench.bench_failover import errors_of, longest_gap_s, percentile
-from tests.bench.failover_cell import Line
+from tests.bench.bench_failover import GATES, percentile
+from tests.lab.failover import FAULTS, errors_of, longest_gap_s
+from tests.lab.failover_cell import Line
 
 LINES = [
     Line(0, 1, 9.0, 9.9, 200, ""),
@@ -25,6 +26,10 @@ def test_the_gap_is_the_longest_time_without_an_acceptance_around_the_fault() ->
 def test_whatever_else_was_heard_is_counted() -> None:
     assert errors_of(LINES, 10.0) == ("1 x 0 ConnectionResetError", "1 x 503 no_leader")
     assert errors_of(LINES, 12.95) == ()
+
+
+def test_every_fault_has_its_gates() -> None:
+    assert GATES.keys() == {fault.name for fault in FAULTS}
 
 
 def test_a_percentile_is_one_of_the_values() -> None:

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from controlplane.state import ClusterState
 from controlplane.store import keys
 from controlplane.store.informer import Informer
-from controlplane.store.port import Delete, Fence, Listing, Put, Store, Write
+from controlplane.store.port import Delete, Fence, KeyValue, Listing, Put, Store, Write
 from shared.codec import pack
 from shared.errors import StoreUnavailable
 from shared.model import ApiKey, Event, Replica
@@ -45,15 +47,20 @@ class GatedStore:
         self.answers_pass.set()
         self.failures = 0
         self.listings = 0
+        self.reads: list[str] = []
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         self.listings += 1
         if self.failures:
             self.failures -= 1
             raise StoreUnavailable("no member answers")
-        listing = await self._store.list(prefix, revision_min=revision_min)
+        listing = await self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
         await self.answers_pass.wait()
         return listing
+
+    async def get(self, key: str) -> KeyValue | None:
+        self.reads.append(key)
+        return await self._store.get(key)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -133,6 +140,28 @@ def test_after_a_compaction_it_lists_again_and_finds_what_was_deleted() -> None:
     virtual(main())
 
 
+def test_what_memory_has_already_is_not_read_again() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(put("key-b"), put("key-c"), event(2))
+            await it.seen()
+            known, whole = it.state.api_keys["key-b"], it.store.listings
+            it.store.reads.clear()
+            # As if the watch had lost two changes and a deletion, and brought one twice.
+            it.state.remove(ApiKey, "key-c")
+            it.state.put(known.record, 1)
+            it.state.put(replace(known.record, id="key-z"), known.revision)
+            it.state.remove_history(2)
+            await it.informer.load(it.fence.mark_revision)
+            assert sorted(it.state.api_keys) == ["key-a", "key-b", "key-c"]
+            assert it.state.api_keys["key-b"] == known
+            assert sorted(it.state.history) == [1, 2]
+            assert it.store.listings == whole + 1
+            assert it.store.reads == [event(2).key, put("key-b").key, put("key-c").key]
+
+    virtual(main())
+
+
 def test_a_poisoned_record_is_set_aside_and_stops_nothing() -> None:
     async def main() -> None:
         async with following() as it:
@@ -195,6 +224,24 @@ def test_replicas_are_known_while_they_are_registered() -> None:
             await it.world.store.revoke_lease(lease)
             await asyncio.sleep(A_WHILE_S)
             assert it.informer.replicas == {}
+
+    virtual(main())
+
+
+def test_whoever_waits_for_the_leader_key_is_woken_when_it_comes_or_goes() -> None:
+    async def main() -> None:
+        async with following() as it:
+            changed = it.informer.leader_key.next()
+            await it.commit(put("key-b"))
+            await asyncio.sleep(A_WHILE_S)
+            assert not changed.done(), "another key"
+            await it.world.store.resign(it.fence.leader_revision)
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
+            changed = it.informer.leader_key.next()
+            await it.world.lead()
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
 
     virtual(main())
 

@@ -46,7 +46,7 @@ from shared.model import (
     VmSpec,
     VmStatus,
 )
-from tests.bench.agent_crowd import boot_id, node_name
+from tests.lab.agent_crowd import boot_id, node_name
 from tests.lab.cluster import Lab, LabPlan
 from tests.lab.configs import CELL_DIR
 from tests.lab.layout import AGENTS_PORT, API_PORT, KEPT_LOG_DIR, replica_address
@@ -92,10 +92,12 @@ class FailoverCell:
             self.api = enter(closing(self.trial.api))
             for name, zone in zip(GUESTS, "abc", strict=True):
                 self.api.wait(self.api.create_vm(new_vm(name, zone=zone)))
-            self._start_crowd()
-            _say(f"{self._agents} agents have joined")
-            self._load_records()
-            _say(f"{self._records} VM records are there")
+            self.trial.wait_counting(self.guests())
+            if self._agents:
+                self._start_crowd()
+                _say(f"{self._agents} agents have joined")
+                self._load_records()
+                _say(f"{self._records} VM records are there")
             self._start_writers()
             self._stack = self._inside.pop_all()
         return self
@@ -183,7 +185,7 @@ class FailoverCell:
             "cell": str(CELL_DIR),
             "count": self._agents,
         }
-        self._crowd = self._process("tests.bench.agent_crowd", order, "crowd.log")
+        self._crowd = self._process("tests.lab.agent_crowd", order, "crowd.log")
         _read_word(self._crowd, "joined", JOIN_LIMIT_S)
 
     def _load_records(self) -> None:
@@ -245,7 +247,7 @@ class FailoverCell:
             "log": str(self._scratch / "writes"),
             "vms": [f"written-{number}" for number in range(WRITERS)],
         }
-        self._writers = self._process("tests.bench.write_load", order, "writers.log")
+        self._writers = self._process("tests.lab.writers", order, "writers.log")
         _read_word(self._writers, "ready", REPLICA_LIMIT_S)
         self.wait_accepted(WRITERS * 5)
 
@@ -319,8 +321,9 @@ def _read_word(process: subprocess.Popen[bytes], word: str, limit_s: float) -> N
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
+    for end in (process.stdin, process.stdout):
+        if end is not None:
+            end.close()
     try:
         process.wait(30)
     except subprocess.TimeoutExpired:

@@ -30,10 +30,12 @@ from shared.model import (
 )
 from shared.protocol import (
     Desired,
+    DesiredTogether,
     Heartbeat,
     Hello,
     Intent,
     NotLeader,
+    ReportsTogether,
     TermAccepted,
     VmReport,
     Welcome,
@@ -116,18 +118,11 @@ class Member:
     async def _receive(self, channel: LeaderChannel) -> None:
         while True:
             message = await channel.receive()
-            if not isinstance(message, Desired) or message.intent is not Intent.RUN:
-                continue
-            report = VmReport(
-                vm_id=message.vm_id,
-                generation=message.generation,
-                power=ObservedPower.RUNNING,
-                permit_used=True,
-                highest_used=message.generation,
-                revision=message.revision,
-            )
-            self._reports[message.vm_id] = report
-            await channel.send(report)
+            told = message.desired if isinstance(message, DesiredTogether) else (message,)
+            reports = [_runs(d) for d in told if isinstance(d, Desired) and d.intent is Intent.RUN]
+            if reports:
+                self._reports |= {report.vm_id: report for report in reports}
+                await channel.send(ReportsTogether(reports=tuple(reports)))
 
     async def _beat(self, channel: LeaderChannel, period_s: float) -> None:
         for number in itertools.count(1):
@@ -144,7 +139,19 @@ class Member:
             highest_term=self._term,
             inventory=INVENTORY,
             domains=tuple(self._reports.values()),
+            together=True,
         )
+
+
+def _runs(desired: Desired) -> VmReport:
+    return VmReport(
+        vm_id=desired.vm_id,
+        generation=desired.generation,
+        power=ObservedPower.RUNNING,
+        permit_used=True,
+        highest_used=desired.generation,
+        revision=desired.revision,
+    )
 
 
 async def main() -> None:
