@@ -32,7 +32,10 @@ SETTLE_S = 5.0
 
 
 class Comparison:
-    def __init__(self, store: Store, state: ClusterState, informer: Informer) -> None:
+    def __init__(
+        self, store: Store, state: ClusterState, informer: Informer, period_s: float = PERIOD_S
+    ) -> None:
+        self._period_s = period_s
         self._store = store
         self._state = state
         self._informer = informer
@@ -40,7 +43,7 @@ class Comparison:
     async def run(self) -> None:
         """Compare once in a period, for ever; the first time when one has passed."""
         while True:
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(self._period_s)
             try:
                 await self.compare()
             except NovacronError as error:

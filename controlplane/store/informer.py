@@ -108,9 +108,10 @@ class Informer:
         """
         changes = await self._read(revision_min)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
             for item in changes.items[start : start + TAKEN_AT_ONCE]:
                 self._take_item(item)
-            await asyncio.sleep(0)
         self._drop_unlisted(changes)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -157,7 +158,7 @@ class Informer:
         return True
 
     async def _read(self, revision_min: int) -> _Changes:
-        """Read from etcd what memory does not have, or has otherwise."""
+        """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
         listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
         wanted: list[str] = []
         for start in range(0, len(listing.items), COMPARED_AT_ONCE):
@@ -169,7 +170,7 @@ class Informer:
             listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
             listed = frozenset(item.key for item in listing.items)
             return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
-        found = [await self._store.get(key) for key in wanted]
+        found = [await self._store.get(key, revision=listing.revision) for key in wanted]
         return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
 
     def _differs(self, item: KeyValue) -> bool:
