@@ -19,7 +19,8 @@ from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
-from controlplane.sessions.following import PERIOD_S, Following
+from controlplane.sessions import following
+from controlplane.sessions.following import Following
 from controlplane.sessions.hub import Hub, HubSettings
 from controlplane.sessions.leader_link import LeaderLink, PeerCall
 from controlplane.sessions.peer_messages import AgentList
@@ -27,6 +28,7 @@ from controlplane.sessions.peer_reads import PeerReads
 from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from controlplane.state import ClusterState
+from controlplane.store import comparison
 from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
@@ -73,7 +75,8 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     migrations: MigrationLimits = MigrationLimits()
-    exchange_period_s: float = PERIOD_S
+    exchange_period_s: float = following.PERIOD_S
+    comparison_period_s: float = comparison.PERIOD_S
 
 
 class Ports(Struct, frozen=True):
@@ -102,7 +105,9 @@ class ControlPlane:
         self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
         self.state = ClusterState()
         self.informer = Informer(ports.store, self.state, ports.metrics.store_mismatches)
-        self._comparison = Comparison(ports.store, self.state, self.informer)
+        self._comparison = Comparison(
+            ports.store, self.state, self.informer, settings.comparison_period_s
+        )
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)

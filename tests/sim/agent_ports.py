@@ -132,7 +132,10 @@ class ProcessHypervisor:
         return await self._quick(lambda driver: driver.layout(definition))
 
     async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
-        await self._act(lambda driver: driver.migrate(name, generation, outgoing))
+        moving = self._libvirtd.act(
+            lambda driver: driver.migrate(name, generation, outgoing), QUICK_S, lasts=True
+        )
+        await self._call(moving)
 
     async def abort_migration(self, name: str, generation: int) -> None:
         await self._slow_act(lambda driver: driver.abort_migration(name, generation))

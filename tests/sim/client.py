@@ -104,7 +104,7 @@ class Client:
         async def look(context: Context, who: Principal) -> VmList:
             process = current()
             if process is not None and process.missed_events:
-                # It cannot know; who compares lists with etcd's own will find it.
+                # It cannot know before it compares its memory with etcd's list the next time.
                 raise Unavailable("a watch of this replica has left something out")
             await _caught_up(context.state, floor)
             return await list_vms(context, who, VmQuery(limit=LOOK_LIMIT))

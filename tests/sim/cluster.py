@@ -22,8 +22,10 @@ from controlplane.app import ControlPlane
 from controlplane.election import ElectionSettings
 from controlplane.leader import Founding
 from controlplane.services.context import Context
+from controlplane.sessions import following
 from controlplane.sessions.hub import HubSettings
 from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
+from controlplane.store import comparison
 from controlplane.store.etcd_members import Limits
 from shared.clock import Clock
 from shared.errors import NoLeader
@@ -91,7 +93,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     election: ElectionSettings = ElectionSettings()
     sessions: HubSettings = HubSettings()
     store: Limits = Limits()
-    exchange_period_s: float = 1.0
+    exchange_period_s: float = following.PERIOD_S
+    comparison_period_s: float = comparison.PERIOD_S
 
 
 class SimCluster:

@@ -63,6 +63,7 @@ class Libvirtd:
         self.node = node
         self.boot_id = boot_id
         self.available = True
+        self._over = False
         self.acts_said_to_fail = 0
         self.acts_said_to_be_done = 0
         self._answers = asyncio.Event()
@@ -95,6 +96,11 @@ class Libvirtd:
             self.available = True
             self.witness()
             self._state.libvirtd_returns()
+
+    def end_boot(self) -> None:
+        """See what the node's end has ended, and nothing more: the next boot has its own."""
+        self.witness()
+        self._over = True
 
     def hang(self) -> None:
         """Take calls and answer none, as when stopped; what was asked is done when it goes on."""
@@ -158,10 +164,17 @@ class Libvirtd:
         return result
 
     async def act(
-        self, work: Callable[[Hypervisor], Awaitable[None]], bounds: tuple[float, float]
+        self,
+        work: Callable[[Hypervisor], Awaitable[None]],
+        bounds: tuple[float, float],
+        *,
+        lasts: bool = False,
     ) -> None:
-        """Carry out what changes something, and tell how it ended, or lie."""
-        if self.acts_said_to_be_done > 0:
+        """Carry out what changes something, and tell how it ended, or lie.
+
+        A call that ``lasts`` as long as what it has begun never returns before that has begun.
+        """
+        if self.acts_said_to_be_done > 0 and not lasts:
             self.acts_said_to_be_done -= 1
             later(self._rng.uniform(*EARLY_ANSWER_S), self._act_late, work, bounds)
             return
@@ -200,6 +213,8 @@ class Libvirtd:
 
     def witness(self) -> None:
         """Compare which guests run with what was seen last."""
+        if self._over:
+            return
         ours = {d.vm_id: d for d in self._state.domains.values() if d.vm_id is not None}
         running = {vm: d.generation for vm, d in ours.items() if d.executes}
         still = {

@@ -88,7 +88,7 @@ class SimNode:
         self.state.reboot()
         # Nothing answers before the next boot, no migration's peer either.
         self.state.libvirtd_dies()
-        self.libvirtd.witness()
+        self.libvirtd.end_boot()
 
     def boot(self) -> None:
         """Come up again, in a new boot, with nothing running."""

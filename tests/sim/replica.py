@@ -109,6 +109,7 @@ class SimReplica:
             election=cluster.settings.election,
             sessions=cluster.settings.sessions,
             exchange_period_s=cluster.settings.exchange_period_s,
+            comparison_period_s=cluster.settings.comparison_period_s,
         )
         control_plane = self.control_plane = ControlPlane(settings, ports)
 

@@ -42,6 +42,8 @@ ELECTION = ElectionSettings(
 )
 SESSIONS = HubSettings(heartbeat_period_s=6.0, silence_limit_s=30.0)
 STORE = Limits(watch_silence_s=4.0)
+# Often enough for a follower whose watch has left something out to find that before the end.
+COMPARISON_PERIOD_S = 120.0
 
 # After healing: the longest back-off of a VM that crashed a few times, agents' reconnects, a
 # greeting. Operations' own deadline is later, so that one that hangs is seen.
@@ -236,4 +238,5 @@ def _shape(rng: random.Random) -> ClusterSettings:
         sessions=SESSIONS,
         store=STORE,
         exchange_period_s=5.0,
+        comparison_period_s=COMPARISON_PERIOD_S,
     )

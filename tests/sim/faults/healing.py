@@ -7,9 +7,6 @@ from tests.sim.faults.processes import start_agent, start_replica
 
 
 def heal(cluster: SimCluster) -> None:
-    """A follower whose watch has left something out does not find that by itself: it is restarted,
-    as its operator would.
-    """
     cluster.trace.note("heal")
     cluster.network.heal_all()
     cluster.etcd.heal()
@@ -18,8 +15,6 @@ def heal(cluster: SimCluster) -> None:
         replica.slow_disk_s = None
         if replica.process is not None:
             replica.process.resume()
-            if replica.process.missed_events:
-                replica.crash()
         start_replica(replica)
     for node in cluster.nodes.values():
         node.slow_log_s = None
