@@ -90,7 +90,10 @@ class Changes:
 
 
 class ClusterState:
-    """All records, and the part of history that etcd still holds."""
+    """All records, and the part of history that etcd still holds.
+
+    ``revision`` is the moment that they show; 0 until the first listing is whole.
+    """
 
     def __init__(self) -> None:
         self.revision = 0

@@ -104,11 +104,13 @@ class Informer:
 
         What memory has at the revision that etcd has it at is not read again: the watch may have
         missed changes, but no key has two values at one revision. A first listing of many records
-        is taken in steps, which leave the event loop to others in between.
+        is taken in steps, which leave the event loop to others in between: nobody reads before it
+        is whole (``ClusterState.revision``). Later ones are taken at once, since somebody may.
         """
+        is_first = self._state.revision == 0
         changes = await self._read(revision_min)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
-            if start:
+            if start and is_first:
                 await asyncio.sleep(0)
             for item in changes.items[start : start + TAKEN_AT_ONCE]:
                 self._take_item(item)

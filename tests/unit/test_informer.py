@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import pytest
 from msgspec.structs import replace
 
 from controlplane.state import ClusterState
+from controlplane.store import informer as informer_module
 from controlplane.store import keys
 from controlplane.store.informer import Informer
 from controlplane.store.port import Delete, Fence, KeyValue, Listing, Put, Store, Write
@@ -283,6 +285,35 @@ def test_what_changes_while_it_is_read_is_not_taken_before_its_time() -> None:
             await informer.load(0)
             assert state.revision == listed
             assert [kept.record.role for kept in state.api_keys.values()] == ["admin", "admin"]
+
+    virtual(main())
+
+
+def test_a_later_listing_is_never_seen_half_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first one is, by nobody who reads: the revision is 0 until it is whole."""
+    monkeypatch.setattr(informer_module, "TAKEN_AT_ONCE", 1)
+
+    async def main() -> None:
+        async with following() as it:
+            state = ClusterState()
+            informer = Informer(cast(Store, it.store), state)
+            seen: set[tuple[int, frozenset[str]]] = set()
+
+            async def look() -> None:
+                while True:
+                    seen.add((state.revision, frozenset(state.api_keys)))
+                    await asyncio.sleep(0)
+
+            looking = asyncio.ensure_future(look())
+            await it.commit(put("key-a"), put("key-b"))
+            await informer.load(0)
+            await it.commit(put("key-c"), put("key-d"))
+            await informer.load(0)
+            await asyncio.sleep(0)
+            looking.cancel()
+            shown = {at: [len(found) for when, found in seen if when == at] for at, _ in seen}
+            assert len(shown.pop(0)) > 1
+            assert list(shown.values()) == [[2], [4]]
 
     virtual(main())
 
