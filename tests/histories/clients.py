@@ -59,7 +59,7 @@ REPEATED = 0.7
 # Of all operations, how many send an old request with its key once more.
 AGAIN = 0.03
 # Of writes, how many wait no longer than such a write usually takes; of all, how many are patient.
-HASTY = 0.3
+HASTY = 0.45
 PATIENT = 0.08
 # How many are done to the name that is everybody's at the moment, and how long a moment is: so that
 # changes of one VM meet in one commit.
@@ -322,7 +322,7 @@ def _told(asked: Attempt, answer: Answer) -> Attempt:
         revision=answer.headers.get("x-novacron-revision", ""),
         replayed=answer.headers.get("idempotency-replayed") == "true",
     )
-    if told.outcome is not Outcome.OK or asked.kind is Kind.LIST:
+    if told.outcome is not Outcome.OK or told.code or asked.kind is Kind.LIST:
         return told
     if asked.kind in (Kind.CREATE, Kind.DELETE):
         return replace(told, operation_id=answer.text("id"), target=answer.text("target"))
