@@ -123,6 +123,7 @@ def _settings(config: ControlPlaneConfig) -> ReplicaSettings:
         sessions=config.sessions,
         scheduler=config.scheduler,
         migrations=config.migrations,
+        store_quota_bytes=config.etcd.quota_bytes,
     )
 
 

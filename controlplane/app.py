@@ -30,7 +30,8 @@ from controlplane.state import ClusterState
 from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
-from controlplane.store.port import Store
+from controlplane.store.port import ETCD_QUOTA_BYTES, Store
+from controlplane.store.space import StoreSpace
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
@@ -73,6 +74,7 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     migrations: MigrationLimits = MigrationLimits()
+    store_quota_bytes: int = ETCD_QUOTA_BYTES
 
 
 class Ports(Struct, frozen=True):
@@ -96,6 +98,7 @@ class ControlPlane:
         self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
         self.state = ClusterState()
         self.informer = Informer(ports.store, self.state, ports.metrics.store_mismatches)
+        self._space = StoreSpace(ports.store, settings.store_quota_bytes, ports.metrics.store_space)
         self._comparison = Comparison(ports.store, self.state, self.informer)
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
@@ -173,6 +176,7 @@ class ControlPlane:
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(loop.run_periodically(self._forget))
             tasks.create_task(self._comparison.run())
+            tasks.create_task(loop.run_periodically(self._space))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
@@ -213,6 +217,7 @@ class ControlPlane:
             figures=self._reads,
             progress=self.progress,
             store=self._ports.store,
+            space=self._space,
             clock=self._ports.clock,
             scheduler=self._settings.scheduler,
             leadership=self.leadership,

@@ -16,6 +16,7 @@ from typing import TypeVar
 from msgspec import Struct
 
 from controlplane.store.etcd_rpc import (
+    Alarm,
     Alarms,
     Compaction,
     Event,
@@ -211,8 +212,8 @@ class _Link:
     async def txn(self, request: Txn, deadline_s: float) -> TxnDone:
         return await self._call(lambda rpc: rpc.txn(request, deadline_s), deadline_s)
 
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
-        return await self._call(lambda rpc: rpc.compact(revision, deadline_s), deadline_s)
+    async def compact(self, revision: int, deadline_s: float, physical: bool = False) -> Compaction:
+        return await self._call(lambda rpc: rpc.compact(revision, deadline_s, physical), deadline_s)
 
     async def lease_grant(self, ttl_s: int, deadline_s: float) -> Lease:
         return await self._call(lambda rpc: rpc.lease_grant(ttl_s, deadline_s), deadline_s)
@@ -228,6 +229,12 @@ class _Link:
 
     async def alarms(self, deadline_s: float) -> Alarms:
         return await self._call(lambda rpc: rpc.alarms(deadline_s), deadline_s)
+
+    async def disarm(self, alarm: Alarm, deadline_s: float) -> None:
+        await self._call(lambda rpc: rpc.disarm(alarm, deadline_s), deadline_s)
+
+    async def defragment(self, deadline_s: float) -> None:
+        await self._call(lambda rpc: rpc.defragment(deadline_s), deadline_s)
 
     async def watch(self, request: WatchStart, deadline_s: float) -> WatchStream:
         stream = await self._call(lambda rpc: rpc.watch(request, deadline_s), deadline_s)
