@@ -131,6 +131,7 @@ def _settings(config: ControlPlaneConfig) -> ReplicaSettings:
         sessions=config.sessions,
         scheduler=config.scheduler,
         migrations=config.migrations,
+        store_quota_bytes=config.etcd.quota_bytes,
     )
 
 

@@ -435,6 +435,14 @@ ROUTES: tuple[Route, ...] = (
         view=ClusterView,
     ),
     Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/repair-store",
+        handler=lambda c: cluster.repair_store(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Make room in the store: compact, defragment, take its alarm back",
+        view=ClusterView,
+    ),
+    Route(
         method="GET",
         path="/healthz",
         handler=_healthz,

@@ -324,6 +324,11 @@ class MemberView(Struct, frozen=True):
     problem: str = ""
 
 
+class StoreView(Struct, frozen=True):
+    room: str = ""
+    detail: str = ""
+
+
 class ClusterView(Struct, frozen=True):
     id: str
     cell: str = ""
@@ -335,6 +340,7 @@ class ClusterView(Struct, frozen=True):
     leader: LeaderView | None = None
     replicas: tuple[ReplicaView, ...] = ()
     members: tuple[MemberView, ...] = ()
+    store: StoreView = StoreView()
     nodes: dict[str, int] = {}
     vms: int = 0
 

@@ -5,7 +5,7 @@ A command that is not listed here never leaves its process. The tag is its name 
 
 from __future__ import annotations
 
-from controlplane.commands.cluster import StepDown
+from controlplane.commands.cluster import RecordStoreRepair, StepDown
 from controlplane.commands.drains import RequestDrain
 from controlplane.commands.migrations import RequestMigration
 from controlplane.commands.nodes import SetCordon
@@ -25,4 +25,5 @@ Forwardable = (
     | CancelOperation
     | FinalizeUpgrade
     | StepDown
+    | RecordStoreRepair
 )

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
+from controlplane.store.port import Room
 from controlplane.telemetry.progress import Progress as Progress
 from controlplane.telemetry.progress import ProgressFrame
 from shared.errors import FieldError
@@ -307,6 +308,13 @@ class MemberView(Struct, frozen=True, kw_only=True):
     problem: str
 
 
+class StoreView(Struct, frozen=True, kw_only=True):
+    """What the store still takes, as the replica that was asked has last seen (10 s at most)."""
+
+    room: Room
+    detail: str
+
+
 class NodeCounts(Struct, frozen=True, kw_only=True):
     ready: int
     silent: int
@@ -329,6 +337,7 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     leader: LeaderView | None
     replicas: tuple[ReplicaView, ...]
     members: tuple[MemberView, ...]
+    store: StoreView
     nodes: NodeCounts
     vms: int
     revision: str

@@ -19,7 +19,8 @@ from controlplane.services.selection import carries
 from controlplane.services.validation import check_new_vm
 from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
 from controlplane.state import Stored, Then
-from shared.errors import DeletedSince, NotFound
+from controlplane.store.port import Room
+from shared.errors import DeletedSince, NotFound, StoreFull
 from shared.model import Vm
 from shared.states import VmAction, vm_phase
 
@@ -68,10 +69,11 @@ async def list_vms(context: Context, principal: Principal, query: VmQuery) -> Vm
 async def create_vm(context: Context, principal: Principal, new: NewVm) -> OperationView:
     """Accept a VM to make; the operation succeeds when it runs.
 
-    Raises Forbidden, ValidationFailed, NameTaken, and what committing raises.
+    Raises Forbidden, ValidationFailed, NameTaken, StoreFull, and what committing raises.
     """
     authorize(principal, Permission.VMS_WRITE)
     check_new_vm(context.state, new)
+    check_room(context)
     command = CreateVm(
         name=new.name,
         tenant=principal.scope.tenant,
@@ -124,6 +126,15 @@ def changed(context: Context, vm_id: str) -> VmView:
     if stored is None:
         raise DeletedSince(f"{vm_id} was changed, and has been deleted since")
     return view(context, stored, epoch_of(context.state))
+
+
+def check_room(context: Context) -> None:
+    """Keep what room is left for what cannot be done without. Raises StoreFull.
+
+    Whether a full store is so still, etcd itself says best.
+    """
+    if context.space.room is Room.SCARCE:
+        raise StoreFull(context.space.detail)
 
 
 def author(principal: Principal) -> Author:

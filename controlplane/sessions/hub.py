@@ -31,6 +31,7 @@ from shared.errors import (
     NodeUnreachable,
     NovacronError,
     Overloaded,
+    StoreFull,
     Unavailable,
 )
 from shared.ids import IdSource
@@ -76,6 +77,8 @@ _CLEANS = frozenset(
 # Queries wait for an agent this long; a console log is read in well under a second.
 QUERY_TIMEOUT_S = 10.0
 QUERIES_PER_NODE_MAX = 16
+# What an agent said while the store was full is tried again so often; a person makes room.
+STORE_FULL_PAUSE_S = 5.0
 
 
 class HubSettings(Struct, frozen=True, kw_only=True):
@@ -346,16 +349,25 @@ class Hub:
     async def _take_what_is_said(self, session: AgentSession) -> None:
         while True:
             said = await session.next_said()
-            if isinstance(said, VmReport):
-                await self._observe(session, said)
-                continue
-            await self._applier.submit(
-                ReportInventory(
-                    node_id=session.node_id,
-                    inventory=said.inventory,
-                    foreign_domains=said.foreign_domains,
-                )
+            try:
+                await self._take(session, said)
+            except StoreFull as full:
+                # No reason to lose the node: what it says is kept, and there is room again one day.
+                log.warning("a report of %s waits: %s", session.node_name, full)
+                session.say_again(said)
+                await asyncio.sleep(STORE_FULL_PAUSE_S)
+
+    async def _take(self, session: AgentSession, said: VmReport | InventoryReport) -> None:
+        if isinstance(said, VmReport):
+            await self._observe(session, said)
+            return
+        await self._applier.submit(
+            ReportInventory(
+                node_id=session.node_id,
+                inventory=said.inventory,
+                foreign_domains=said.foreign_domains,
             )
+        )
 
     async def _push(self, session: AgentSession) -> None:
         """Send what changed of the node's VMs; first all of them, then the sync mark."""

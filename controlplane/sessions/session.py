@@ -61,6 +61,14 @@ class AgentSession:
             self._reports[message.vm_id] = message
         self._said.set()
 
+    def say_again(self, message: VmReport | InventoryReport) -> None:
+        """Put back what could not be taken, unless the agent has said something newer of it."""
+        if isinstance(message, InventoryReport):
+            self._inventory = self._inventory or message
+        else:
+            self._reports.setdefault(message.vm_id, message)
+        self._said.set()
+
     async def next_said(self) -> VmReport | InventoryReport:
         """Return what the agent said and nobody has taken yet, oldest first."""
         while not self._reports and self._inventory is None:

@@ -64,8 +64,14 @@ class TimedStore:
         registering = self._store.register_replica(name, value, lease)
         await self._timed("register_replica", registering)
 
-    async def compact(self, revision: int) -> None:
-        await self._timed("compact", self._store.compact(revision))
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
+        await self._timed("compact", self._store.compact(revision, physical=physical))
+
+    async def defragment(self, endpoint: str) -> None:
+        await self._timed("defragment", self._store.defragment(endpoint))
+
+    async def disarm(self) -> None:
+        await self._timed("disarm", self._store.disarm())
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return await self._timed("members", self._store.members())

@@ -60,24 +60,24 @@ class ProcessHypervisor:
         await self._slow_act(lambda driver: driver.start(name, generation))
 
     async def shutdown(self, name: str, generation: int) -> None:
-        await self._act(lambda driver: driver.shutdown(name, generation))
+        await self._command(lambda driver: driver.shutdown(name, generation))
 
     async def stop(self, name: str, generation: int) -> None:
-        await self._slow_act(lambda driver: self._libvirtd.stop(driver, name, generation))
+        await self._slow_command(lambda driver: self._libvirtd.stop(driver, name, generation))
 
     async def pause(self, name: str, generation: int) -> None:
-        await self._act(lambda driver: driver.pause(name, generation))
+        await self._command(lambda driver: driver.pause(name, generation))
 
     async def resume(self, name: str, generation: int) -> None:
-        await self._act(lambda driver: driver.resume(name, generation))
+        await self._command(lambda driver: driver.resume(name, generation))
 
     async def reboot(self, name: str, generation: int) -> None:
         self._restarting(name, generation)
-        await self._act(lambda driver: driver.reboot(name, generation))
+        await self._command(lambda driver: driver.reboot(name, generation))
 
     async def reset(self, name: str, generation: int) -> None:
         self._restarting(name, generation)
-        await self._act(lambda driver: driver.reset(name, generation))
+        await self._command(lambda driver: driver.reset(name, generation))
 
     async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
         async def undefine(driver: Hypervisor) -> None:
@@ -132,13 +132,10 @@ class ProcessHypervisor:
         return await self._quick(lambda driver: driver.layout(definition))
 
     async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
-        moving = self._libvirtd.act(
-            lambda driver: driver.migrate(name, generation, outgoing), QUICK_S, lasts=True
-        )
-        await self._call(moving)
+        await self._act(lambda driver: driver.migrate(name, generation, outgoing))
 
     async def abort_migration(self, name: str, generation: int) -> None:
-        await self._slow_act(lambda driver: driver.abort_migration(name, generation))
+        await self._slow_command(lambda driver: driver.abort_migration(name, generation))
 
     async def transfer(self, name: str) -> Transfer | None:
         return await self._quick(lambda driver: driver.transfer(name))
@@ -164,6 +161,12 @@ class ProcessHypervisor:
 
     async def _act(self, work: Callable[[Hypervisor], Awaitable[None]]) -> None:
         await self._call(self._libvirtd.act(work, QUICK_S))
+
+    async def _command(self, work: Callable[[Hypervisor], Awaitable[None]]) -> None:
+        await self._call(self._libvirtd.act(work, QUICK_S, by_guest=True))
+
+    async def _slow_command(self, work: Callable[[Hypervisor], Awaitable[None]]) -> None:
+        await self._call(self._libvirtd.act(work, SLOW_S, by_guest=True))
 
     async def _slow_act(self, work: Callable[[Hypervisor], Awaitable[None]]) -> None:
         await self._call(self._libvirtd.act(work, SLOW_S))

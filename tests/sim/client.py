@@ -12,10 +12,11 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from controlplane.api.endpoint import CATCH_UP_S
 from controlplane.commands.terms import RequestKey
+from controlplane.services.cluster import finalize_upgrade
 from controlplane.services.context import Context, Permission, Principal, Scope
 from controlplane.services.drains import drain_node
 from controlplane.services.migrations import migrate_vm
@@ -31,6 +32,7 @@ from shared.model import VmSpec
 from shared.states import OPERATION_ENDS, VmAction
 from tests.sim.cluster import SimCluster
 from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger, Viewed
+from tests.sim.previous_processes import serve_use_case
 from tests.sim.process import current
 
 # How long a client goes on trying, and how long it follows what was accepted.
@@ -40,9 +42,11 @@ FOLLOW_S = 40.0
 KEYED_SHARE = 0.5
 REPEATED_SHARE = 0.3
 LOOK_LIMIT = 500
+FINALIZE_AGAIN_S = 5.0
 
 ANYWHERE = MigrateOrder()
 T = TypeVar("T")
+Result = TypeVar("Result")
 Work = Callable[[Context, Principal], Awaitable[OperationView]]
 
 
@@ -50,7 +54,8 @@ class Client:
     """One user with the admin role; ``outcomes`` counts how its calls ended.
 
     Half of what it asks for carries an idempotency key: then it asks again when it cannot know what
-    became of it, and now and then although it knows.
+    became of it, and now and then although it knows. Not so while replicas of 0.1 may lead, which
+    look past keys (``has_keys``).
     """
 
     def __init__(self, cluster: SimCluster, ledger: Ledger, rng: random.Random) -> None:
@@ -58,44 +63,58 @@ class Client:
         self._ledger = ledger
         self._rng = rng
         self._principal = Principal("user", frozenset(Permission), Scope())
+        self.has_keys = True
         self._keys = 0
         self._floor = 0
         self.outcomes: Counter[str] = Counter()
 
     async def create(self, name: str, spec: VmSpec) -> None:
         new = NewVm(name=name, spec=spec)
-        await self._ask("create", lambda context, who: create_vm(context, who, new))
+        await self._ask("create", use(create_vm, new))
 
     async def act(self, vm_id: str, action: VmAction) -> None:
         deadline_s = self._rng.choice((0.0, 2.0, 10.0))
         await self._ask(
-            action.value, lambda context, who: act_on_vm(context, who, vm_id, action, deadline_s)
+            action.value,
+            use(act_on_vm, vm_id, action, deadline_s),
         )
 
     async def migrate(self, vm_id: str) -> None:
-        await self._ask("migrate", lambda context, who: migrate_vm(context, who, vm_id, ANYWHERE))
+        await self._ask("migrate", use(migrate_vm, vm_id, ANYWHERE))
 
     async def drain(self, node_name: str) -> str:
         """Return how it ended."""
-        return await self._ask(
-            "drain", lambda context, who: drain_node(context, who, node_name, DrainOrder())
-        )
+        return await self._ask("drain", use(drain_node, node_name, DrainOrder()))
 
     async def cancel(self, operation_id: str) -> None:
-        await self._ask("cancel", lambda context, who: cancel_operation(context, who, operation_id))
+        await self._ask("cancel", use(cancel_operation, operation_id))
 
     async def uncordon(self, node_name: str) -> None:
         """Open a node again; one that is open, or is being drained, says so."""
 
         async def uncordon(context: Context, who: Principal) -> None:
-            await set_cordon(context, who, node_name, CordonOrder(), cordoned=False)
+            await served(set_cordon, context, who, node_name, CordonOrder(), cordoned=False)
 
         with contextlib.suppress(NovacronError):
             await self._patiently(uncordon)
 
+    async def finalize_upgrade(self) -> None:
+        """Let the cluster have what only the present release knows, however long that takes."""
+
+        async def finalize(context: Context, who: Principal) -> None:
+            await served(finalize_upgrade, context, who)
+
+        while True:
+            try:
+                await self._patiently(finalize)
+                return
+            except NovacronError as error:
+                self._cluster.trace.note(f"client: finalize: {error.code}")
+            await asyncio.sleep(FINALIZE_AGAIN_S)
+
     async def delete(self, vm_id: str) -> None:
         self._cluster.observe(DeleteAsked(vm_id))
-        await self._ask("delete", lambda context, who: delete_vm(context, who, vm_id))
+        await self._ask("delete", use(delete_vm, vm_id))
 
     async def look(self) -> None:
         """List the VMs at any replica, which must know at least what was seen before."""
@@ -106,6 +125,8 @@ class Client:
             if process is not None and process.missed_events:
                 # It cannot know before it compares its memory with etcd's list the next time.
                 raise Unavailable("a watch of this replica has left something out")
+            if not isinstance(context, Context):
+                raise Unavailable("lists of 0.1 are of no moment")
             await _caught_up(context.state, floor)
             return await list_vms(context, who, VmQuery(limit=LOOK_LIMIT))
 
@@ -120,7 +141,7 @@ class Client:
 
     async def _ask(self, verb: str, work: Work) -> str:
         """Ask, follow what was accepted, and return how it ended: a state, or what was refused."""
-        key = self._new_key() if self._rng.random() < KEYED_SHARE else ""
+        key = self._new_key() if self.has_keys and self._rng.random() < KEYED_SHARE else ""
         if key:
             work = _keyed(key, work)
         try:
@@ -166,9 +187,7 @@ class Client:
         end_s = loop.time() + FOLLOW_S
         while loop.time() < end_s:
             try:
-                seen = await self._once(
-                    lambda context, who: get_operation(context, who, operation.id, 10.0)
-                )
+                seen = await self._once(use(get_operation, operation.id, 10.0))
             except (Unavailable, OutcomeUnknown, NotFound):
                 await asyncio.sleep(1.0)
                 continue
@@ -179,7 +198,7 @@ class Client:
     async def _once(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
         """Call a replica; one that dies meanwhile leaves the outcome unknown."""
         chosen = self._rng.choice(list(self._cluster.replicas.values()))
-        process, control_plane = chosen.process, chosen.control_plane
+        process, control_plane = chosen.process, chosen.control_plane or chosen.previous
         if process is None or control_plane is None:
             raise Unavailable(f"{chosen.name} does not accept connections")
 
@@ -191,6 +210,20 @@ class Client:
         if call.cancelled():
             raise OutcomeUnknown("the connection broke before the answer")
         return call.result()
+
+
+async def served(
+    use_case: Callable[..., Awaitable[Result]], context: Any, *arguments: Any, **named: Any
+) -> Result:
+    """Call a use case of the release that the replica is of."""
+    if isinstance(context, Context):
+        return await use_case(context, *arguments, **named)
+    result: Result = await serve_use_case(use_case, context, *arguments, **named)
+    return result
+
+
+def use(use_case: Callable[..., Awaitable[OperationView]], *arguments: Any) -> Work:
+    return lambda context, who: served(use_case, context, who, *arguments)
 
 
 def _keyed(key: str, work: Work) -> Work:

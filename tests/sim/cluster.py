@@ -30,10 +30,7 @@ from controlplane.store.etcd_members import Limits
 from shared.clock import Clock
 from shared.errors import NoLeader
 from shared.ids import new_cell
-from shared.model import (
-    ApiKey,
-    Cluster,
-)
+from shared.model import SCHEMA_LEVEL, ApiKey, Cluster
 from shared.protocol import (
     SESSION_METHOD,
     TELEMETRY_METHOD,
@@ -109,6 +106,7 @@ class SimCluster:
         trace: Trace | None = None,
         founding: Founding | None = None,
         observe: Observer | None = None,
+        schema_level: int = SCHEMA_LEVEL,
     ) -> None:
         self.settings = settings
         self.rng = rng
@@ -116,7 +114,7 @@ class SimCluster:
         self._host_clocks: dict[str, HostClock] = {}
         self.clock = self.clock_of("")
         self.trace = trace or Trace()
-        self.founding = founding or _founding(rng, self.clock)
+        self.founding = founding or _founding(rng, self.clock, schema_level)
         self._observer = observe
         self.network = Network(self.part(), self.trace, METHODS, settings.network)
         self.fabric = SimulatedFabric(linked=self._linked)
@@ -234,11 +232,11 @@ class SimCluster:
             self._observer(committed(commit.revision, commit.writer, changes))
 
 
-def _founding(rng: random.Random, clock: Clock) -> Founding:
+def _founding(rng: random.Random, clock: Clock, schema_level: int) -> Founding:
     cell = new_cell(rng)
     now = clock.now()
     return Founding(
-        Cluster(id=f"cluster-{cell}", cell=cell, created_at=now),
+        Cluster(id=f"cluster-{cell}", cell=cell, created_at=now, schema_level=schema_level),
         ApiKey(id=f"key-{cell}", sha256="", principal="admin", role="admin", created_at=now),
     )
 

@@ -168,13 +168,14 @@ class Libvirtd:
         work: Callable[[Hypervisor], Awaitable[None]],
         bounds: tuple[float, float],
         *,
-        lasts: bool = False,
+        by_guest: bool = False,
     ) -> None:
         """Carry out what changes something, and tell how it ended, or lie.
 
-        A call that ``lasts`` as long as what it has begun never returns before that has begun.
+        What a guest's QEMU does by itself (``by_guest``) may be said to be done before it is; what
+        libvirt keeps, a definition or a volume, is there when it says so.
         """
-        if self.acts_said_to_be_done > 0 and not lasts:
+        if self.acts_said_to_be_done > 0 and by_guest:
             self.acts_said_to_be_done -= 1
             later(self._rng.uniform(*EARLY_ANSWER_S), self._act_late, work, bounds)
             return

@@ -57,6 +57,13 @@ Serve = Callable[[str, "Stream", str], Awaitable[None]]
 class _Listener(Struct):
     process: Process
     serve: Serve
+    kinds: dict[str, Any] | None = None
+
+    def kind(self, method: str, usual: Any) -> Any:
+        return usual if self.kinds is None else self.kinds[method]
+
+    def serves(self, method: str) -> bool:
+        return self.kinds is None or method in self.kinds
 
 
 class Lost(Exception):
@@ -84,9 +91,18 @@ class Network:
 
     # What the cluster does.
 
-    def listen(self, process: Process, address: Address, serve: Serve) -> None:
-        """Serve streams that are opened to ``address``, each in a task of the process."""
-        listener = _Listener(process, serve)
+    def listen(
+        self,
+        process: Process,
+        address: Address,
+        serve: Serve,
+        kinds: dict[str, Any] | None = None,
+    ) -> None:
+        """Serve streams that are opened to ``address``, each in a task of the process.
+
+        ``kinds``: the only methods it knows, and what it takes their messages for.
+        """
+        listener = _Listener(process, serve, kinds)
         self._listeners[address] = listener
 
         def forget() -> None:
@@ -95,8 +111,11 @@ class Network:
 
         process.at_death(forget)
 
-    async def dial(self, address: Address, method: str) -> Stream:
-        """Open a stream from the current process. Raises Disconnected."""
+    async def dial(self, address: Address, method: str, kind: Any = None) -> Stream:
+        """Open a stream from the current process. Raises Disconnected.
+
+        ``kind``: what it takes the answers for, if not for what the present release does.
+        """
         source = current()
         assert source is not None, "only a process dials"
         source.check()
@@ -112,13 +131,13 @@ class Network:
         finally:
             source.check()
         listener = self._listeners.get(address)
-        if listener is None:
+        if listener is None or not listener.serves(method):
             raise Disconnected(f"nothing listens at {address}")
         kinds = self._methods[method]
         there, back = _Pipe(self, source.host, host), _Pipe(self, host, source.host)
         there.opposite, back.opposite = back, there
-        client = Stream(source, there, back, kinds.by_client)
-        server = Stream(listener.process, back, there, kinds.by_server)
+        client = Stream(source, there, back, kind or kinds.by_client)
+        server = Stream(listener.process, back, there, listener.kind(method, kinds.by_server))
         self._streams = [pair for pair in self._streams if not _over(pair)]
         self._streams.append((client, server))
         if kinds.lasting:

@@ -17,10 +17,12 @@ from agent.simulated_fabric import SimulatedRelays
 from agent.telemetry import Telemetry, TelemetryChannel
 from shared.model import ObservedPower, Sample
 from shared.protocol import SESSION_METHOD, TELEMETRY_METHOD
+from shared.version import VERSION
 from tests.sim.agent_ports import LogOfProcess, ProcessHypervisor, RelaysOfProcess
 from tests.sim.invariants import Found
 from tests.sim.ledger import Died
 from tests.sim.libvirtd import Libvirtd
+from tests.sim.previous_processes import make_agent
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ BATCH_PERIOD_S = 10.0
 
 
 class SimNode:
-    """``slow_log_s``: how long a write to the agent's log takes, at least and at most."""
+    """``is_previous``: its next agent is of the previous release.
+
+    ``slow_log_s``: how long a write to the agent's log takes, at least and at most."""
 
     def __init__(self, cluster: SimCluster, name: str, replicas: tuple[str, ...]) -> None:
         self._cluster = cluster
@@ -47,6 +51,7 @@ class SimNode:
         self.slow_log_s: tuple[float, float] | None = None
         self.process: Process | None = None
         self.agent: Agent | None = None
+        self.is_previous = False
         self._main: asyncio.Task[None] | None = None
         self.powered = True
         self.libvirtd = self._boot()
@@ -132,8 +137,36 @@ class SimNode:
         )
 
     async def _run(self, process: Process) -> None:
-        cluster = self._cluster
         rng = random.Random(self._rng.getrandbits(64))
+        hypervisor = ProcessHypervisor(process, self.libvirtd)
+        log = LogOfProcess(self.log, process, self._log_delay_s)
+        try:
+            if self.is_previous:
+                await make_agent(
+                    self._cluster,
+                    self.name,
+                    self._replicas,
+                    self.libvirtd.boot_id,
+                    hypervisor,
+                    log,
+                    rng,
+                    process,
+                ).run()
+            else:
+                await self._run_present(process, hypervisor, log, rng)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._cluster.observe(Died(process.incarnation, repr(error)))
+
+    async def _run_present(
+        self,
+        process: Process,
+        hypervisor: ProcessHypervisor,
+        log: LogOfProcess,
+        rng: random.Random,
+    ) -> None:
+        cluster = self._cluster
         facts = NodeFacts(
             name=self.name,
             address=self.name,
@@ -141,14 +174,12 @@ class SimNode:
             labels={},
             boot_id=self.libvirtd.boot_id,
             incarnation=process.incarnation,
-            agent_version="simulated",
+            agent_version=VERSION,
         )
-        hypervisor = ProcessHypervisor(process, self.libvirtd)
 
         async def dial(address: str) -> LeaderChannel:
             return await cluster.network.dial(address, SESSION_METHOD)
 
-        log = LogOfProcess(self.log, process, self._log_delay_s)
         ports = AgentPorts(
             hypervisor=hypervisor,
             relays=RelaysOfProcess(
@@ -160,15 +191,10 @@ class SimNode:
             rng=rng,
         )
         agent = self.agent = Agent(facts, self._replicas, ports)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(agent.run())
-                if cluster.settings.telemetry:
-                    self._measure(tasks, agent, hypervisor, rng)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            cluster.observe(Died(process.incarnation, repr(error)))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(agent.run())
+            if cluster.settings.telemetry:
+                self._measure(tasks, agent, hypervisor, rng)
 
     def _measure(
         self,

@@ -7,7 +7,7 @@ import logging
 import random
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
 from controlplane.sessions.hub import GREETING_TIMEOUT_S
@@ -20,9 +20,11 @@ from shared.errors import Disconnected, NovacronError, OutcomeUnknown
 from shared.offload import inline
 from shared.protocol import SESSION_METHOD, NotLeader
 from shared.tls import Identity, Role
+from shared.version import VERSION
 from tests.sim.etcd_link import EtcdLink
 from tests.sim.ledger import Died
 from tests.sim.network import Stream
+from tests.sim.previous_processes import make_replica, replica_kinds, serve_as
 from tests.sim.process import Process, later
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ RESTART_DELAY_S = 1.0
 
 
 class SimReplica:
-    """``slow_disk_s``: how long SQLite takes for each thing, at least and at most."""
+    """``is_previous``: its next process is of the previous release; then ``previous`` is it.
+
+    ``slow_disk_s``: how long SQLite takes for each thing, at least and at most.
+    """
 
     def __init__(self, cluster: SimCluster, name: str) -> None:
         self._cluster = cluster
@@ -50,6 +55,8 @@ class SimReplica:
         self._main: asyncio.Task[None] | None = None
         self.process: Process | None = None
         self.control_plane: ControlPlane | None = None
+        self.is_previous = False
+        self.previous: Any = None
 
     @property
     def address(self) -> str:
@@ -72,6 +79,7 @@ class SimReplica:
             return
         self._cluster.trace.note(f"kill {self.process.incarnation}")
         process, self.process, self.control_plane = self.process, None, None
+        self.previous = None
         process.kill(power_loss=power_loss)
 
     async def stop(self) -> None:
@@ -83,8 +91,22 @@ class SimReplica:
         await self._disk.close()
 
     async def _run(self, process: Process) -> None:
-        cluster = self._cluster
         rng = random.Random(self._rng.getrandbits(64))
+        run = self._run_previous if self.is_previous else self._run_present
+        await run(process, rng)
+
+    async def _run_previous(self, process: Process, rng: random.Random) -> None:
+        cluster = self._cluster
+        disk = _HistoryOfProcess(self._disk, process, self._disk_delay_s)
+        self.previous, store = make_replica(
+            cluster, self.name, self.address, process, (self._disk, disk.offload), rng
+        )
+        serve = serve_as(self.previous, cluster.founding.cluster.cell)
+        cluster.network.listen(process, self.address, serve, replica_kinds())
+        await self._run_to_its_end(process, self.previous, store)
+
+    async def _run_present(self, process: Process, rng: random.Random) -> None:
+        cluster = self._cluster
         links = [EtcdLink(cluster.network, process, each) for each in cluster.etcd.members]
         store = EtcdStore(links, rng, cluster.settings.store)
         windows = Windows()
@@ -105,7 +127,7 @@ class SimReplica:
             incarnation=process.incarnation,
             url=f"https://{self.name}:8443",
             agent_address=self.address,
-            version="simulated",
+            version=VERSION,
             election=cluster.settings.election,
             sessions=cluster.settings.sessions,
             exchange_period_s=cluster.settings.exchange_period_s,
@@ -117,6 +139,9 @@ class SimReplica:
             await _serve(control_plane, cluster.founding.cluster.cell, method, stream, host)
 
         cluster.network.listen(process, self.address, serve)
+        await self._run_to_its_end(process, control_plane, store)
+
+    async def _run_to_its_end(self, process: Process, control_plane: Any, store: Any) -> None:
         try:
             await control_plane.run()
         except asyncio.CancelledError:
@@ -129,7 +154,7 @@ class SimReplica:
     def _disk_delay_s(self) -> float:
         return 0.0 if self.slow_disk_s is None else self._rng.uniform(*self.slow_disk_s)
 
-    def _end(self, process: Process, control_plane: ControlPlane, error: BaseException) -> None:
+    def _end(self, process: Process, control_plane: Any, error: BaseException) -> None:
         """Die of an error. Only a process that has not reached the store yet may do so."""
         foreseen = all(isinstance(each, NovacronError) for each in leaves(error))
         if not foreseen or control_plane.state.revision > 0:
@@ -215,9 +240,9 @@ class _HistoryOfProcess(History):
         self._is_prepared = True
         self._process = process
         self._delay_s = delay_s
-        self._offload = self._alive
+        self._offload = self.offload
 
-    async def _alive(self, work: Callable[[], T]) -> T:
+    async def offload(self, work: Callable[[], T]) -> T:
         self._process.check()
         delay_s = self._delay_s()
         if delay_s > 0:

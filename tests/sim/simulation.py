@@ -14,7 +14,7 @@ from controlplane.services.context import Scope
 from controlplane.services.operations import find_operation
 from controlplane.sessions.hub import HubSettings
 from controlplane.store.etcd_members import Limits
-from shared.model import Operation
+from shared.model import SCHEMA_LEVEL, Operation
 from tests.sim.aim import Aim
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.faults.healing import heal
@@ -32,6 +32,7 @@ from tests.sim.ledger import Died, SimEvent
 from tests.sim.process import adopt_by_context
 from tests.sim.sizes import sizes
 from tests.sim.trace import Tell, Trace
+from tests.sim.upgrade import EVERY, Upgrade
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
 
@@ -42,6 +43,8 @@ ELECTION = ElectionSettings(
 )
 SESSIONS = HubSettings(heartbeat_period_s=6.0, silence_limit_s=30.0)
 STORE = Limits(watch_silence_s=4.0)
+# Of a cell that began with 0.1.
+PREVIOUS_LEVEL = 1
 # Often enough for a follower whose watch has left something out to find that before the end.
 COMPARISON_PERIOD_S = 120.0
 
@@ -106,7 +109,14 @@ class _Run:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._callback_failed)
         rng = random.Random(self._seed)
-        cluster = SimCluster(_shape(rng), rng, trace=self._trace, observe=self._observe)
+        upgrades = self._seed % EVERY == EVERY - 1
+        cluster = SimCluster(
+            _shape(rng),
+            rng,
+            trace=self._trace,
+            observe=self._observe,
+            schema_level=PREVIOUS_LEVEL if upgrades else SCHEMA_LEVEL,
+        )
         ledger = self._judge.ledger
         workload = Workload(
             cluster,
@@ -117,7 +127,8 @@ class _Run:
         )
         self._aim = Aim(workload, ledger)
         faults = self._faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
-        await self._unless_stopped(self._story(cluster, workload, faults))
+        upgrade = Upgrade(cluster, workload.client, cluster.part()) if upgrades else None
+        await self._unless_stopped(self._story(cluster, workload, faults, upgrade))
         virtual_s = loop.time()
         digest, lines = self._trace.digest(), self._trace.lines
         for node in cluster.nodes.values():
@@ -136,12 +147,16 @@ class _Run:
             coverage=faults.coverage,
         )
 
-    async def _story(self, cluster: SimCluster, workload: Workload, faults: Faults) -> None:
+    async def _story(
+        self, cluster: SimCluster, workload: Workload, faults: Faults, upgrade: Upgrade | None
+    ) -> None:
         await cluster.start()
         measuring = asyncio.ensure_future(self._measure(cluster))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(workload.run())
             tasks.create_task(faults.run(self._settings.faults, self._settings.duration_s))
+            if upgrade is not None:
+                tasks.create_task(upgrade.run(self._settings.duration_s))
         measuring.cancel()
         heal(cluster)
         if self._must_settle:

@@ -23,7 +23,8 @@ from controlplane.services.context import Context, Leadership
 from controlplane.state import ClusterState
 from controlplane.store.applier import take_writes
 from controlplane.store.history import History
-from controlplane.store.port import MemberStatus, Store
+from controlplane.store.port import MemberStatus, Room, Store
+from controlplane.store.space import Repaired
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import Windows
@@ -88,6 +89,20 @@ class OneMember:
         )
 
 
+class HandSpace:
+    """Room in the store, as a test says."""
+
+    def __init__(self) -> None:
+        self.room = Room.ENOUGH
+        self.detail = "1% of the store's quota is in use"
+        self.repairs = 0
+
+    async def repair(self) -> Repaired:
+        self.repairs += 1
+        self.room = Room.ENOUGH
+        return Repaired(before_bytes=8192, after_bytes=4096, skipped=())
+
+
 class World:
     """One replica that leads, with an admin's token."""
 
@@ -101,6 +116,7 @@ class World:
         self.replicas: tuple[Replica, ...] = (REPLICA,)
         self.agents: dict[str, str] = {}
         self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7", BORN)
+        self.space = HandSpace()
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
         self.token = str(Token(self.ids.new("key"), SECRET))
@@ -122,6 +138,7 @@ class World:
             figures=own_reads(self.windows),
             progress=self.progress,
             store=cast(Store, OneMember()),
+            space=self.space,
             clock=self.clock,
             scheduler=SchedulerSettings(),
             leadership=lambda: self.leadership,

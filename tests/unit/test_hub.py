@@ -16,6 +16,7 @@ from controlplane.sessions.hub import (
     GREETING_TIMEOUT_S,
     QUERIES_PER_NODE_MAX,
     QUERY_TIMEOUT_S,
+    STORE_FULL_PAUSE_S,
     Hub,
     HubSettings,
 )
@@ -139,6 +140,29 @@ async def site() -> AsyncIterator[Site]:
 
 def virtual(main: Coroutine[Any, Any, None]) -> None:
     run_virtual(main)
+
+
+def test_a_full_store_costs_no_node_its_session_and_nothing_that_was_said() -> None:
+    async def main() -> None:
+        async with site() as it:
+            stream = await it.joined()
+            vm_id = await it.permitted_vm()
+            it.writer.model.full = True
+            for power in (ObservedPower.PAUSED, ObservedPower.RUNNING):
+                await stream.send(
+                    VmReport(vm_id=vm_id, generation=1, power=power, permit_used=True)
+                )
+                await asyncio.sleep(A_WHILE_S)
+            await stream.send(Heartbeat(number=7))
+            assert (await stream.expect(HeartbeatSeen)).number == 7
+            assert it.seen(vm_id) is not ObservedPower.RUNNING
+            await asyncio.sleep(10 * STORE_FULL_PAUSE_S)
+            assert it.hub.agents().versions != {}
+            it.writer.model.disarm()
+            await asyncio.sleep(2 * STORE_FULL_PAUSE_S)
+            assert it.seen(vm_id) is ObservedPower.RUNNING, "the newest of what was said"
+
+    virtual(main())
 
 
 def test_a_greeted_node_is_trusted_and_told_everything_then_the_mark() -> None:

@@ -39,7 +39,7 @@ async def lie_of_failure(scene: Scene) -> None:
 
 
 async def lie_of_success(scene: Scene) -> None:
-    """Let libvirt say that the next acts are done, before it carries them out."""
+    """Let libvirt say that guests have done what they were told next, before they do it."""
     scene.node().libvirtd.acts_said_to_be_done = scene.rng.randint(1, 3)
 
 

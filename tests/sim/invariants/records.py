@@ -125,7 +125,7 @@ def changes_are_audited(before: Ledger, event: SimEvent) -> Iterator[str]:
         missing = audits[change] < asked[change]
         if missing or (audits[change] > asked[change] and kind in OWN_KINDS):
             yield f"{asked[change]} x {kind} of {target} has {audits[change]} audit records"
-    touched = {record_id for _, record_id, _ in event.records}
+    touched = {r.id if r is not None else record_id for _, record_id, r in event.records}
     for action, subject in sorted(audits.keys() - asked.keys()):
         if subject not in touched:
             yield f"{action} of {subject} is audited, and nothing of it has changed"
