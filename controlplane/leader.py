@@ -26,6 +26,7 @@ from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
+from controlplane.reconcilers.recovery import Recover
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
 from controlplane.sagas.context import SagaParts
@@ -135,6 +136,8 @@ class Leader:
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
                 old_keys = ForgetOldKeys(applier, parts.state, parts.clock)
                 tasks.create_task(loop.run_periodically(old_keys))
+                recover = Recover(applier, parts.state, hub)
+                tasks.create_task(loop.run_periodically(recover))
                 self._applier, self.hub = applier, hub
                 self.terms_led += 1
                 parts.metrics.leading(True)

@@ -315,6 +315,14 @@ ROUTES: tuple[Route, ...] = (
     _cordon(cordoned=False, summary="Let new VMs go to a node again"),
     Route(
         method="POST",
+        path=f"{BASE}/nodes/{{node}}/actions/declare-gone",
+        handler=lambda c: nodes.declare_gone(c.context, c.principal, c.path["node"]),
+        permission=Permission.NODES_WRITE,
+        summary="Say that nothing runs on a node any more, which a restored cluster waits for",
+        view=NodeView,
+    ),
+    Route(
+        method="POST",
         path=f"{BASE}/nodes/{{node}}/actions/drain",
         handler=lambda c: (drains.plan_drain if c.query.dry_run else drains.drain_node)(
             c.context, c.principal, c.path["node"], c.body

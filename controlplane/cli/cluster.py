@@ -14,7 +14,7 @@ from controlplane.cli.invocation import (
     watch_options,
 )
 from controlplane.cli.output import Format, Output, Table
-from controlplane.cli.views import ClusterView
+from controlplane.cli.views import ClusterView, RestoreView
 from controlplane.cli.watching import show
 
 
@@ -111,7 +111,36 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
         ("Alarms", "\n".join(alarms) or "none"),
         ("Nodes", nodes or "none"),
         ("VMs", str(seen.vms)),
+        *(() if seen.restore is None else _restore_fields(seen.restore)),
     ]
+
+
+def _restore_fields(restore: RestoreView) -> list[tuple[str, str]]:
+    """Return what a restored cluster waits for, and what nobody but an operator can decide."""
+    fields = [("Restored", f"{out.stamp(restore.at)}, to {out.stamp(restore.backup_at)}")]
+    if restore.recovering:
+        fields.append(("Recovery", _recovery(restore)))
+    elif restore.waits_for:
+        fields.append(("Yet to tell", ", ".join(restore.waits_for)))
+    if restore.gone:
+        fields.append(("Gone", ", ".join(restore.gone)))
+    if restore.unproven:
+        told = "novacron vm ls --phase Unknown, and vm show says why"
+        fields.append(("Unproven", f"{restore.unproven} VMs are left alone: {told}"))
+    if restore.unrecorded:
+        told = "novacron node show names them; they go on and are never touched"
+        fields.append(("Unrecorded", f"{restore.unrecorded} VMs that no record is of: {told}"))
+    return fields
+
+
+def _recovery(restore: RestoreView) -> str:
+    if not restore.waits_for:
+        return "nearly done"
+    return (
+        f"nothing is started, bound or moved before these nodes have told what runs on them:\n"
+        f"{', '.join(restore.waits_for)}\n"
+        "(if one of them will never come back: novacron node declare-gone NODE)"
+    )
 
 
 def _upgrade(seen: ClusterView) -> str:
