@@ -1,4 +1,4 @@
-"""`novacron cluster`: the control plane and its store, and the end of an upgrade."""
+"""`novacron cluster`: the control plane and its store, its backups, and the end of an upgrade."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Answer
+from controlplane.cli.cluster_backup import backup
 from controlplane.cli.dry_run import DRY_RUN, dry_run_option
 from controlplane.cli.invocation import (
     Invocation,
@@ -56,6 +57,9 @@ def members(invocation: Invocation, form: str | None, watch: bool, interval: flo
             output.table(_member_table(seen))
 
     show(invocation.terminal, view, watch=watch, interval_s=interval)
+
+
+cluster.add_command(backup)
 
 
 @cluster.command("finalize-upgrade")

@@ -98,6 +98,13 @@ class Store(Protocol):
         """Return a linearizable listing at one revision, read in pages, not older than asked."""
         ...
 
+    def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        """Yield the same listing page by page: at one revision, none of it held in memory.
+
+        Raises Compacted when the revision is gone before the last page.
+        """
+        ...
+
     async def get(self, key: str) -> KeyValue | None:
         """Return one key, linearizably."""
         ...
