@@ -11,6 +11,8 @@ from controlplane.election import ElectionSettings
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 
+DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
+
 
 class ApiConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``advertise`` is the URL that clients and other replicas use."""

@@ -99,8 +99,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shared",
     ),
     # The command line is a client: it knows the API and, for ``init``, the files of a new cell; it
-    # checks the backup that it is sent.
-    "controlplane/cli": ("controlplane.backup.format", "controlplane.cell_files", "shared"),
+    # checks the backup that it is sent, and starts the restore of one.
+    "controlplane/cli": (
+        "controlplane.backup.format",
+        "controlplane.cell_files",
+        "controlplane.restore",
+        "shared",
+    ),
 }
 
 # A package, and the files that may import it, each with the reason.

@@ -4,8 +4,8 @@
     Header · Key, Key, … · Entry, Entry, … · End (counts, and the SHA-256 of every byte before it)
 
 Whatever reads a file goes through ``Reading``: nothing of it may be used before ``finished`` has
-said that all of it is there and whole. Both are told piece by piece, so that neither side holds a
-backup in memory.
+said that all of it is there and whole. Both go piece by piece, so that neither end of a connection
+holds a backup in memory.
 """
 
 from __future__ import annotations

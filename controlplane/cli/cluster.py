@@ -7,6 +7,7 @@ import click
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Answer
 from controlplane.cli.cluster_backup import backup
+from controlplane.cli.cluster_restore import restore
 from controlplane.cli.dry_run import DRY_RUN, dry_run_option
 from controlplane.cli.invocation import (
     Invocation,
@@ -60,6 +61,7 @@ def members(invocation: Invocation, form: str | None, watch: bool, interval: flo
 
 
 cluster.add_command(backup)
+cluster.add_command(restore)
 
 
 @cluster.command("finalize-upgrade")

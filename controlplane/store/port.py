@@ -123,7 +123,10 @@ class Store(Protocol):
     # Not fenced, each for a reason of its own.
 
     async def campaign(self, value: bytes, lease: int) -> Campaign:
-        """Put the leader key under the lease unless it exists; return the key as it then is."""
+        """Put the leader key under the lease unless it exists; return the key as it then is.
+
+        Under no lease (0) it stays until somebody resigns it: only a restore holds it so.
+        """
         ...
 
     async def resign(self, leader_revision: int) -> bool:

@@ -153,6 +153,18 @@ async def test_a_listing_older_than_asked_for_is_refused(world: World) -> None:
 # Election and leases
 
 
+async def test_a_leader_key_without_a_lease_stays_until_it_is_resigned(world: World) -> None:
+    held = await world.store.campaign(b"a restore", 0)
+    lease = await world.store.grant_lease(60)
+    refused = await world.store.campaign(b"a replica", lease)
+    assert (held.leader.lease, refused.leader) == (0, held.leader)
+    fence = await world.commit(Fence(held.leader.create_revision, 0), *_puts(1))
+    await world.store.revoke_lease(lease)
+    assert await world.store.get(keys.LEADER) == held.leader
+    assert await world.store.resign(fence.leader_revision)
+    assert await world.store.get(keys.LEADER) is None
+
+
 async def test_one_campaign_wins_and_the_other_sees_it(world: World) -> None:
     first, second = await world.store.grant_lease(60), await world.store.grant_lease(60)
 
