@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
-from controlplane.commands.restored import check_recovered, is_of_before_restore
+from controlplane.commands.restored import RECOVERED, check_recovered, is_of_before_restore
 from controlplane.commands.upgrade import MOVES_LEVEL, has_level
 from shared.errors import StateConflict
 from shared.model import (
@@ -115,6 +115,7 @@ class PermitStart(Struct, frozen=True, kw_only=True):
             has_run=may_have_run(vm) if has_level(draft, MOVES_LEVEL) else vm.status.has_run,
         )
         status = with_condition(status, Condition(type=PLACED, status=True, since=draft.now))
+        status = without_condition(status, RECOVERED)
         draft.event("vm.starting", vm.id, self.by, tenant=vm.tenant, generation=generation)
         put_vm(draft, replace(vm, status=status))
         return generation
@@ -191,8 +192,12 @@ class EndAttempt(Struct, frozen=True, kw_only=True):
 
 
 def with_condition(status: VmStatus, condition: Condition) -> VmStatus:
-    others = tuple(c for c in status.conditions if c.type != condition.type)
+    others = without_condition(status, condition.type).conditions
     return replace(status, conditions=(*others, condition))
+
+
+def without_condition(status: VmStatus, kind: str) -> VmStatus:
+    return replace(status, conditions=tuple(c for c in status.conditions if c.type != kind))
 
 
 def _answers(report: VmReport, vm: Vm) -> bool:

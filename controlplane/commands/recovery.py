@@ -10,11 +10,11 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.commands.attempts import PLACED, with_condition
+from controlplane.commands.attempts import PLACED, with_condition, without_condition
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.migrations import with_log_on
 from controlplane.commands.operations import put_vm
-from controlplane.commands.restored import is_recovering, must_tell
+from controlplane.commands.restored import RECOVERED, is_recovering, must_tell
 from controlplane.commands.whereabouts import (
     Found,
     Seen,
@@ -31,12 +31,10 @@ from shared.model import (
     NodeState,
     ObservedPower,
     Power,
-    Problem,
     Vm,
     VmStatus,
     attempt_generation,
 )
-from shared.problems import problem
 from shared.restores import NodeRecovery, Unproven
 
 # An event names so many of a node's VMs that no record is of; the node's record has all of them.
@@ -102,42 +100,42 @@ class SettleVm(Struct, frozen=True, kw_only=True):
             return
         if why != known.why:
             draft.event("vm.unproven", vm.id, self.by, tenant=vm.tenant, why=why)
-        status = replace(vm.status, unproven=held, fault=problem("unproven", why))
+        status = _doubted(draft, replace(vm.status, unproven=held), "unproven", why)
         put_vm(draft, replace(vm, status=status))
 
     def _nowhere(self, draft: Draft, vm: Vm) -> None:
         """Start nothing by itself that no node has: it was deleted or moved away since the backup,
         or never ran; whoever knows which can start it.
         """
-        status, wanted = vm.status, vm.spec.power is not Power.STOPPED and not vm.deleting
-        fault = None
-        if wanted or status.attempt is not None:
-            fault = problem(
+        attempt = vm.status.attempt
+        if attempt is not None:
+            attempt = replace(attempt, state=AttemptState.ENDED)
+        status = _settled(vm, replace(vm.status, attempt=attempt, power_seen=ObservedPower.ABSENT))
+        wanted = vm.spec.power is not Power.STOPPED and not vm.deleting
+        if wanted or attempt is not None:
+            status = _doubted(
+                draft,
+                status,
                 "not_found",
                 "no node had anything of it when the cluster was restored from a backup: it was "
                 "deleted since, or is on a node that did not tell, or had not been started yet; "
                 "start it if you know that it runs nowhere, or delete it",
             )
             draft.event("vm.not_found", vm.id, self.by, tenant=vm.tenant, node=status.node)
-        attempt = status.attempt
-        if attempt is not None:
-            attempt = replace(attempt, state=AttemptState.ENDED)
-        status = _settled(vm, replace(status, attempt=attempt, power_seen=ObservedPower.ABSENT))
-        self._put(draft, vm, replace(status, fault=fault), Power.STOPPED)
+        self._put(draft, vm, status, Power.STOPPED)
 
     def _at_rest(self, draft: Draft, vm: Vm, place: Found) -> None:
         """What rests is as the backup wants it; but a guest that switched itself off stays off."""
-        power, fault = vm.spec.power, None
+        power, doubt = vm.spec.power, ""
         if power is not Power.STOPPED and place.seen.sighting.power is ObservedPower.SHUT_OFF:
             power = Power.STOPPED
         elif power is not Power.STOPPED and not place.sure:
             power = Power.STOPPED
-            fault = problem(
-                "moved_away",
+            doubt = (
                 f"{place.seen.node_name} had begun to move it away when its record was lost, and "
-                "no node has it running: start it if you know that it runs nowhere",
+                "no node has it running: start it if you know that it runs nowhere"
             )
-        self._take(draft, vm, place, AttemptState.ENDED, power, fault)
+        self._take(draft, vm, place, AttemptState.ENDED, power, doubt)
 
     def _follow(self, draft: Draft, vm: Vm, place: Found) -> None:
         """Make the record follow the guest; the guest goes on as it is, unless it is to be resumed.
@@ -149,7 +147,7 @@ class SettleVm(Struct, frozen=True, kw_only=True):
             power = Power.RUNNING
         elif power is Power.STOPPED:
             power = Power.PAUSED
-        self._take(draft, vm, place, AttemptState.RUNNING, power, None)
+        self._take(draft, vm, place, AttemptState.RUNNING, power)
 
     def _take(
         self,
@@ -158,7 +156,7 @@ class SettleVm(Struct, frozen=True, kw_only=True):
         place: Found,
         state: AttemptState,
         power: Power,
-        fault: Problem | None,
+        doubt: str = "",
     ) -> None:
         seen, before = place.seen, vm.status
         attempt = Attempt(
@@ -176,13 +174,14 @@ class SettleVm(Struct, frozen=True, kw_only=True):
                 generation=max(before.generation, seen.generation),
                 attempt=attempt,
                 power_seen=seen.sighting.power,
-                fault=fault,
                 has_run=True,
             ),
         )
         if before.node is not None and before.node != seen.node_id:
             status = with_log_on(status, before.node, seen.node_id)
         status = with_condition(status, Condition(type=PLACED, status=True, since=draft.now))
+        if doubt:
+            status = _doubted(draft, status, "moved_away", doubt)
         others = [str(each) for each in place.others]
         known = before.node == seen.node_id and attempt_generation(vm) == seen.generation
         if not known or power is not vm.spec.power or others:
@@ -299,4 +298,13 @@ def _settled(vm: Vm, status: VmStatus) -> VmStatus:
     is being deleted nothing is to stay anywhere.
     """
     leftovers = status.leftovers if vm.deleting else ()
-    return replace(status, unproven=None, leftovers=leftovers, crashes=0, not_before=None)
+    status = without_condition(status, RECOVERED)
+    return replace(
+        status, unproven=None, leftovers=leftovers, crashes=0, not_before=None, fault=None
+    )
+
+
+def _doubted(draft: Draft, status: VmStatus, reason: str, message: str) -> VmStatus:
+    """Return a status that says, until the VM is started again, what became of it."""
+    doubt = Condition(type=RECOVERED, status=False, reason=reason, message=message, since=draft.now)
+    return with_condition(status, doubt)

@@ -7,6 +7,8 @@ from shared.errors import StateConflict
 from shared.model import Cluster, Node, Vm
 from shared.protocol import VmReport
 
+# A VM's condition, False: what is not known of it since a restore.
+RECOVERED = "Recovered"
 RECOVERING = (
     "the cluster was restored from a backup: nothing is started before its nodes have told what "
     "runs on them (novacron cluster status)"

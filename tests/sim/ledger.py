@@ -115,6 +115,10 @@ class Acknowledged(Struct, frozen=True):
     vm_id: str
 
 
+class RecordsLost(Struct, frozen=True):
+    """etcd's data are gone, and with them every right that a record gave; guests and disks stay."""
+
+
 class Died(Struct, frozen=True):
     """A process ended, or a callback failed, by an error of its own."""
 
@@ -133,6 +137,7 @@ SimEvent = (
     | Erased
     | DeleteAsked
     | Acknowledged
+    | RecordsLost
     | Died
 )
 Attempts = tuple[str, int]
@@ -146,6 +151,8 @@ class Ledger:
         self.leader: LeaderKey | None = None
         self.vms: dict[str, Vm] = {}
         self.nodes: dict[str, Node] = {}
+        # The name of every node there ever was, by id: it outlives a loss of its record.
+        self.names: dict[str, str] = {}
         self.operations: dict[str, Operation] = {}
         self.finished: dict[str, Operation] = {}
         self.last_seq = 0
@@ -160,6 +167,8 @@ class Ledger:
         self.set_out: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
+        # From a loss of etcd's data until a restore has let go of the leader key.
+        self.restoring = False
         self.delete_asked: dict[str, None] = {}
 
     def take(self, event: SimEvent) -> None:
@@ -182,11 +191,22 @@ class Ledger:
             self.delete_asked[event.vm_id] = None
         elif isinstance(event, Acknowledged):
             self.acknowledged[event.operation_id] = event.vm_id
+        elif isinstance(event, RecordsLost):
+            self._lose()
+
+    def _lose(self) -> None:
+        """Forget what records said, and keep what has happened on nodes."""
+        tables = (self.vms, self.nodes, self.operations, self.finished)
+        for table in (*tables, self.stoppable, self.removable, self.acknowledged):
+            table.clear()
+        self.leader = None
+        self.restoring = True
 
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision
         if not isinstance(commit.leader, str):
             self.leader = commit.leader
+            self.restoring = self.restoring and commit.leader is not None
         for kind, record_id, record in commit.records:
             self._record(kind, record_id, record)
         for entry in commit.history:
@@ -200,6 +220,7 @@ class Ledger:
             self._note_rights(record)
         elif isinstance(record, Node):
             self.nodes[record_id] = record
+            self.names[record_id] = record.name
         elif isinstance(record, Operation):
             self.operations[record_id] = record
         elif record is None:

@@ -21,7 +21,9 @@ from shared.model import (
     ObservedPower,
     Power,
     Term,
+    Vm,
     VmPhase,
+    condition,
 )
 from shared.moves import EndState, Leftover, MigrationClaim, MigrationStage
 from shared.protocol import Intent, VmReport
@@ -42,6 +44,12 @@ def what_is_told(world: RestoredWorld, vm_id: str, node_id: str) -> Intent | Non
     stored, node = world.state.vms[vm_id], world.state.nodes[node_id].record
     told = desired_of(stored, node, Term(EPOCH, 1), lambda node_id: node_id)
     return None if told is None else told.intent
+
+
+def doubt(vm: Vm) -> str | None:
+    """Return what is not known of a VM."""
+    found = condition(vm, "Recovered")
+    return None if found is None else found.reason
 
 
 # --- until the nodes have told --------------------------------------------------------------------
@@ -208,29 +216,27 @@ def test_what_rests_elsewhere_is_started_there() -> None:
 def test_a_guest_that_switched_itself_off_stays_off() -> None:
     world, vm_id = restored()
     vm = world.settle(vm_id, world.seen("n1", 1, DOWN, power=ObservedPower.SHUT_OFF))
-    assert (vm.spec.power, vm.status.fault) == (Power.STOPPED, None)
+    assert (vm.spec.power, doubt(vm)) == (Power.STOPPED, None)
     assert vm_phase(vm) is VmPhase.STOPPED
 
 
 def test_one_whose_move_had_begun_is_not_started_by_itself() -> None:
     world, vm_id = restored()
     vm = world.settle(vm_id, world.seen("n1", 1, DOWN, departing=True))
-    assert vm.spec.power is Power.STOPPED
-    assert vm.status.fault is not None
-    assert vm.status.fault.code == "moved_away"
+    assert (vm.spec.power, doubt(vm)) == (Power.STOPPED, "moved_away")
 
 
 def test_what_no_node_has_is_started_by_nobody_but_its_user() -> None:
     world, vm_id = restored()
     vm = world.settle(vm_id)
     assert (vm.spec.power, vm.status.node) == (Power.STOPPED, world.node_id)
-    assert vm.status.fault is not None
-    assert vm.status.fault.code == "not_found"
+    assert doubt(vm) == "not_found"
     assert "vm.not_found" in world.events()
     end(world)
     assert world.state.vm_ids_to_start() == []
     world.act(vm_id, VmAction.START)
     assert world.permit(vm_id) == FLOOR + 1
+    assert doubt(world.vm(vm_id)) is None
 
 
 def test_one_that_was_never_placed_waits_for_its_user_too() -> None:
@@ -240,8 +246,8 @@ def test_one_that_was_never_placed_waits_for_its_user_too() -> None:
     world.restore()
     vm = world.settle(vm_id)
     assert (vm.spec.power, vm.status.node) == (Power.STOPPED, None)
-    assert vm.status.fault is not None
-    assert world.settle(idle).status.fault is None
+    assert doubt(vm) == "not_found"
+    assert doubt(world.settle(idle)) is None
 
 
 # --- what cannot be decided -----------------------------------------------------------------------
@@ -253,7 +259,7 @@ def test_two_that_run_are_both_left_alone_until_one_has_ended() -> None:
     vm = world.settle(vm_id, *both)
     assert vm.status.unproven is not None
     assert "twice" in vm.status.unproven.why
-    assert vm.status.fault is not None
+    assert doubt(vm) == "unproven"
     assert set(vm.status.unproven.nodes) == {world.node_id, world.two}
     for node_id in (world.node_id, world.two):
         assert what_is_told(world, vm_id, node_id) is None
@@ -264,7 +270,7 @@ def test_two_that_run_are_both_left_alone_until_one_has_ended() -> None:
 
     vm = world.settle(vm_id, world.seen("n1", 1, DOWN), world.seen("n2", 2, RUNNING))
     assert vm.status.unproven is None
-    assert vm.status.fault is None
+    assert doubt(vm) is None
     assert vm.status.node == world.two
 
 
