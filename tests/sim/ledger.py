@@ -195,24 +195,32 @@ class Ledger:
             self._lose()
 
     def _lose(self) -> None:
-        """Forget what records said, and keep what has happened on nodes."""
-        tables = (self.vms, self.nodes, self.operations, self.finished)
-        for table in (*tables, self.stoppable, self.removable, self.acknowledged):
+        """Forget what records said; what has happened on nodes stays, and what they were told."""
+        for table in (self.vms, self.nodes, self.operations, self.finished, self.acknowledged):
             table.clear()
         self.leader = None
         self.restoring = True
+
+    def _begin_anew(self) -> None:
+        """From the end of a restore on, only what its records say entitles anybody to anything."""
+        self.restoring = False
+        self.stoppable.clear()
+        self.removable.clear()
+        for vm in self.vms.values():
+            self._note_rights(vm)
 
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision
         if not isinstance(commit.leader, str):
             self.leader = commit.leader
-            self.restoring = self.restoring and commit.leader is not None
         for kind, record_id, record in commit.records:
             self._record(kind, record_id, record)
         for entry in commit.history:
             self.last_seq = max(self.last_seq, entry.seq)
             if isinstance(entry, FinishedOperation):
                 self.finished.setdefault(entry.operation.id, entry.operation)
+        if self.restoring and commit.leader is None:
+            self._begin_anew()
 
     def _record(self, kind: type[Record], record_id: str, record: Record | None) -> None:
         if isinstance(record, Vm):

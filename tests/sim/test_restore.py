@@ -12,15 +12,19 @@ from msgspec.structs import replace
 from controlplane.backup.restoration import NUMBERS_PER_S
 from controlplane.commands.draft import Author
 from controlplane.commands.recovery import DeclareGone
-from controlplane.services.requests import NewVm
+from controlplane.services.events import list_events
+from controlplane.services.migrations import migrate_vm
+from controlplane.services.requests import EventQuery, MigrateOrder, NewVm
 from controlplane.services.vms import act_on_vm, create_vm, get_vm
 from shared.errors import StaleTerm
 from shared.model import (
     BootSpec,
     DiskSpec,
+    MigrationSpec,
     NodeState,
     OperationState,
     Power,
+    Vm,
     VmPhase,
     VmSpec,
     attempt_generation,
@@ -70,7 +74,7 @@ async def create(bench: Bench, name: str, **spec: object) -> str:
     return operation.target
 
 
-def vm(bench: Bench, vm_id: str):  # type: ignore[no-untyped-def]
+def vm(bench: Bench, vm_id: str) -> Vm:
     return bench.judge.ledger.vms[vm_id]
 
 
@@ -205,8 +209,6 @@ def test_a_guest_that_is_moved_while_etcd_is_lost_is_found_on_one_node(
     async def story(bench: Bench, disaster: Disaster) -> None:
         times = bench.cluster.fabric.times
         bench.cluster.fabric.times = replace(times, transfer_s=20.0)
-        from shared.model import MigrationSpec
-
         vm_id = await bench.start(disks=ROOT, migration=MigrationSpec(strict=strict))
         backup = await disaster.back_up()
         await bench.migrate()
@@ -271,6 +273,33 @@ def test_the_same_backup_restored_twice_reuses_no_generation() -> None:
     play(story)
 
 
+def test_a_copy_of_history_that_is_ahead_of_the_backup_misses_nothing_of_after() -> None:
+    async def story(bench: Bench, disaster: Disaster) -> None:
+        await bench.start()
+        backup = await disaster.back_up()
+        for _ in range(20):
+            for action in (VmAction.PAUSE, VmAction.RESUME):
+                acted = await act_on_vm(bench.cluster.context(), ADMIN, "web-1", action)
+                await bench.ended(acted)
+        lost_seq = bench.judge.ledger.last_seq
+        await asyncio.sleep(10)
+        restoration = await disaster.strike(backup)
+        await disaster.until_recovered()
+        await create(bench, "new")
+        first = restoration.mark.seq - restoration.ended - 1
+        assert first > lost_seq
+        history, state = bench.cluster.context().history, bench.cluster.context().state
+        await bench.until(lambda: state.last_seq == bench.judge.ledger.last_seq)
+        await asyncio.sleep(10)
+        copied = [seq for seq, _ in await history.bodies(lost_seq, state.last_seq)]
+        assert copied == list(range(first, state.last_seq + 1))
+        assert await history.copied_seq() == state.last_seq
+        told = await list_events(bench.cluster.context(), ADMIN, EventQuery(kind=("cluster.*",)))
+        assert "cluster.restored" in {event.kind for event in told.items}
+
+    play(story)
+
+
 def test_agents_refuse_whoever_leads_in_an_earlier_epoch() -> None:
     async def story(bench: Bench, disaster: Disaster) -> None:
         await bench.start()
@@ -308,9 +337,6 @@ def test_a_node_that_joined_after_the_backup_keeps_what_it_runs() -> None:
         late.start_agent = late_start  # type: ignore[method-assign]
         late.start_agent()
         await bench.cluster.until_ready()
-        from controlplane.services.migrations import migrate_vm
-        from controlplane.services.requests import MigrateOrder
-
         order = MigrateOrder(destination=late.name)
         await bench.ended(await migrate_vm(bench.cluster.context(), ADMIN, "web-1", order))
         assert list(runs_on(bench, vm_id)) == [late.name]
