@@ -201,9 +201,9 @@ def erased_was_deleted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """A VM's domain and volumes go only once its deletion was committed."""
     if not isinstance(event, Erased):
         return
-    node_id = next((n.id for n in before.nodes.values() if n.name == event.node), "")
-    allowed = before.removable.keys() & {(event.vm_id, ""), (event.vm_id, node_id)}
-    if not allowed:
+    here = [node_id for node_id, name in before.names.items() if name == event.node]
+    allowed = {(event.vm_id, node_id) for node_id in ("", *here)}
+    if not before.removable.keys() & allowed:
         yield f"a part of {event.vm_id} was removed from {event.node} without a deletion"
 
 
