@@ -193,7 +193,8 @@ def end_was_wanted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """An agent ends a guest only after a record said that this attempt shall not run."""
     if not isinstance(event, Ended) or not event.by_agent:
         return
-    if (event.vm_id, event.generation) not in before.stoppable:
+    right = (event.vm_id, event.generation)
+    if right not in before.stoppable and right not in before.earlier_rights(event.node):
         yield f"nobody wanted generation {event.generation} of {event.vm_id} to end"
 
 
@@ -203,7 +204,8 @@ def erased_was_deleted(before: Ledger, event: SimEvent) -> Iterator[str]:
         return
     here = [node_id for node_id, name in before.names.items() if name == event.node]
     allowed = {(event.vm_id, node_id) for node_id in ("", *here)}
-    if not before.removable.keys() & allowed:
+    rights = before.removable.keys() | before.earlier_rights(event.node).keys()
+    if not rights & allowed:
         yield f"a part of {event.vm_id} was removed from {event.node} without a deletion"
 
 

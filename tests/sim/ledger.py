@@ -169,6 +169,7 @@ class Ledger:
         self.acknowledged: dict[str, str] = {}
         # From a loss of etcd's data until a restore has let go of the leader key.
         self.restoring = False
+        self.earlier: dict[tuple[str, int | str], None] = {}
         self.delete_asked: dict[str, None] = {}
 
     def take(self, event: SimEvent) -> None:
@@ -202,12 +203,21 @@ class Ledger:
         self.restoring = True
 
     def _begin_anew(self) -> None:
-        """From the end of a restore on, only what its records say entitles anybody to anything."""
+        """From the end of a restore on, what its records say entitles, and nothing of before."""
         self.restoring = False
+        self.earlier = dict.fromkeys([*self.stoppable, *self.removable])
         self.stoppable.clear()
         self.removable.clear()
         for vm in self.vms.values():
             self._note_rights(vm)
+
+    def earlier_rights(self, node_name: str) -> dict[tuple[str, int | str], None]:
+        """Return what records of before a restore entitled to, for a node that has not told since.
+
+        Its agent may not have heard of the restore.
+        """
+        told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
+        return {} if told else self.earlier
 
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision
