@@ -64,11 +64,9 @@ class Guests:
 
 
 async def create(bench: Bench, name: str, **spec: object) -> str:
-    new = NewVm(
-        name=name,
-        spec=VmSpec(vcpus=1, memory_mib=256, boot=BootSpec(kernel="tiny-kernel"), **spec),  # type: ignore[arg-type]
-    )
-    operation = await create_vm(bench.cluster.context(), ADMIN, new)
+    boot = BootSpec(kernel="tiny-kernel")
+    wanted = VmSpec(vcpus=1, memory_mib=256, boot=boot, **spec)  # type: ignore[arg-type]
+    operation = await create_vm(bench.cluster.context(), ADMIN, NewVm(name=name, spec=wanted))
     ended = await bench.ended(operation)
     assert ended.state is OperationState.SUCCEEDED, ended.error
     return operation.target
