@@ -35,7 +35,6 @@ from tests.sim.bench import ADMIN, Bench, run
 from tests.sim.disaster import Disaster
 from tests.sim.ledger import Ended, SimEvent
 
-KERNEL = BootSpec(kernel="tiny-kernel")
 ROOT = (DiskSpec(name="root", size_gib=1),)
 Story = Callable[[Bench, Disaster], Awaitable[None]]
 
@@ -65,11 +64,9 @@ class Guests:
 
 
 async def create(bench: Bench, name: str, **spec: object) -> str:
-    new = NewVm(
-        name=name,
-        spec=VmSpec(vcpus=1, memory_mib=256, boot=KERNEL, **spec),  # type: ignore[arg-type]
-    )
-    operation = await create_vm(bench.cluster.context(), ADMIN, new)
+    boot = BootSpec(kernel="tiny-kernel")
+    wanted = VmSpec(vcpus=1, memory_mib=256, boot=boot, **spec)  # type: ignore[arg-type]
+    operation = await create_vm(bench.cluster.context(), ADMIN, NewVm(name=name, spec=wanted))
     ended = await bench.ended(operation)
     assert ended.state is OperationState.SUCCEEDED, ended.error
     return operation.target

@@ -24,7 +24,7 @@ from tests.sim.process import adopt_by_context
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
 
-SEEDS = range(40)
+SEEDS_ALWAYS, SEEDS_LONG = 15, 200
 # What stands at last that no record is of, or that nobody can decide on, is a person's.
 STRAYS = ("stray domain", "stray volume")
 
@@ -187,7 +187,13 @@ def is_beyond_help(vm: Vm) -> bool:
     return vm.status.unproven is not None or (fault is not None and fault.code == "disk_missing")
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=() if seed < SEEDS_ALWAYS else pytest.mark.long)
+        for seed in range(SEEDS_LONG)
+    ],
+)
 def test_no_guest_is_lost_or_doubled_by_a_restore(seed: int) -> None:
     async def main() -> None:
         it = Storm(seed)
