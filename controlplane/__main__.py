@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import random
@@ -83,6 +84,7 @@ async def serve(config: ControlPlaneConfig) -> None:
         windows=windows,
         metrics=metrics,
         peers=peers,
+        settle_memory=_settle_memory,
     )
     replica = ControlPlane(_settings(config), ports)
     agents = AgentServer(
@@ -110,6 +112,12 @@ async def serve(config: ControlPlaneConfig) -> None:
         await history.close()
         history_thread.close()
         planning_thread.close()
+
+
+def _settle_memory() -> None:
+    """Take what there is for permanent: a collection holds the loop for 120 ms at 50,000 VMs."""
+    gc.collect()
+    gc.freeze()
 
 
 def _settings(config: ControlPlaneConfig) -> ReplicaSettings:

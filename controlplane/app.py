@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -19,6 +19,7 @@ from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
+from controlplane.sessions import following
 from controlplane.sessions.following import Following
 from controlplane.sessions.hub import Hub, HubSettings
 from controlplane.sessions.leader_link import LeaderLink, PeerCall
@@ -27,6 +28,7 @@ from controlplane.sessions.peer_reads import PeerReads
 from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from controlplane.state import ClusterState
+from controlplane.store import comparison
 from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
@@ -74,11 +76,17 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     migrations: MigrationLimits = MigrationLimits()
+    exchange_period_s: float = following.PERIOD_S
+    comparison_period_s: float = comparison.PERIOD_S
     store_quota_bytes: int = ETCD_QUOTA_BYTES
 
 
 class Ports(Struct, frozen=True):
-    """What a replica is given of the world."""
+    """What a replica is given of the world.
+
+    ``settle_memory`` is called once the cluster has been listed, which stays for long: a process
+    that has its memory to itself keeps its collector from looking at all of it again and again.
+    """
 
     store: Store
     history: History
@@ -89,6 +97,7 @@ class Ports(Struct, frozen=True):
     windows: Windows
     metrics: Metrics
     peers: PeerCall
+    settle_memory: Callable[[], None]
 
 
 class ControlPlane:
@@ -98,8 +107,10 @@ class ControlPlane:
         self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
         self.state = ClusterState()
         self.informer = Informer(ports.store, self.state, ports.metrics.store_mismatches)
+        self._comparison = Comparison(
+            ports.store, self.state, self.informer, settings.comparison_period_s
+        )
         self._space = StoreSpace(ports.store, settings.store_quota_bytes, ports.metrics.store_space)
-        self._comparison = Comparison(ports.store, self.state, self.informer)
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
@@ -149,6 +160,7 @@ class ControlPlane:
             lambda: self._copy.copied_seq,
             self.progress,
             ports.peers,
+            settings.exchange_period_s,
         )
         self.peers = PeerAnswers(
             ports.founding.cluster.cell,
@@ -164,12 +176,11 @@ class ControlPlane:
         """Follow, copy and forget history, stand for election: until cancelled."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
+            # Before anything is read, which may take seconds: nobody leads until then.
+            tasks.create_task(self._election.give_back())
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
-            # What was listed stays for long; collecting it again and again would hold the loop for
-            # 120 ms at 50,000 VMs.
-            gc.collect()
-            gc.freeze()
+            self._ports.settle_memory()
             # From here on, not before: what was listed was counted by an earlier process.
             self.state.observe(self._record_changed)
             self.state.observe_history(self._entry_added)

@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 # After a failure a campaign is tried again after up to this long: the store needs room, and
 # replicas that fail together must not go on together.
 CAMPAIGN_JITTER_S = 0.5
-# How often a follower looks at the key besides the watch that wakes it: that may be behind, or be
-# moving to another member of etcd.
-FOLLOWER_LOOK_S = 1.0
 # For so long a replica that stepped down leaves the key to the others. They take it within
 # milliseconds, or, while etcd itself elects, within 2 s; where nobody else is, it leads again.
 STAND_BACK_S = 3.0
@@ -43,11 +40,16 @@ RESIGN_TIMEOUT_S = 1.0
 
 
 class ElectionSettings(Struct, frozen=True, kw_only=True):
-    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast."""
+    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast.
+
+    ``follower_look_s``: how often one that does not lead looks at the key, besides the watch that
+    wakes it: that may be behind, or be moving to another member of etcd.
+    """
 
     lease_ttl_s: int = 5
     renew_period_s: float = 1.0
     suspend_after_s: float = 3.0
+    follower_look_s: float = 1.0
 
 
 class SteppedDown(LeadershipLost):
@@ -133,6 +135,18 @@ class Election:
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
 
+    async def give_back(self) -> None:
+        """Resign a term that an earlier process of this replica held, before anything is read.
+
+        What fails is tried again by the first campaign.
+        """
+        try:
+            current = await self._store.get(keys.LEADER)
+            if current is not None:
+                await self._resign_dead_self(current)
+        except NovacronError as error:
+            log.warning("whether a term was left over is not known yet: %s", error)
+
     async def _campaign(self, unfit: str) -> Reign | None:
         """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
         self._tell_unfit(unfit)
@@ -148,7 +162,7 @@ class Election:
                 return await self._stand()
             else:
                 self.leader = None
-            await asyncio.wait([changed], timeout=FOLLOWER_LOOK_S)
+            await asyncio.wait([changed], timeout=self._settings.follower_look_s)
             return None
         finally:
             changed.cancel()

@@ -10,6 +10,7 @@ to do with an error logs it, once.
     ├── Unauthenticated           401
     ├── Forbidden                 403
     ├── NotFound                  404
+    │   └── DeletedSince               the change was made, and what it was made to is gone since
     ├── MethodNotAllowed          405
     ├── PayloadTooLarge           413
     ├── Conflict                  409
@@ -110,6 +111,10 @@ class Forbidden(NovacronError):
 class NotFound(NovacronError):
     code = "not_found"
     http_status = 404
+
+
+class DeletedSince(NotFound):
+    code = "deleted_since"
 
 
 class MethodNotAllowed(NovacronError):

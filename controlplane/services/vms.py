@@ -20,7 +20,7 @@ from controlplane.services.validation import check_new_vm
 from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
 from controlplane.state import Stored, Then
 from controlplane.store.port import Room
-from shared.errors import NotFound, StoreFull
+from shared.errors import DeletedSince, NotFound, StoreFull
 from shared.model import Vm
 from shared.states import VmAction, vm_phase
 
@@ -89,12 +89,14 @@ async def change_vm(
 ) -> VmView:
     """Change what of a VM can be changed in place, and return it.
 
-    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises.
+    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises;
+    DeletedSince when the VM was changed, and is gone by the time that this replica can show it.
     """
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
-    await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
-    return view(context, find_vm(context, principal, vm_id), epoch_of(context.state))
+    # Under a key that was used before, another VM may have been changed: one that had the name.
+    changed_id = await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
+    return changed(context, changed_id)
 
 
 async def act_on_vm(
@@ -116,6 +118,14 @@ async def delete_vm(context: Context, principal: Principal, reference: str) -> O
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
     return await accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
+
+
+def changed(context: Context, vm_id: str) -> VmView:
+    """Return a VM after a change of it. Raises DeletedSince."""
+    stored = context.state.vms.get(vm_id)
+    if stored is None:
+        raise DeletedSince(f"{vm_id} was changed, and has been deleted since")
+    return view(context, stored, epoch_of(context.state))
 
 
 def check_room(context: Context) -> None:

@@ -32,8 +32,10 @@ class Following:
         copied_seq: Callable[[], int],
         progress: ProgressBoard,
         call: PeerCall,
+        period_s: float = PERIOD_S,
     ) -> None:
         self._name = name
+        self._period_s = period_s
         self._leader_address = leader_address
         self._copied_seq = copied_seq
         self._progress = progress
@@ -43,7 +45,7 @@ class Following:
     async def run(self) -> None:
         """Exchange what is known with whoever leads, for ever."""
         while True:
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(self._period_s)
             address = self._leader_address()
             if address is None:
                 continue
@@ -56,7 +58,7 @@ class Following:
         told = Exchange(
             replica=self._name, copied_seq=self._copied_seq(), agents_seen=self.agents.name
         )
-        answer = await self._call(address, told, PERIOD_S)
+        answer = await self._call(address, told, self._period_s)
         if not isinstance(answer, Exchanged):
             return
         for frame in answer.progress:

@@ -82,7 +82,7 @@ class PeerAnswers:
                 raise Forbidden(f"{identity} is not a replica of cell {self._cell}")
             return await self._answer(request, identity)
         except NovacronError as error:
-            return PeerRefused(problem=problem_of(error))
+            return PeerRefused(problem=problem_of(error), revision=self._state.revision)
 
     async def _answer(self, request: PeerRequest, identity: Identity) -> PeerAnswer:
         if isinstance(request, Submit):

@@ -4,6 +4,10 @@ Commands wait here, are decided one after the other on a draft over the leader's
 etcd as one transaction per group, which compares the leader key and the applier's mark. The memory
 advances only by what was committed. A group whose outcome is unknown is sent again, unchanged:
 the mark makes the second attempt either commit it or prove that the first one did.
+
+Nobody is told what does not hold yet. A refusal may rest on a change of the same group, so it is
+told when that is committed; and what needs no write is told only while the lease is young, since
+another may lead by now who has written more.
 """
 
 from __future__ import annotations
@@ -71,6 +75,12 @@ class _Waiting(Struct, eq=False):
 
     command: Command[Any]
     result: asyncio.Future[Any]
+
+
+class _Refused(Struct, frozen=True):
+    """What was decided of a command that changes nothing, because it was refused."""
+
+    error: Exception
 
 
 class Applier:
@@ -171,10 +181,7 @@ class Applier:
                     raise ChangeTooLarge(f"the change is {draft.size()} writes; {fit} fit")
             except Exception as error:
                 draft.rollback(savepoint)
-                self._waiting.popleft()
-                self._apart = max(0, self._apart - 1)
-                _refuse(waiting, _refusal(error))
-                continue
+                decided = _Refused(_refusal(error))
             if draft.size() > fit:
                 draft.rollback(savepoint)
                 break
@@ -186,7 +193,7 @@ class Applier:
 
     async def _write(self, sealed: SealedDraft, group: list[tuple[_Waiting, Any]]) -> None:
         if not sealed:
-            _resolve(group)
+            await self._tell_unwritten(group)
             return
         try:
             writes = _writes(sealed)
@@ -226,6 +233,15 @@ class Applier:
         _resolve(group)
         if sealed.gives_up_term:
             self.given_up.set()
+
+    async def _tell_unwritten(self, group: list[tuple[_Waiting, Any]]) -> None:
+        """Tell what was decided on memory alone, once that is proven to be the newest."""
+        try:
+            await self._until_writable()
+        except asyncio.CancelledError:
+            _refuse_all(group, LeadershipLost("the term ended; nothing was changed"))
+            raise
+        _resolve(group)
 
     def _refuse_or_part(self, group: list[tuple[_Waiting, Any]], error: Exception) -> None:
         """Refuse a change that cannot be written; of several, find out which by trying each."""
@@ -336,11 +352,19 @@ def _refuse(waiting: _Waiting, error: Exception) -> None:
 
 
 def _refuse_all(group: list[tuple[_Waiting, Any]], error: Exception) -> None:
-    for waiting, _ in group:
-        _refuse(waiting, error)
+    """Refuse a group that was not written, or of which nobody knows.
+
+    What was refused anyway has certainly changed nothing; but what for may not have been written.
+    """
+    nothing_done = LeadershipLost("what stood against it may not have been written; try again")
+    for waiting, decided in group:
+        unknown = isinstance(error, OutcomeUnknown) and isinstance(decided, _Refused)
+        _refuse(waiting, nothing_done if unknown else error)
 
 
 def _resolve(group: list[tuple[_Waiting, Any]]) -> None:
     for waiting, decided in group:
-        if not waiting.result.done():
+        if isinstance(decided, _Refused):
+            _refuse(waiting, decided.error)
+        elif not waiting.result.done():
             waiting.result.set_result(decided)

@@ -97,9 +97,10 @@ class EtcdStore:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        wanted = RangeOp(key, revision=revision)
         answer = await self._members.call(
-            lambda member, deadline_s: member.range(RangeOp(key), deadline_s), Effect.READ
+            lambda member, deadline_s: member.range(wanted, deadline_s), Effect.READ
         )
         return answer.items[0] if answer.items else None
 

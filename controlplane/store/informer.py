@@ -31,6 +31,8 @@ RETRY_S = 1.0
 READ_SINGLY_MAX = 200
 # Records decoded and indexed before others get their turn: about 15 ms.
 TAKEN_AT_ONCE = 500
+# Revisions compared before others get their turn: about 10 ms.
+COMPARED_AT_ONCE = 5000
 # So many differences are told one by one; the rest is told as a number.
 DIFFERENCES_TOLD_MAX = 20
 
@@ -102,13 +104,16 @@ class Informer:
 
         What memory has at the revision that etcd has it at is not read again: the watch may have
         missed changes, but no key has two values at one revision. A first listing of many records
-        is taken in steps, which leave the event loop to others in between.
+        is taken in steps, which leave the event loop to others in between: nobody reads before it
+        is whole (``ClusterState.revision``). Later ones are taken at once, since somebody may.
         """
+        is_first = self._state.revision == 0
         changes = await self._read(revision_min)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
+            if start and is_first:
+                await asyncio.sleep(0)
             for item in changes.items[start : start + TAKEN_AT_ONCE]:
                 self._take_item(item)
-            await asyncio.sleep(0)
         self._drop_unlisted(changes)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -155,15 +160,19 @@ class Informer:
         return True
 
     async def _read(self, revision_min: int) -> _Changes:
-        """Read from etcd what memory does not have, or has otherwise."""
+        """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
         listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
-        wanted = [item.key for item in listing.items if self._differs(item)]
+        wanted: list[str] = []
+        for start in range(0, len(listing.items), COMPARED_AT_ONCE):
+            part = listing.items[start : start + COMPARED_AT_ONCE]
+            wanted += [item.key for item in part if self._differs(item)]
+            await asyncio.sleep(0)
         listed = frozenset(item.key for item in listing.items)
         if len(wanted) > READ_SINGLY_MAX:
             listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
             listed = frozenset(item.key for item in listing.items)
             return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
-        found = [await self._store.get(key) for key in wanted]
+        found = [await self._store.get(key, revision=listing.revision) for key in wanted]
         return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
 
     def _differs(self, item: KeyValue) -> bool:
@@ -189,9 +198,12 @@ class Informer:
         return next_revision
 
     def _drop_unlisted(self, changes: _Changes) -> None:
-        for kind, record_id in list(self._state.record_ids()):
-            if keys.key_of(kind, record_id) not in changes.listed:
-                self._state.remove(kind, record_id)
+        # What is listed and can be read is in memory by now: when that is all, nothing is over.
+        readable = changes.listed - self.unreadable
+        if sum(map(keys.holds_record, readable)) != self._state.record_count():
+            for kind, record_id in list(self._state.record_ids()):
+                if keys.key_of(kind, record_id) not in changes.listed:
+                    self._state.remove(kind, record_id)
         for seq in list(self._state.history):
             if keys.history_key(seq) not in changes.listed:
                 self._state.remove_history(seq)

@@ -120,8 +120,8 @@ class Store(Protocol):
         """
         ...
 
-    async def get(self, key: str) -> KeyValue | None:
-        """Return one key, linearizably."""
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        """Return one key, linearizably, or as it was at a revision. Raises Compacted."""
         ...
 
     async def commit(self, fence: Fence, writes: Sequence[Write]) -> Committed | NotCommitted:

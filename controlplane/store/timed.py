@@ -36,8 +36,8 @@ class TimedStore:
         listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
         return await self._timed("list", listing)
 
-    async def get(self, key: str) -> KeyValue | None:
-        return await self._timed("get", self._store.get(key))
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        return await self._timed("get", self._store.get(key, revision=revision))
 
     async def commit(self, fence: Fence, writes: Sequence[Write]) -> Committed | NotCommitted:
         return await self._timed("commit", self._store.commit(fence, writes))

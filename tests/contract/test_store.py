@@ -92,6 +92,19 @@ async def test_a_listing_of_keys_has_revisions_and_no_values(world: World) -> No
     assert all(item.value for item in whole.items)
 
 
+async def test_a_key_is_read_as_it_was_at_a_revision(world: World) -> None:
+    put = _puts(1)[0]
+    first = await world.commit(await world.lead(), put)
+    second = await world.commit(first, Put(put.key, b"newer"))
+    for fence, value in ((first, put.value), (second, b"newer")):
+        found = await world.store.get(put.key, revision=fence.mark_revision)
+        assert found is not None
+        assert (found.value, found.mod_revision) == (value, fence.mark_revision)
+    await world.store.compact(second.mark_revision)
+    with pytest.raises(Compacted):
+        await world.store.get(put.key, revision=first.mark_revision)
+
+
 async def test_pages_of_a_listing_are_of_one_revision(world: World) -> None:
     fence = await world.lead()
     fence = await world.commit(fence, *_puts(20))

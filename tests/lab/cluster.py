@@ -292,6 +292,9 @@ class Lab:
                 ca=str(CELL_DIR / "ca.crt") if built else "",
                 token=str(CELL_DIR / "admin.token") if built else "",
                 etcd=tuple(m.endpoint for m in self.members),
+                members=tuple(
+                    state.MemberState(name=m.name, endpoint=m.endpoint) for m in self.members
+                ),
                 replicas=tuple(state.ReplicaState(name=r.name, url=r.url) for r in self.replicas),
                 nodes=tuple(
                     state.NodeState(

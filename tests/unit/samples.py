@@ -387,7 +387,7 @@ SAMPLES: tuple[Struct, ...] = (
         series={VM.id: Series(object=VM.id, as_of=5.0, period_s=5.0, points=(RATES,))},
     ),
     peer_messages.Segment(packed=b"entries", sha256=b"digest"),
-    peer_messages.PeerRefused(problem=PROBLEM),
+    peer_messages.PeerRefused(problem=PROBLEM, revision=7),
 )
 
 

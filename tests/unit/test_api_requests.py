@@ -261,6 +261,16 @@ async def test_a_read_waits_for_the_revision_that_its_client_has_seen(
     assert late.headers["retry-after"]
 
 
+async def test_a_replica_that_has_read_nothing_calls_no_token_wrong(world: World) -> None:
+    for kind, record_id in list(world.state.record_ids()):
+        world.state.remove(kind, record_id)
+    async with world.client() as client:
+        for answer in (await client.get("/api/v1/vms"), await client.delete("/api/v1/vms/web")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    async with world.client(token="nonsense") as client:
+        assert (await client.get("/api/v1/vms")).status_code == 401
+
+
 async def test_an_expired_key_stops_working(world: World) -> None:
     key = world.key(world.ids.new("key"), expires_at=world.clock.at + timedelta(minutes=1))
     world.state.put(key, 1)

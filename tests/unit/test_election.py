@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from controlplane import election
 from controlplane.election import (
     STAND_BACK_S,
     Election,
@@ -51,13 +50,15 @@ class LoopClock:
 class Candidate:
     """A replica that stands for election and notes its terms."""
 
-    def __init__(self, store: Store, name: str, incarnation: str, seed: int = 1) -> None:
+    def __init__(
+        self, store: Store, name: str, incarnation: str, seed: int, settings: ElectionSettings
+    ) -> None:
         self.store = store
         self.clock = LoopClock()
         self.me = LeaderKey(replica=name, incarnation=incarnation)
         self.key_changes = Changes()
         self.election = Election(
-            store, self.me, SETTINGS, self.clock, random.Random(seed), self.key_changes.next
+            store, self.me, settings, self.clock, random.Random(seed), self.key_changes.next
         )
         self.terms: list[int] = []
         self.reign: Reign | None = None
@@ -97,10 +98,11 @@ class Cluster:
         self.world, self.model = world, model
         self.candidates: list[Candidate] = []
 
-    def stand(self, name: str, incarnation: str = "1") -> Candidate:
-        made = Candidate(
-            cast(Store, self.world.new_store()), name, incarnation, len(self.candidates)
-        )
+    def stand(
+        self, name: str, incarnation: str = "1", settings: ElectionSettings = SETTINGS
+    ) -> Candidate:
+        store = cast(Store, self.world.new_store())
+        made = Candidate(store, name, incarnation, len(self.candidates), settings)
         self.candidates.append(made)
         return made
 
@@ -167,16 +169,33 @@ def test_when_a_leader_stops_the_term_is_given_back_at_once() -> None:
     virtual(main())
 
 
-def test_who_follows_stands_as_soon_as_the_watch_shows_that_the_key_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(election, "FOLLOWER_LOOK_S", 3600.0)
+def test_a_term_of_an_earlier_process_is_given_back_before_the_first_campaign() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            lease = await it.world.store.grant_lease(60)
+            await it.world.store.campaign(pack(LeaderKey(replica="r1", incarnation="1")), lease)
+            await _newly_started(it, "r2").give_back()
+            assert await it.key() is not None, "another replica's term is not ours to give back"
+            await _newly_started(it, "r1").give_back()
+            assert await it.key() is None
+
+    virtual(main())
+
+
+def _newly_started(it: Cluster, name: str) -> Election:
+    me = LeaderKey(replica=name, incarnation="2")
+    store = cast(Store, it.world.store)
+    return Election(store, me, SETTINGS, LoopClock(), random.Random(1), Changes().next)
+
+
+def test_who_follows_stands_as_soon_as_the_watch_shows_that_the_key_is_gone() -> None:
+    seldom = replace(SETTINGS, follower_look_s=3600.0)
 
     async def main() -> None:
         async with cluster() as it:
             first = it.stand("r1")
             await asyncio.sleep(3)
-            second = it.stand("r2")
+            second = it.stand("r2", settings=seldom)
             await asyncio.sleep(3)
             await first.stop()
             await asyncio.sleep(60)

@@ -111,7 +111,7 @@ async def test_a_command_is_committed_on_its_terms() -> None:
     assert answer == Submitted(result=node_id, replayed=False, revision=leader.state.revision)
     again = await leader.server.answer(order, R2)
     assert isinstance(again, PeerRefused)
-    assert again.problem.code == "state_conflict"
+    assert (again.problem.code, again.revision) == ("state_conflict", leader.state.revision)
     leader.leads = False
     nobody = await leader.server.answer(order, R2)
     assert isinstance(nobody, PeerRefused)

@@ -16,7 +16,7 @@ FOUND = KeyValue("/novacron/leader", b"r1", 3, 3)
 
 
 class SlowStore:
-    async def get(self, key: str) -> KeyValue:
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue:
         await asyncio.sleep(0.25)
         return FOUND
 
