@@ -102,6 +102,7 @@ async def serve(config: AgentConfig) -> None:
             sampler.run(),
             telemetry.run(),
             relays.run(),
+            dialler.keep_open(config.controlplane),
         )
     finally:
         remembering.cancel()

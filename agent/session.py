@@ -28,9 +28,11 @@ from shared.lifetime import until_one_ends
 from shared.model import Term
 from shared.problems import problem_of
 from shared.protocol import (
+    TOGETHER_MAX,
     AgentMessage,
     Answer,
     Desired,
+    DesiredTogether,
     DestinationCheck,
     DestinationQuestion,
     Heartbeat,
@@ -44,6 +46,7 @@ from shared.protocol import (
     Query,
     QueryKind,
     Rejected,
+    ReportsTogether,
     SourceCheck,
     TermAccepted,
     VmReport,
@@ -104,13 +107,15 @@ class Outgoing:
         self._progress[progress.operation] = progress
         self._available.set()
 
-    async def take(self) -> VmReport | MigrationProgress:
+    async def take(self, reports_max: int) -> tuple[VmReport, ...] | MigrationProgress:
+        """Return what waits longest: up to so many reports, or the progress of one migration."""
         while not self._reports and not self._progress:
             self._available.clear()
             await self._available.wait()
-        if self._reports:
-            return self._reports.pop(next(iter(self._reports)))
-        return self._progress.pop(next(iter(self._progress)))
+        if not self._reports:
+            return self._progress.pop(next(iter(self._progress)))
+        vm_ids = list(itertools.islice(self._reports, reports_max))
+        return tuple(self._reports.pop(vm_id) for vm_id in vm_ids)
 
 
 class Session:
@@ -196,6 +201,7 @@ class Session:
                 inventory=inventory,
                 domains=domains,
                 foreign_domains=foreign,
+                together=True,
             )
         )
         answer = await channel.receive()
@@ -210,7 +216,7 @@ class Session:
         await until_one_ends(
             self._receive(channel, welcome.silence_limit_s),
             self._beat(channel, welcome.heartbeat_period_s),
-            self._send_reports(channel),
+            self._send_reports(channel, TOGETHER_MAX if welcome.together else 1),
             self._send_inventory(channel, told),
         )
 
@@ -221,6 +227,9 @@ class Session:
                 message = await _receive_within(channel, silence_limit_s)
                 if isinstance(message, Desired):
                     self._reconciler.take(message)
+                elif isinstance(message, DesiredTogether):
+                    for desired in message.desired:
+                        self._reconciler.take(desired)
                 elif isinstance(message, InSync):
                     await self._reconciler.drop_all_but(message.vm_ids)
                 elif isinstance(message, Query):
@@ -240,13 +249,16 @@ class Session:
             await channel.send(Heartbeat(number=number))
             await asyncio.sleep(period_s)
 
-    async def _send_reports(self, channel: LeaderChannel) -> None:
+    async def _send_reports(self, channel: LeaderChannel, together_max: int) -> None:
         while True:
-            report = await self._outgoing.take()
+            taken = await self._outgoing.take(together_max)
+            if isinstance(taken, MigrationProgress):
+                await channel.send(taken)
+                continue
             try:
-                await channel.send(report)
+                await channel.send(taken[0] if len(taken) == 1 else ReportsTogether(reports=taken))
             except Disconnected:
-                if isinstance(report, VmReport):
+                for report in reversed(taken):
                     self._outgoing.put_back(report)
                 raise
 

@@ -6,6 +6,7 @@ The replica must show a certificate of this cell's CA for the address that was d
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -27,6 +28,8 @@ CONNECT_TIMEOUT_S = 5.0
 RECONNECT_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A channel without streams would be closed after half an hour; the largest value keeps it.
+    ("grpc.client_idle_timeout_ms", 2**31 - 1),
 )
 
 
@@ -43,17 +46,34 @@ class Dialler:
         stream = await self._open(address, TELEMETRY_METHOD)
         return GrpcChannel(stream, TelemetryAnswer, stream.done_writing)
 
+    async def keep_open(self, addresses: Iterable[str]) -> None:
+        """Hold a connection to every replica: a new leader is reached without a handshake."""
+        async with asyncio.TaskGroup() as tasks:
+            for address in addresses:
+                tasks.create_task(self._hold(address))
+
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
 
-    async def _open(self, address: str, method: str) -> Any:
+    async def _hold(self, address: str) -> None:
+        channel = self._channel(address)
+        while True:
+            # gRPC connects again by itself only while somebody asks for a stream.
+            state = channel.get_state(try_to_connect=True)
+            await channel.wait_for_state_change(state)
+
+    def _channel(self, address: str) -> Any:
         channel = self._channels.get(address)
         if channel is None:
             channel = grpc.aio.secure_channel(
                 address, self._credentials, options=(*CHANNEL_OPTIONS, *RECONNECT_OPTIONS)
             )
             self._channels[address] = channel
+        return channel
+
+    async def _open(self, address: str, method: str) -> Any:
+        channel = self._channel(address)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await channel.channel_ready()

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -19,12 +19,21 @@ from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
+from controlplane.sessions import following
+from controlplane.sessions.following import Following
 from controlplane.sessions.hub import Hub, HubSettings
+from controlplane.sessions.leader_link import LeaderLink, PeerCall
+from controlplane.sessions.peer_messages import AgentList
+from controlplane.sessions.peer_reads import PeerReads
+from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from controlplane.state import ClusterState
+from controlplane.store import comparison
+from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
-from controlplane.store.port import Store
+from controlplane.store.port import ETCD_QUOTA_BYTES, Store
+from controlplane.store.space import StoreSpace
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
@@ -39,6 +48,7 @@ from shared.model import (
     Operation,
     Record,
     Replica,
+    Term,
     Vm,
 )
 from shared.offload import Offload
@@ -66,10 +76,17 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     migrations: MigrationLimits = MigrationLimits()
+    exchange_period_s: float = following.PERIOD_S
+    comparison_period_s: float = comparison.PERIOD_S
+    store_quota_bytes: int = ETCD_QUOTA_BYTES
 
 
 class Ports(Struct, frozen=True):
-    """What a replica is given of the world."""
+    """What a replica is given of the world.
+
+    ``settle_memory`` is called once the cluster has been listed, which stays for long: a process
+    that has its memory to itself keeps its collector from looking at all of it again and again.
+    """
 
     store: Store
     history: History
@@ -79,6 +96,8 @@ class Ports(Struct, frozen=True):
     offload: Offload
     windows: Windows
     metrics: Metrics
+    peers: PeerCall
+    settle_memory: Callable[[], None]
 
 
 class ControlPlane:
@@ -87,11 +106,16 @@ class ControlPlane:
         self._ports = ports
         self._ids = IdSource(ports.founding.cluster.cell, ports.clock, ports.rng)
         self.state = ClusterState()
-        self.informer = Informer(ports.store, self.state)
+        self.informer = Informer(ports.store, self.state, ports.metrics.store_mismatches)
+        self._comparison = Comparison(
+            ports.store, self.state, self.informer, settings.comparison_period_s
+        )
+        self._space = StoreSpace(ports.store, settings.store_quota_bytes, ports.metrics.store_space)
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
-        self._copy = CopyHistory(self.state, ports.history)
+        self._reads = PeerReads(ports.windows, self._peer_addresses, ports.peers)
+        self._copy = CopyHistory(self.state, ports.history, self._reads)
         self._forget = ForgetHistory(self.state, ports.history, ports.clock)
         self._me = LeaderKey(
             replica=settings.name, incarnation=settings.incarnation, url=settings.url
@@ -104,13 +128,19 @@ class ControlPlane:
             version=settings.version,
             started_at=ports.clock.now(),
         )
-        self._election = Election(ports.store, self._me, settings.election, ports.clock, ports.rng)
+        self._election = Election(
+            ports.store,
+            self._me,
+            settings.election,
+            ports.clock,
+            ports.rng,
+            self.informer.leader_key.next,
+        )
         self.leader = Leader(
             LeaderParts(
                 store=ports.store,
                 state=self.state,
                 informer=self.informer,
-                copy=self._copy,
                 ids=self._ids,
                 clock=ports.clock,
                 founding=ports.founding,
@@ -120,27 +150,48 @@ class ControlPlane:
                 limits=settings.migrations,
                 offload=ports.offload,
                 progress=self._note_progress,
+                copied=self._copied_by_majority,
             )
+        )
+        self._link = LeaderLink(self.leader, self.state, self._leading_peer, ports.peers)
+        self._following = Following(
+            settings.name,
+            self._leading_peer,
+            lambda: self._copy.copied_seq,
+            self.progress,
+            ports.peers,
+            settings.exchange_period_s,
+        )
+        self.peers = PeerAnswers(
+            ports.founding.cluster.cell,
+            self.leader,
+            self.state,
+            ports.history,
+            ports.windows,
+            self.progress,
+            self._agents,
         )
 
     async def run(self) -> None:
         """Follow, copy and forget history, stand for election: until cancelled."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
+            # Before anything is read, which may take seconds: nobody leads until then.
+            tasks.create_task(self._election.give_back())
             tasks.create_task(self.informer.run(ready.set))
             await ready.wait()
-            # What was listed stays for long; collecting it again and again would hold the loop for
-            # 120 ms at 50,000 VMs.
-            gc.collect()
-            gc.freeze()
+            self._ports.settle_memory()
             # From here on, not before: what was listed was counted by an earlier process.
             self.state.observe(self._record_changed)
             self.state.observe_history(self._entry_added)
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(loop.run_periodically(self._forget))
+            tasks.create_task(self._comparison.run())
+            tasks.create_task(loop.run_periodically(self._space))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
+            tasks.create_task(self._following.run())
             tasks.create_task(self._stay_registered())
 
     def hub(self) -> Hub | None:
@@ -154,30 +205,30 @@ class ControlPlane:
         return None if replica is None else replica.agent_address
 
     def leadership(self) -> Leadership:
-        leader = self._election.leader
-        if leader is None:
+        leader, cluster = self._election.leader, self.state.cluster()
+        if leader is None or cluster is None:
             return Leadership()
-        term = self.leader.term
-        return Leadership(leader.replica, leader.url, "" if term is None else str(term))
+        term = Term(cluster.epoch, self._election.leader_revision)
+        return Leadership(leader.replica, leader.url, str(term), leader.since)
 
     def replicas(self) -> tuple[Replica, ...]:
         return tuple(replica for _, replica in sorted(self.informer.replicas.items()))
 
     def agent_versions(self) -> dict[str, str]:
-        """Return what the agents in session say they are, by node id; empty unless we lead."""
-        hub = self.leader.hub
-        return {} if hub is None else hub.agent_versions()
+        """Return what the agents in session with the leader say they are, by node id."""
+        return self._agents().versions
 
     def context(self) -> Context:
         """Return what the services work with."""
         return Context(
             state=self.state,
-            submit=self.leader.submit,
-            ask=self.leader.ask,
+            submit=self._link.submit,
+            ask=self._link.ask,
             history=self._ports.history,
-            windows=self.windows,
+            figures=self._reads,
             progress=self.progress,
             store=self._ports.store,
+            space=self._space,
             clock=self._ports.clock,
             scheduler=self._settings.scheduler,
             leadership=self.leadership,
@@ -186,6 +237,25 @@ class ControlPlane:
             offload=self._ports.offload,
             version=self._settings.version,
         )
+
+    def _agents(self) -> AgentList:
+        hub = self.leader.hub
+        return self._following.agents if hub is None else hub.agents()
+
+    def _leading_peer(self) -> str | None:
+        """Return where the leader is when it is another replica, as far as this one knows."""
+        leader = self._election.leader
+        mine = leader is None or leader.replica == self._settings.name
+        return None if mine else self.leader_address()
+
+    def _peer_addresses(self) -> tuple[str, ...]:
+        return tuple(r.agent_address for r in self.replicas() if r.name != self._settings.name)
+
+    def _copied_by_majority(self) -> int:
+        """Return up to which entry of history a majority of the registered replicas has a copy."""
+        others = (r.name for r in self.replicas() if r.name != self._settings.name)
+        copied = sorted((self._copy.copied_seq, *map(self.peers.copied.by, others)), reverse=True)
+        return copied[len(copied) // 2]
 
     def _record_changed(self, before: Record | None, after: Record | None) -> None:
         if isinstance(after, Operation) and before is None:

@@ -5,7 +5,8 @@ own. ``suspend_after_s`` after the last good renewal was *sent*, on a clock that
 writes stop; they go on in the same term only if key and lease are read back as our own. Safety
 never rests on this: every commit compares the key. A replica that finds a key of its own name while
 it campaigns resigns it at once: the lock on its data directory says that no other process holds it.
-One whose release is too old for the cluster's records only follows.
+One whose release is too old for the cluster's records only follows. Followers stand as soon as the
+watch shows them that the key is gone: who stops, or steps down, resigns it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store
@@ -27,20 +29,31 @@ from shared.model import LeaderKey
 
 log = logging.getLogger(__name__)
 
-# A campaign that failed is tried again after up to this long, so that replicas do not collide.
+# After a failure a campaign is tried again after up to this long: the store needs room, and
+# replicas that fail together must not go on together.
 CAMPAIGN_JITTER_S = 0.5
-# How often a follower looks at the key besides the watch that wakes it.
-FOLLOWER_LOOK_S = 1.0
+# For so long a replica that stepped down leaves the key to the others. They take it within
+# milliseconds, or, while etcd itself elects, within 2 s; where nobody else is, it leads again.
+STAND_BACK_S = 3.0
 # On the way out; without an answer the lease ends the term soon enough.
 RESIGN_TIMEOUT_S = 1.0
 
 
 class ElectionSettings(Struct, frozen=True, kw_only=True):
-    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast."""
+    """The lease must outlast the suspension by enough for a clock that runs 1.6 times too fast.
+
+    ``follower_look_s``: how often one that does not lead looks at the key, besides the watch that
+    wakes it: that may be behind, or be moving to another member of etcd.
+    """
 
     lease_ttl_s: int = 5
     renew_period_s: float = 1.0
     suspend_after_s: float = 3.0
+    follower_look_s: float = 1.0
+
+
+class SteppedDown(LeadershipLost):
+    """The holder of the term was asked to give it up."""
 
 
 class Reign:
@@ -83,27 +96,36 @@ class Election:
         settings: ElectionSettings,
         clock: Clock,
         rng: random.Random,
+        next_change: Callable[[], asyncio.Future[None]],
     ) -> None:
+        """``next_change`` returns what is done at the next change of the leader key."""
         self._store = store
         self._me = me
         self._settings = settings
         self._clock = clock
         self._rng = rng
+        self._next_change = next_change
+        self._stands_back_until_s = 0.0
         self._lease = 0
         self._unfit = ""
         self.leader: LeaderKey | None = None
+        self.leader_revision = 0
 
     async def run(self, lead: Lead, unfit: Unfit) -> None:
         """Campaign for ever; while a term is ours, ``lead`` runs, and is cancelled at its end.
 
         While ``unfit`` has a reason, only follow. ``lead`` may be the first to find one, in what it
-        reads on takeover: it then raises ReleaseTooOld.
+        reads on takeover: it then raises ReleaseTooOld. It raises SteppedDown to give its term up.
         """
         while True:
             try:
                 reign = await self._campaign(unfit())
-                if reign is not None:
-                    await self._rule_and_resign(reign, lead)
+                if reign is None:
+                    continue
+                await self._rule_and_resign(reign, lead)
+            except SteppedDown as over:
+                log.info("%s; standing back", over)
+                self._stands_back_until_s = self._clock.boottime_s() + STAND_BACK_S
             except LeadershipLost as lost:
                 log.warning("leadership lost: %s", lost)
             except ReleaseTooOld as too_old:
@@ -113,22 +135,48 @@ class Election:
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
 
+    async def give_back(self) -> None:
+        """Resign a term that an earlier process of this replica held, before anything is read.
+
+        What fails is tried again by the first campaign.
+        """
+        try:
+            current = await self._store.get(keys.LEADER)
+            if current is not None:
+                await self._resign_dead_self(current)
+        except NovacronError as error:
+            log.warning("whether a term was left over is not known yet: %s", error)
+
     async def _campaign(self, unfit: str) -> Reign | None:
         """Return a reign if the key became ours; otherwise wait until it is worth trying again."""
         self._tell_unfit(unfit)
-        current = await self._store.get(keys.LEADER)
-        if current is not None and not await self._resign_dead_self(current):
-            self.leader = _read_leader(current)
-            await asyncio.sleep(FOLLOWER_LOOK_S)
+        # Waiting begins before the look: a change that comes after it is not missed.
+        changed = self._next_change()
+        try:
+            current = await self._store.get(keys.LEADER)
+            if current is not None and await self._resign_dead_self(current):
+                current = None
+            if current is not None:
+                self._note_leader(current)
+            elif self._may_stand(unfit):
+                return await self._stand()
+            else:
+                self.leader = None
+            await asyncio.wait([changed], timeout=self._settings.follower_look_s)
             return None
-        if unfit:
-            self.leader = None
-            await asyncio.sleep(FOLLOWER_LOOK_S)
-            return None
+        finally:
+            changed.cancel()
+
+    def _may_stand(self, unfit: str) -> bool:
+        return not unfit and self._clock.boottime_s() >= self._stands_back_until_s
+
+    async def _stand(self) -> Reign | None:
+        """Try to make the key ours; None when another replica was first."""
         sent_s = self._clock.boottime_s()
         self._lease = await self._store.grant_lease(self._settings.lease_ttl_s)
-        outcome = await self._store.campaign(pack(self._me), self._lease)
-        self.leader = _read_leader(outcome.leader)
+        me = replace(self._me, since=self._clock.now())
+        outcome = await self._store.campaign(pack(me), self._lease)
+        self._note_leader(outcome.leader)
         if outcome.leader.lease != self._lease:
             await self._store.revoke_lease(self._lease)
             return None
@@ -151,13 +199,14 @@ class Election:
         return await self._store.resign(current.create_revision)
 
     async def _rule_and_resign(self, reign: Reign, lead: Lead) -> None:
-        """Rule; when asked to stop, give the term back so that nobody waits for the lease."""
+        """Rule; when that ends by intent, give the term back: nobody shall wait for the lease."""
         try:
             await self._rule(reign, lead)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, SteppedDown):
             with contextlib.suppress(NovacronError, TimeoutError):
                 async with asyncio.timeout(RESIGN_TIMEOUT_S):
-                    await self._store.resign(reign.leader_revision)
+                    if await self._store.resign(reign.leader_revision):
+                        log.info("resigned the term %d", reign.leader_revision)
             raise
 
     async def _rule(self, reign: Reign, lead: Lead) -> None:
@@ -204,6 +253,9 @@ class Election:
         if current is None or current.create_revision != reign.leader_revision:
             raise LeadershipLost("the leader key is another's")
         return current.lease == self._lease
+
+    def _note_leader(self, found: KeyValue) -> None:
+        self.leader, self.leader_revision = _read_leader(found), found.create_revision
 
     def _is_me(self, leader: LeaderKey | None) -> bool:
         return leader is not None and leader.incarnation == self._me.incarnation

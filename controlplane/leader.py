@@ -17,13 +17,13 @@ from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.upgrade import why_too_old
-from controlplane.election import Reign
+from controlplane.election import Reign, SteppedDown
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.boots import EndLostAttempts
 from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.reconcilers.compaction import CompactStore
 from controlplane.reconcilers.deadlines import ExpireOperations
-from controlplane.reconcilers.history import CopyHistory, TrimCopiedHistory
+from controlplane.reconcilers.history import TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
 from controlplane.reconcilers.recovery import Recover
@@ -50,9 +50,9 @@ from shared.protocol import MigrationProgress, Query
 
 log = logging.getLogger(__name__)
 
-# While etcd is away a request is refused after this: an election of etcd takes 1 to 2 s, and the
-# client asks again. Reconcilers and sessions wait as long as the term lasts.
-SUBMIT_LIMIT_S = 6.0
+# Between the command to step down and the end of the term: its answer, and that of other commands
+# of the same moment, goes out before peers see that somebody else leads.
+ANSWERS_FIRST_S = 0.1
 
 
 class Founding(Struct, frozen=True):
@@ -68,7 +68,6 @@ class LeaderParts(Struct, frozen=True):
     store: Store
     state: ClusterState
     informer: Informer
-    copy: CopyHistory
     ids: IdSource
     clock: Clock
     founding: Founding
@@ -78,6 +77,7 @@ class LeaderParts(Struct, frozen=True):
     limits: MigrationLimits
     offload: Offload
     progress: Callable[[MigrationProgress], None]
+    copied: Callable[[], int]
 
 
 class Leader:
@@ -97,11 +97,15 @@ class Leader:
         """Return why this replica must not lead, as far as it has read by now; empty if it may."""
         return why_too_old(self._parts.state.cluster())
 
-    async def submit(self, command: Command[Result]) -> Result:
+    @property
+    def leads(self) -> bool:
+        return self._applier is not None
+
+    async def submit(self, command: Command[Result], limit_s: float) -> Result:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:
             raise NoLeader("this replica does not lead at present; try again shortly")
-        return await self._applier.submit(command, SUBMIT_LIMIT_S)
+        return await self._applier.submit(command, limit_s)
 
     async def ask(self, node_id: str, query: Query) -> bytes:
         if self.hub is None:
@@ -109,7 +113,7 @@ class Leader:
         return await self.hub.ask(node_id, query)
 
     async def lead(self, reign: Reign) -> None:
-        """Take over and lead until cancelled. Raises LeadershipLost, ReleaseTooOld."""
+        """Take over and lead until cancelled. Raises LeadershipLost, SteppedDown, ReleaseTooOld."""
         parts = self._parts
         parts.informer.audit_only()
         applier: Applier | None = None
@@ -119,6 +123,7 @@ class Leader:
             applier = await self._take_over(reign)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(applier.run())
+                tasks.create_task(_until_given_up(applier))
                 cluster = await self._found(applier)
                 hub = Hub(
                     applier,
@@ -128,20 +133,20 @@ class Leader:
                     parts.ids,
                     parts.progress,
                 )
+                # From here on it leads; what it does by itself begins when all is counted.
+                self._applier, self.hub = applier, hub
+                self.terms_led += 1
+                parts.metrics.leading(True)
+                log.info("the term %s has begun", applier.term)
                 capacity = KeptSnapshot(parts.state, hub, parts.scheduler)
+                await capacity.build(parts.offload)
                 sagas = self._sagas(applier, hub, capacity)
                 hub.on_migration_report(sagas.wake)
                 tasks.create_task(sagas.run())
                 for reconciler in self._reconcilers(applier, hub, capacity):
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
-                old_keys = ForgetOldKeys(applier, parts.state, parts.clock)
-                tasks.create_task(loop.run_periodically(old_keys))
-                recover = Recover(applier, parts.state, hub)
-                tasks.create_task(loop.run_periodically(recover))
-                self._applier, self.hub = applier, hub
-                self.terms_led += 1
-                parts.metrics.leading(True)
-                log.info("the term %s has begun", applier.term)
+                for chore in self._chores(applier, hub):
+                    tasks.create_task(loop.run_periodically(chore))
         except BaseExceptionGroup as group:
             raise _plain(group) from group
         finally:
@@ -193,16 +198,32 @@ class Leader:
     def _reconcilers(
         self, applier: Applier, hub: Hub, capacity: KeptSnapshot
     ) -> list[loop.Reconciler]:
+        """Return the loops that every change may give something to do: a pass costs little."""
         parts = self._parts
         return [
             PlaceVms(applier, parts.state, capacity, parts.metrics),
             PermitStarts(applier, parts.state, hub, capacity, parts.clock),
             EndLostAttempts(applier, parts.state),
+        ]
+
+    def _chores(self, applier: Applier, hub: Hub) -> list[loop.Reconciler]:
+        """Return the loops that only time gives something to do."""
+        parts = self._parts
+        return [
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
-            TrimCopiedHistory(applier, parts.state, parts.copy),
+            TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
+            ForgetOldKeys(applier, parts.state, parts.clock),
+            Recover(applier, parts.state, hub),
         ]
+
+
+async def _until_given_up(applier: Applier) -> None:
+    """Raise SteppedDown soon after a command has asked for the end of the term."""
+    await applier.given_up.wait()
+    await asyncio.sleep(ANSWERS_FIRST_S)
+    raise SteppedDown(f"the term {applier.term} was given up")
 
 
 def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -20,7 +20,7 @@ Key = tuple[type, str]
 CHANGES_MAX = 20_000
 
 
-class _Change(Struct, Generic[Value], frozen=True):
+class _Change(Struct, Generic[Value], frozen=True, gc=False):
     """What a record was before a change that came after revision ``since``, up to ``revision``."""
 
     since: int

@@ -34,7 +34,7 @@ Observer = Callable[[Record | None, Record | None], None]
 HistoryObserver = Callable[[HistoryEntry], None]
 
 
-class Stored(Struct, Generic[R], frozen=True):
+class Stored(Struct, Generic[R], frozen=True, gc=False):
     """A record and the revision at which etcd stored it."""
 
     record: R
@@ -90,7 +90,10 @@ class Changes:
 
 
 class ClusterState:
-    """All records, and the part of history that etcd still holds."""
+    """All records, and the part of history that etcd still holds.
+
+    ``revision`` is the moment that they show; 0 until the first listing is whole.
+    """
 
     def __init__(self) -> None:
         self.revision = 0
@@ -155,9 +158,14 @@ class ClusterState:
         """Return the VMs that should run, have a node and no attempt under way, oldest first."""
         return sorted(self._to_start)
 
-    def open_attempts(self) -> list[tuple[str, str, list[str]]]:
-        """Return (node id, boot id, VM ids) of all attempts that have not ended."""
-        return [(node, boot, sorted(ids)) for (node, boot), ids in self._open_attempts.items()]
+    def lost_attempts(self) -> list[str]:
+        """Return the VMs whose node has booted since their open attempt began, oldest first."""
+        lost: list[str] = []
+        for (node_id, boot_id), vm_ids in self._open_attempts.items():
+            node = self.nodes.get(node_id)
+            if node is not None and node.record.boot_id != boot_id:
+                lost += vm_ids
+        return sorted(lost)
 
     def observe(self, observer: Observer) -> None:
         """Call ``observer(before, after)`` for every record that is put or removed from now on."""
@@ -184,6 +192,9 @@ class ClusterState:
 
     def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
         return self._table(kind).get(record_id)
+
+    def record_count(self) -> int:
+        return sum(map(len, self._tables.values()))
 
     def count(self, kind: type[Record]) -> int:
         return len(self._table(kind))

@@ -10,6 +10,7 @@ to do with an error logs it, once.
     ├── Unauthenticated           401
     ├── Forbidden                 403
     ├── NotFound                  404
+    │   └── DeletedSince               the change was made, and what it was made to is gone since
     ├── MethodNotAllowed          405
     ├── PayloadTooLarge           413
     ├── Conflict                  409
@@ -58,7 +59,7 @@ from typing import ClassVar
 from msgspec import Struct
 
 
-class FieldError(Struct, frozen=True):
+class FieldError(Struct, frozen=True, gc=False):
     """One fault of a request or a configuration; ``pointer`` is a JSON pointer (RFC 6901)."""
 
     pointer: str
@@ -111,6 +112,10 @@ class Forbidden(NovacronError):
 class NotFound(NovacronError):
     code = "not_found"
     http_status = 404
+
+
+class DeletedSince(NotFound):
+    code = "deleted_since"
 
 
 class MethodNotAllowed(NovacronError):

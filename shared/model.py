@@ -3,7 +3,8 @@
 Every field has a default or a value from birth on, so that a reader of release N understands a
 record of N-1. Enums decode values they do not know to UNKNOWN. Constraints that a single field can
 state are stated here and end up in the API's schema; rules across fields are in
-``controlplane/services/validation.py``.
+``controlplane/services/validation.py``. A record is a tree and never part of a cycle: the garbage
+collector follows none of them, which would hold the loop up for longer with each (``gc=False``).
 """
 
 from __future__ import annotations
@@ -152,13 +153,13 @@ class Term(Struct, frozen=True, order=True, array_like=True):
         return f"{self.epoch}.{self.revision}"
 
 
-class Record(Struct, frozen=True, kw_only=True):
+class Record(Struct, frozen=True, kw_only=True, gc=False):
     """What has a key of its own in etcd."""
 
     id: str
 
 
-class BootSpec(Struct, frozen=True, kw_only=True):
+class BootSpec(Struct, frozen=True, kw_only=True, gc=False):
     """Direct kernel boot from artefacts that nodes hold under these names."""
 
     kernel: Name
@@ -166,18 +167,18 @@ class BootSpec(Struct, frozen=True, kw_only=True):
     cmdline: Annotated[str, Meta(max_length=2048, pattern=r"^[\x20-\x7e]*$")] = ""
 
 
-class DiskSpec(Struct, frozen=True, kw_only=True):
+class DiskSpec(Struct, frozen=True, kw_only=True, gc=False):
     name: Name
     size_gib: Annotated[int, Meta(ge=1, le=65536)]
     pool: Name = "default"
 
 
-class NicSpec(Struct, frozen=True, kw_only=True):
+class NicSpec(Struct, frozen=True, kw_only=True, gc=False):
     network: Name
     mac: Annotated[str, Meta(pattern=r"^[0-9a-f][26ae](:[0-9a-f]{2}){5}$")] | None = None
 
 
-class GroupRule(Struct, frozen=True, kw_only=True):
+class GroupRule(Struct, frozen=True, kw_only=True, gc=False):
     """A VM that names a group belongs to it; ``hard`` rules refuse nodes, soft ones only score."""
 
     group: Name
@@ -185,20 +186,20 @@ class GroupRule(Struct, frozen=True, kw_only=True):
     hard: bool = True
 
 
-class PlacementSpec(Struct, frozen=True, kw_only=True):
+class PlacementSpec(Struct, frozen=True, kw_only=True, gc=False):
     node_labels: Labels = {}
     affinity: Annotated[tuple[GroupRule, ...], Meta(max_length=8)] = ()
     anti_affinity: Annotated[tuple[GroupRule, ...], Meta(max_length=8)] = ()
 
 
-class HaSpec(Struct, frozen=True, kw_only=True):
+class HaSpec(Struct, frozen=True, kw_only=True, gc=False):
     """``restart``: a guest that crashes is started again, with back-off."""
 
     restart: bool = True
     priority: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
-class MigrationSpec(Struct, frozen=True, kw_only=True):
+class MigrationSpec(Struct, frozen=True, kw_only=True, gc=False):
     """How the VM may be moved.
 
     ``strict``: its guest is resumed on the new node only once the old one is proven stopped, which
@@ -211,7 +212,7 @@ class MigrationSpec(Struct, frozen=True, kw_only=True):
     max_downtime_ms: Annotated[int, Meta(ge=50, le=10_000)] = 300
 
 
-class VmSpec(Struct, frozen=True, kw_only=True):
+class VmSpec(Struct, frozen=True, kw_only=True, gc=False):
     """What a user wants."""
 
     vcpus: Annotated[int, Meta(ge=1, le=256)]
@@ -225,7 +226,7 @@ class VmSpec(Struct, frozen=True, kw_only=True):
     migration: MigrationSpec = MigrationSpec()
 
 
-class Condition(Struct, frozen=True, kw_only=True):
+class Condition(Struct, frozen=True, kw_only=True, gc=False):
     type: str
     status: bool
     reason: str = ""
@@ -233,7 +234,7 @@ class Condition(Struct, frozen=True, kw_only=True):
     since: datetime
 
 
-class GuestRequest(Struct, frozen=True, kw_only=True):
+class GuestRequest(Struct, frozen=True, kw_only=True, gc=False):
     """A numbered one-shot action; it concerns one generation and is void for any other.
 
     A shutdown that the guest has not followed ``deadline_s`` seconds after the agent took it up
@@ -246,7 +247,7 @@ class GuestRequest(Struct, frozen=True, kw_only=True):
     deadline_s: float = 60.0
 
 
-class Attempt(Struct, frozen=True, kw_only=True):
+class Attempt(Struct, frozen=True, kw_only=True, gc=False):
     """One attempt to run a VM on a node: the generation is used for it and never again."""
 
     generation: int
@@ -256,7 +257,7 @@ class Attempt(Struct, frozen=True, kw_only=True):
     permitted_at: datetime
 
 
-class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """An error as RFC 9457 tells it (``application/problem+json``); also stored in records."""
 
     type: str
@@ -269,7 +270,7 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     errors: tuple[FieldError, ...] = ()
 
 
-class VmStatus(Struct, frozen=True, kw_only=True):
+class VmStatus(Struct, frozen=True, kw_only=True, gc=False):
     """What is. ``generation`` is the highest that was given out.
 
     ``power_seen`` is the last report about ``attempt`` or about the bound node.
@@ -313,7 +314,7 @@ class Vm(Record, frozen=True, kw_only=True):
     status: VmStatus = VmStatus()
 
 
-class CpuFacts(Struct, frozen=True, kw_only=True):
+class CpuFacts(Struct, frozen=True, kw_only=True, gc=False):
     """``models`` are the named CPU models that libvirt says guests may use here."""
 
     model: str
@@ -325,13 +326,13 @@ class CpuFacts(Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
 
 
-class NumaCell(Struct, frozen=True, kw_only=True):
+class NumaCell(Struct, frozen=True, kw_only=True, gc=False):
     id: int
     memory_mib: int
     cpus: tuple[int, ...]
 
 
-class PoolFacts(Struct, frozen=True, kw_only=True):
+class PoolFacts(Struct, frozen=True, kw_only=True, gc=False):
     """``shared``: the other nodes' pools of this name hold the same files."""
 
     name: str
@@ -340,14 +341,14 @@ class PoolFacts(Struct, frozen=True, kw_only=True):
     shared: bool = False
 
 
-class VersionFacts(Struct, frozen=True, kw_only=True):
+class VersionFacts(Struct, frozen=True, kw_only=True, gc=False):
     agent: str
     libvirt: str
     qemu: str
     kernel: str
 
 
-class MigrationFacts(Struct, frozen=True, kw_only=True):
+class MigrationFacts(Struct, frozen=True, kw_only=True, gc=False):
     """How guests reach a node: ``address`` for their memory, ``relay`` for libvirt's messages.
 
     ``tls``: its QEMU has the certificates that encrypt what is moved.
@@ -358,7 +359,7 @@ class MigrationFacts(Struct, frozen=True, kw_only=True):
     tls: bool
 
 
-class Inventory(Struct, frozen=True, kw_only=True):
+class Inventory(Struct, frozen=True, kw_only=True, gc=False):
     """What a node has. ``virtualization`` is ``kvm`` only where a guest was seen to boot under it.
 
     ``cpus`` and ``memory_mib`` are what VMs may use (the configuration may override the machine).
@@ -393,7 +394,7 @@ class Node(Record, frozen=True, kw_only=True):
     recovery: NodeRecovery = NodeRecovery()
 
 
-class OperationStep(Struct, frozen=True, kw_only=True):
+class OperationStep(Struct, frozen=True, kw_only=True, gc=False):
     """``no_return``: once it is done the operation only goes forward, and cannot be cancelled."""
 
     name: str
@@ -429,7 +430,7 @@ class Operation(Record, frozen=True, kw_only=True):
     parent: str | None = None
 
 
-class Event(Struct, frozen=True, kw_only=True, tag="event"):
+class Event(Struct, frozen=True, kw_only=True, tag="event", gc=False):
     """A fact of history, dense in ``seq``."""
 
     seq: int
@@ -442,7 +443,7 @@ class Event(Struct, frozen=True, kw_only=True, tag="event"):
     data: dict[str, Any] = {}
 
 
-class AuditRecord(Struct, frozen=True, kw_only=True, tag="audit"):
+class AuditRecord(Struct, frozen=True, kw_only=True, tag="audit", gc=False):
     """Who asked for which change, and what became of it."""
 
     seq: int
@@ -455,7 +456,7 @@ class AuditRecord(Struct, frozen=True, kw_only=True, tag="audit"):
     request_id: str = ""
 
 
-class FinishedOperation(Struct, frozen=True, kw_only=True, tag="operation"):
+class FinishedOperation(Struct, frozen=True, kw_only=True, tag="operation", gc=False):
     """An operation that reached its end, on its way from etcd into the replicas' history."""
 
     seq: int
@@ -509,11 +510,15 @@ class Applied(Struct, frozen=True, kw_only=True):
 
 
 class LeaderKey(Struct, frozen=True, kw_only=True):
-    """The value of the leader key; ``incarnation`` is one process of a replica."""
+    """The value of the leader key; ``incarnation`` is one process of a replica.
+
+    ``since`` is when it stood for election; None of one of an older release.
+    """
 
     replica: str
     incarnation: str
     url: str = ""
+    since: datetime | None = None
 
 
 class Replica(Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ class EndState(OpenEnum):
     UNKNOWN = "unknown"
 
 
-class MigrationClaim(Struct, frozen=True, kw_only=True):
+class MigrationClaim(Struct, frozen=True, kw_only=True, gc=False):
     """An open migration of a VM: while it is there, both nodes count as possible owners.
 
     ``generation`` is the destination's, in its boot ``boot_id``, 0 before it was given out.
@@ -68,7 +68,7 @@ class MigrationClaim(Struct, frozen=True, kw_only=True):
     unclean: bool = False
 
 
-class Leftover(Struct, frozen=True, kw_only=True):
+class Leftover(Struct, frozen=True, kw_only=True, gc=False):
     """A node that may still hold a domain of an earlier generation, and the disks to delete there.
 
     While there is one, nothing of the VM is started anew anywhere: it might run there; unless it is
@@ -82,7 +82,7 @@ class Leftover(Struct, frozen=True, kw_only=True):
     arrival: bool = False
 
 
-class MigrationFigures(Struct, frozen=True, kw_only=True):
+class MigrationFigures(Struct, frozen=True, kw_only=True, gc=False):
     """What a migration took, as QEMU and libvirt count it."""
 
     total_ms: int = 0
@@ -90,7 +90,7 @@ class MigrationFigures(Struct, frozen=True, kw_only=True):
     transferred_bytes: int = 0
 
 
-class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration"):
+class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration", gc=False):
     """What a migration was asked for, and what it decided; nodes are ids."""
 
     source: str
@@ -100,7 +100,7 @@ class MigrationJournal(Struct, frozen=True, kw_only=True, tag="migration"):
     figures: MigrationFigures | None = None
 
 
-class VmLeft(Struct, frozen=True, kw_only=True):
+class VmLeft(Struct, frozen=True, kw_only=True, gc=False):
     """A VM that cannot leave, or leaves once something comes that may take long; and what."""
 
     vm: str
@@ -108,7 +108,7 @@ class VmLeft(Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class DrainTry(Struct, frozen=True, kw_only=True):
+class DrainTry(Struct, frozen=True, kw_only=True, gc=False):
     """The last migration that a drain has asked for to move one VM, and how many there were.
 
     ``code`` and ``detail`` are the problem it ended with: history keeps it for a while only.
@@ -123,14 +123,14 @@ class DrainTry(Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-class Unanswered(Struct, frozen=True):
+class Unanswered(Struct, frozen=True, gc=False):
     """A node that a drain has asked in vain, since when."""
 
     node: str
     since: datetime
 
 
-class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain"):
+class DrainJournal(Struct, frozen=True, kw_only=True, tag="drain", gc=False):
     """``cordoned``: the drain found its node open and cordoned it. ``skip`` are VM ids.
 
     ``total`` is how many VMs the node held when the drain began. ``refused`` are VMs at rest that

@@ -1,11 +1,13 @@
-"""Problems as RFC 9457 tells them: how an error becomes one, and the titles of those that are none.
+"""Problems as RFC 9457 tells them: how an error becomes one, and how one becomes an error again.
 
 Every code that a client may meet, in an answer or in a record, is listed in ``docs/problems.md``.
 """
 
 from __future__ import annotations
 
-from shared.errors import FieldError, FieldErrors, NovacronError
+from collections.abc import Iterator
+
+from shared.errors import FieldError, FieldErrors, NovacronError, Unavailable
 from shared.model import Problem
 
 TYPE_PREFIX = "urn:novacron:problem:"
@@ -43,3 +45,32 @@ def problem_of(error: NovacronError, request_id: str = "") -> Problem:
         retryable=error.retryable,
         errors=error.errors if isinstance(error, FieldErrors) else (),
     )
+
+
+def error_of(told: Problem) -> NovacronError:
+    """Return the error that a problem was made of, for whoever passes on what another process said.
+
+    A code that this release does not know becomes one with the same meaning for a client:
+    Unavailable when it may be tried again.
+    """
+    kind = _BY_CODE.get(told.code) or (Unavailable if told.retryable else NovacronError)
+    # Some make their text of other parts; a problem has the text, so nothing is made here.
+    error = kind.__new__(kind)
+    if isinstance(error, FieldErrors):
+        errors = told.errors or (FieldError("", told.code, told.detail),)
+        FieldErrors.__init__(error, told.detail, errors)
+    else:
+        Exception.__init__(error, told.detail)
+    return error
+
+
+def _kinds(kind: type[NovacronError]) -> Iterator[type[NovacronError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+# A class that takes its parent's code over comes later, and is not what the code stands for.
+_BY_CODE: dict[str, type[NovacronError]] = {}
+for _kind in _kinds(NovacronError):
+    _BY_CODE.setdefault(_kind.code, _kind)

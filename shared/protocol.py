@@ -29,6 +29,9 @@ TELEMETRY_METHOD = "/novacron.Agents/Telemetry"
 
 # A hello of a node with 500 domains and a full inventory is 200 kB; the limit leaves room.
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+# So many VMs are told of in one message, by peers that take them together: a message costs more
+# than what is in it, and a new leader has something to say of every VM there is.
+TOGETHER_MAX = 50
 
 
 class Intent(OpenEnum):
@@ -146,7 +149,10 @@ class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
-    """An agent introduces its node; ``domains`` is every domain of ours that libvirt has."""
+    """An agent introduces its node; ``domains`` is every domain of ours that libvirt has.
+
+    ``together``: it takes ``DesiredTogether``; an agent of before 0.2 says nothing of it.
+    """
 
     protocol: int = PROTOCOL_LEVEL
     node_name: str
@@ -159,6 +165,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     inventory: Inventory
     domains: tuple[VmReport, ...]
     foreign_domains: tuple[str, ...] = ()
+    together: bool = False
 
 
 class TermAccepted(Struct, frozen=True, kw_only=True, tag="term_accepted"):
@@ -192,17 +199,33 @@ class MigrationProgress(Struct, frozen=True, kw_only=True, tag="migration_progre
     bytes_total: int = 0
 
 
+class ReportsTogether(Struct, frozen=True, kw_only=True, tag="reports"):
+    """Several reports, as if each had come by itself, in this order."""
+
+    reports: tuple[VmReport, ...]
+
+
 AgentMessage = (
-    Hello | TermAccepted | VmReport | InventoryReport | Heartbeat | Answer | MigrationProgress
+    Hello
+    | TermAccepted
+    | VmReport
+    | ReportsTogether
+    | InventoryReport
+    | Heartbeat
+    | Answer
+    | MigrationProgress
 )
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
+    """``together``: the leader takes ``ReportsTogether``; one of before 0.2 says nothing of it."""
+
     term: Term
     node_id: str
     cluster_id: str
     heartbeat_period_s: float
     silence_limit_s: float
+    together: bool = False
 
 
 class NotLeader(Struct, frozen=True, kw_only=True, tag="not_leader"):
@@ -313,7 +336,15 @@ class HeartbeatSeen(Struct, frozen=True, kw_only=True, tag="heartbeat_seen"):
     number: int
 
 
-LeaderMessage = Welcome | NotLeader | Rejected | Desired | InSync | Query | HeartbeatSeen
+class DesiredTogether(Struct, frozen=True, kw_only=True, tag="desired_together"):
+    """What should be of several VMs, as if each had come by itself, in this order."""
+
+    desired: tuple[Desired, ...]
+
+
+LeaderMessage = (
+    Welcome | NotLeader | Rejected | Desired | DesiredTogether | InSync | Query | HeartbeatSeen
+)
 
 
 class TelemetryHello(Struct, frozen=True, kw_only=True, tag="telemetry_hello"):

@@ -1,6 +1,6 @@
 """What records say after a restore of etcd: whose word is still missing about what runs where.
 
-``shared/model.py`` puts these into the records; docs/decisions/0016-backup-and-restore.md says why.
+``shared/model.py`` puts these into the records; docs/decisions/0017-backup-and-restore.md says why.
 """
 
 from __future__ import annotations

@@ -45,6 +45,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.commands",
         "controlplane.state",
         "controlplane.store.applier",
+        # What peers ask each other for, besides changes.
+        "controlplane.store.history",
+        "controlplane.telemetry.progress",
         "controlplane.telemetry.windows",
         "shared",
     ),
@@ -176,6 +179,10 @@ DRAWS: dict[str, str] = {
 DATES = {"shared/clock.py", "controlplane/cli/terminal.py"}
 # Giving way between bounded pieces of work is fine; waiting by turning round and round is not.
 TURNS_IN_A_LOOP: dict[str, str] = {}
+# What judges the product by what comes out of it, and loads nothing of it: with all of
+# ``tests/histories``, the records of what ran on nodes.
+WITNESSES = ("tests/lab/pulses.py", "tests/lab/witness.py")
+WATCHING_WITH = {"hypothesis", "msgspec", "pytest"}
 PURE_IMPORTS = {
     "__future__",
     "collections",
@@ -211,6 +218,15 @@ def test_every_folder_has_its_rule() -> None:
     free = {file for file in CODE if not any(file.startswith(layer) for layer in LAYERS)}
 
     assert {file for file in free if file.count("/") > 1} == set()
+
+
+@pytest.mark.parametrize("file", files("tests/histories") + list(WITNESSES))
+def test_who_watches_the_product_shares_nothing_with_it(file: str) -> None:
+    ours = {name for name in imports(file) if name.split(".")[0] in (*PACKAGES, "tests")}
+    others = {name.split(".")[0] for name in imports(file)} - {*PACKAGES, "tests"}
+
+    assert {name for name in ours if not name.startswith("tests.histories")} == set()
+    assert others - set(sys.stdlib_module_names) <= WATCHING_WITH
 
 
 def test_no_code_imports_tests() -> None:

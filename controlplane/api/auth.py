@@ -10,7 +10,7 @@ from controlplane.services.context import ROLES, Principal, Scope
 from controlplane.state import ClusterState
 from controlplane.tokens import matches, parse_token
 from shared.clock import Clock
-from shared.errors import Unauthenticated
+from shared.errors import Unauthenticated, Unavailable
 
 _SCHEME = "bearer"
 
@@ -18,9 +18,11 @@ _SCHEME = "bearer"
 def authenticate(
     state: ClusterState, clock: Clock, authorization: bytes | None, request_id: str
 ) -> Principal:
-    """Return who an Authorization header speaks for. Raises Unauthenticated.
+    """Return who an Authorization header speaks for.
 
-    An unknown key and a wrong secret are told apart by nobody.
+    Raises Unauthenticated; Unavailable while this replica has not read the records yet, so that
+    nobody takes a good token for a bad one. An unknown key and a wrong secret are told apart by
+    nobody.
     """
     if authorization is None:
         raise Unauthenticated("this needs a token: Authorization: Bearer nck_…")
@@ -28,6 +30,8 @@ def authenticate(
     if scheme.lower() != _SCHEME:
         raise Unauthenticated("the only scheme here is Bearer")
     token = parse_token(text.strip())
+    if state.revision == 0 or state.cluster() is None:
+        raise Unavailable("this replica has not read the cluster's records yet; try again shortly")
     stored = state.api_keys.get(token.id)
     if stored is None or not matches(token.secret, stored.record.sha256):
         raise Unauthenticated("the token is not valid here")

@@ -451,6 +451,22 @@ ROUTES: tuple[Route, ...] = (
         query=DryRunQuery,
     ),
     Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/step-down",
+        handler=lambda c: cluster.step_down(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Let the leader give its term up to another replica",
+        view=ClusterView,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/repair-store",
+        handler=lambda c: cluster.repair_store(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Make room in the store: compact, defragment, take its alarm back",
+        view=ClusterView,
+    ),
+    Route(
         method="GET",
         path="/healthz",
         handler=_healthz,

@@ -203,9 +203,11 @@ class Client:
         finally:
             self.close()
 
-    def post(self, path: str, body: object = None, query: Query = ()) -> Answer:
+    def post(
+        self, path: str, body: object = None, query: Query = (), extra_timeout_s: float = 0.0
+    ) -> Answer:
         encoded = msgspec.json.encode({} if body is None else body)
-        return self.write("POST", _with_query(path, query), encoded)
+        return self.write("POST", _with_query(path, query), encoded, extra_timeout_s)
 
     def delete(self, path: str, query: Query = ()) -> Answer:
         return self.write("DELETE", _with_query(path, query), None)
@@ -213,7 +215,9 @@ class Client:
     def patch(self, path: str, body: object) -> Answer:
         return self.write("PATCH", path, msgspec.json.encode(body))
 
-    def write(self, method: str, path: str, body: bytes | None) -> Answer:
+    def write(
+        self, method: str, path: str, body: bytes | None, extra_timeout_s: float = 0.0
+    ) -> Answer:
         """Send a change; again, under its one key, where that cannot make it twice.
 
         Raises ApiProblem, Unreachable, UnexpectedAnswer.
@@ -222,7 +226,7 @@ class Client:
 
         def send() -> Answer:
             self.close()
-            return self._exchange(method, path, body, key, 0.0)
+            return self._exchange(method, path, body, key, extra_timeout_s)
 
         return self._repeated(send, self._may_send_again)
 

@@ -1,4 +1,4 @@
-"""`novacron cluster`: the control plane and its store, its backups, and the end of an upgrade."""
+"""`novacron cluster`: the control plane, its leader, its store, its backups, and upgrades' ends."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from controlplane.cli.invocation import (
     watch_options,
 )
 from controlplane.cli.output import Format, Output, Table
-from controlplane.cli.views import ClusterView, RestoreView
+from controlplane.cli.views import ClusterView, LeaderView, RestoreView
 from controlplane.cli.watching import show
+
+NOBODY = "nobody leads"
+# A large database is gone through member by member, at most 3 minutes each.
+REPAIR_EXTRA_S = 900.0
 
 
 @click.group()
@@ -60,6 +64,60 @@ def members(invocation: Invocation, form: str | None, watch: bool, interval: flo
     show(invocation.terminal, view, watch=watch, interval_s=interval)
 
 
+@cluster.command()
+@output_option
+@watch_options
+@pass_invocation
+def leader(invocation: Invocation, form: str | None, watch: bool, interval: float) -> None:
+    """Show which replica leads, in which term and since when."""
+    output = invocation.output(form)
+
+    def view() -> None:
+        answer = _fetch(invocation)
+        seen = answer.decode(ClusterView).leader or LeaderView()
+        if output.form is Format.NAME:
+            output.names([seen.replica] if seen.replica else [])
+        elif not _shown_otherwise(output, answer):
+            output.description(_leader_fields(seen))
+
+    show(invocation.terminal, view, watch=watch, interval_s=interval)
+
+
+@cluster.command("step-down")
+@output_option
+@pass_invocation
+def step_down(invocation: Invocation, form: str | None) -> None:
+    """Let the leader give its term up, so that another replica leads.
+
+    Guests and what is under way are not touched. Where there is one replica it leads again.
+    """
+    output = invocation.output(form)
+    answer = invocation.client.post(f"{BASE}/cluster/actions/step-down")
+    if _shown_otherwise(output, answer):
+        return
+    seen = answer.decode(ClusterView).leader or LeaderView()
+    output.line(f"{seen.replica} gives up its term {seen.term}; see: novacron cluster leader")
+
+
+@cluster.command("repair-store")
+@output_option
+@pass_invocation
+def repair_store(invocation: Invocation, form: str | None) -> None:
+    """Make room in etcd when it is full: compact, defragment, and take its alarm back.
+
+    One member after the other answers nobody for a while, seconds as a rule. Guests are not
+    touched. When all that is stored is more than etcd's quota, start etcd with a larger one.
+    """
+    output = invocation.output(form)
+    path = f"{BASE}/cluster/actions/repair-store"
+    answer = invocation.client.post(path, extra_timeout_s=REPAIR_EXTRA_S)
+    if _shown_otherwise(output, answer):
+        return
+    for each in answer.decode(ClusterView).members:
+        sizes = f"{out.size(each.db_size_bytes)}, {out.size(each.db_in_use_bytes)} in use"
+        output.line(f"{each.endpoint}: {sizes if each.reachable else each.problem}")
+
+
 cluster.add_command(backup)
 cluster.add_command(restore)
 
@@ -99,9 +157,9 @@ def _shown_otherwise(output: Output, answer: Answer) -> bool:
 
 
 def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
-    leader = "nobody leads"
+    leads = NOBODY
     if seen.leader is not None and seen.leader.replica:
-        leader = f"{seen.leader.replica} ({seen.leader.url}), term {seen.leader.term}"
+        leads = f"{seen.leader.replica} ({seen.leader.url}), term {seen.leader.term}"
     replicas = [f"{r.name} ({r.url}), version {r.version}" for r in seen.replicas]
     reachable = sum(member.reachable for member in seen.members)
     alarms = [f"{m.endpoint}: {alarm}" for m in seen.members for alarm in m.alarms]
@@ -111,10 +169,11 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
         ("Cell", seen.cell),
         ("Version", f"{seen.version}, schema level {seen.schema_level}, epoch {seen.epoch}"),
         *([("Upgrade", _upgrade(seen))] if seen.upgrade_pending else []),
-        ("Leader", leader),
+        ("Leader", leads),
         ("Replicas", "\n".join(replicas) or out.NOTHING),
         ("Members", f"{reachable} of {len(seen.members)} reachable"),
         ("Alarms", "\n".join(alarms) or "none"),
+        ("Store", seen.store.detail or out.NOTHING),
         ("Nodes", nodes or "none"),
         ("VMs", str(seen.vms)),
         *(() if seen.restore is None else _restore_fields(seen.restore)),
@@ -149,6 +208,17 @@ def _recovery(restore: RestoreView) -> str:
     )
 
 
+def _leader_fields(seen: LeaderView) -> list[tuple[str, str]]:
+    if not seen.replica:
+        return [("Leader", NOBODY)]
+    return [
+        ("Leader", seen.replica),
+        ("URL", seen.url),
+        ("Term", str(seen.term)),
+        ("Since", out.stamp(seen.since)),
+    ]
+
+
 def _upgrade(seen: ClusterView) -> str:
     if not seen.upgrade_blockers:
         return "to be finalized: novacron cluster finalize-upgrade"
@@ -164,9 +234,16 @@ def _member_table(seen: ClusterView) -> Table:
             "leader" if each.is_leader else "follower" if each.reachable else out.NOTHING,
             each.version or out.NOTHING,
             out.size(each.db_size_bytes) if each.reachable else out.NOTHING,
+            out.size(each.db_in_use_bytes) if each.reachable else out.NOTHING,
+            str(each.raft_term) if each.reachable else out.NOTHING,
+            str(each.revision) if each.reachable else out.NOTHING,
             ", ".join(each.alarms) or out.NOTHING,
+            each.problem or out.NOTHING,
         )
         for each in seen.members
     )
-    columns = ("ENDPOINT", "REACHABLE", "ROLE", "VERSION", "SIZE", "ALARMS")
+    columns = (
+        *("ENDPOINT", "REACHABLE", "ROLE", "VERSION", "SIZE", "IN USE", "RAFT TERM", "REVISION"),
+        *("ALARMS", "PROBLEM"),
+    )
     return Table(columns, rows, states=("REACHABLE",))

@@ -305,6 +305,7 @@ class LeaderView(Struct, frozen=True):
     replica: str = ""
     url: str = ""
     term: Any = None
+    since: datetime | None = None
 
 
 class ReplicaView(Struct, frozen=True):
@@ -318,8 +319,17 @@ class MemberView(Struct, frozen=True):
     reachable: bool = False
     version: str = ""
     is_leader: bool = False
+    raft_term: int = 0
+    revision: int = 0
     db_size_bytes: int = 0
+    db_in_use_bytes: int = 0
     alarms: tuple[str, ...] = ()
+    problem: str = ""
+
+
+class StoreView(Struct, frozen=True):
+    room: str = ""
+    detail: str = ""
 
 
 class RestoreView(Struct, frozen=True):
@@ -343,6 +353,7 @@ class ClusterView(Struct, frozen=True):
     leader: LeaderView | None = None
     replicas: tuple[ReplicaView, ...] = ()
     members: tuple[MemberView, ...] = ()
+    store: StoreView = StoreView()
     nodes: dict[str, int] = {}
     vms: int = 0
     restore: RestoreView | None = None

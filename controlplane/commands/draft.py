@@ -26,6 +26,7 @@ from shared.model import (
     Node,
     Operation,
     Record,
+    Term,
     Vm,
     nodes_of,
 )
@@ -60,16 +61,23 @@ class Savepoint(Struct, frozen=True):
     changes: dict[tuple[type[Record], str], Record | None]
     history_length: int
     trimmed_length: int
+    gives_up_term: bool
 
 
 class Draft:
-    def __init__(self, state: ClusterState, ids: Ids, now: datetime) -> None:
+    """``term`` is the one that it is to be committed under; a rehearsal has none."""
+
+    def __init__(
+        self, state: ClusterState, ids: Ids, now: datetime, term: Term | None = None
+    ) -> None:
         self._state = state
         self._changes: dict[tuple[type[Record], str], Record | None] = {}
         self._history: list[HistoryEntry] = []
         self._trimmed: list[int] = []
+        self._gives_up_term = False
         self._ids = ids
         self.now = now
+        self.term = term
 
     # What a command reads.
 
@@ -230,15 +238,22 @@ class Draft:
     def trim_history(self, seqs: list[int]) -> None:
         self._trimmed.extend(seqs)
 
+    def give_up_term(self) -> None:
+        """Let the term end by itself once this is committed."""
+        self._gives_up_term = True
+
     # What the applier does with it.
 
     def savepoint(self) -> Savepoint:
-        return Savepoint(dict(self._changes), len(self._history), len(self._trimmed))
+        return Savepoint(
+            dict(self._changes), len(self._history), len(self._trimmed), self._gives_up_term
+        )
 
     def rollback(self, savepoint: Savepoint) -> None:
         self._changes = dict(savepoint.changes)
         del self._history[savepoint.history_length :]
         del self._trimmed[savepoint.trimmed_length :]
+        self._gives_up_term = savepoint.gives_up_term
 
     def size(self) -> int:
         """Return how many writes the draft comes to."""
@@ -254,6 +269,7 @@ class Draft:
             changes=tuple((kind, record_id, r) for (kind, record_id), r in self._changes.items()),
             history=numbered,
             trimmed=tuple(self._trimmed),
+            gives_up_term=self._gives_up_term,
         )
 
 
@@ -261,6 +277,7 @@ class SealedDraft(Struct, frozen=True):
     changes: tuple[tuple[type[Record], str, Record | None], ...]
     history: tuple[HistoryEntry, ...]
     trimmed: tuple[int, ...]
+    gives_up_term: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.history or self.trimmed)

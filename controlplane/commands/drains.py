@@ -31,7 +31,7 @@ DRAIN = "node.drain"
 DRAIN_DEADLINE = timedelta(hours=24)
 
 
-class RequestDrain(Struct, frozen=True, kw_only=True):
+class RequestDrain(Struct, frozen=True, kw_only=True, tag="request_drain"):
     """Returns the id of the operation; whoever asks again gets the one that is under way.
 
     Raises NotFound, UpgradeUnfinished, StateConflict while an earlier drain is being undone, or

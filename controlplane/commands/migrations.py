@@ -63,7 +63,7 @@ class MigrationLimits(Struct, frozen=True, kw_only=True):
     into_node: int = 2
 
 
-class RequestMigration(Struct, frozen=True, kw_only=True):
+class RequestMigration(Struct, frozen=True, kw_only=True, tag="request_migration"):
     """Returns the id of the operation. Raises NotFound, StateConflict, UpgradeUnfinished."""
 
     vm_id: str

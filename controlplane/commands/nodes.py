@@ -84,7 +84,7 @@ class SetNodeState(Struct, frozen=True, kw_only=True):
         draft.put(replace(node, state=self.state, state_since=draft.now, updated_at=draft.now))
 
 
-class SetCordon(Struct, frozen=True, kw_only=True):
+class SetCordon(Struct, frozen=True, kw_only=True, tag="set_cordon"):
     """Cordons or uncordons a node. Returns its id.
 
     Raises NotFound, StateConflict when it already is so.

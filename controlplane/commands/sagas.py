@@ -144,7 +144,7 @@ class EndUndone(Struct, frozen=True, kw_only=True):
         end_operation(draft, operation, event, operation.error)
 
 
-class CancelOperation(Struct, frozen=True, kw_only=True):
+class CancelOperation(Struct, frozen=True, kw_only=True, tag="cancel_operation"):
     """Asks for a saga to be undone. Returns its id. Raises StateConflict.
 
     Asked again, it does nothing. ``by`` may be the saga that asked for this one.

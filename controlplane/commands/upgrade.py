@@ -24,7 +24,7 @@ MOVES_LEVEL = 2
 _RELEASE = release_of(VERSION)
 
 
-class FinalizeUpgrade(Struct, frozen=True, kw_only=True):
+class FinalizeUpgrade(Struct, frozen=True, kw_only=True, tag="finalize_upgrade"):
     """Raises the cluster's level to this release's own and returns the cluster's id.
 
     Asked again, it does nothing. ``replicas`` are those that are registered, ``agents`` the

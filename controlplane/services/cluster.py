@@ -1,4 +1,6 @@
-"""Use cases of the cluster as a whole: what it is, what is ready, and the end of its upgrades."""
+"""Use cases of the cluster as a whole: what it is, what is ready, the end of its upgrades, and a
+change of its leader.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import asyncio
 from itertools import islice
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from controlplane.commands.cluster import RecordStoreRepair, StepDown
 from controlplane.commands.restored import must_tell
 from controlplane.commands.upgrade import FinalizeUpgrade, still_behind, why_too_old
 from controlplane.services.context import Context, Leadership, Permission, Principal
@@ -19,11 +23,12 @@ from controlplane.services.views import (
     NodeCounts,
     ReplicaView,
     RestoreView,
+    StoreView,
 )
 from controlplane.services.vms import author
 from controlplane.state import ClusterState
-from controlplane.store.port import MemberStatus
-from shared.errors import FieldError, NovacronError, Unavailable
+from controlplane.store.port import MemberStatus, Room
+from shared.errors import FieldError, NoLeader, NovacronError, Unavailable
 from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 
 # A member that takes longer than this is shown as it is, unreachable: the page must not hang on it.
@@ -34,9 +39,12 @@ NAMES_SHOWN_MAX = 100
 
 
 class Check(Struct, frozen=True, kw_only=True):
+    """``needed``: without it the replica is not ready; the others are told for who looks."""
+
     name: str
     ok: bool
     detail: str
+    needed: bool = True
 
 
 class Readiness(Struct, frozen=True, kw_only=True):
@@ -68,6 +76,41 @@ async def finalize_upgrade(context: Context, principal: Principal) -> ClusterVie
     return await show_cluster(context, principal)
 
 
+async def step_down(context: Context, principal: Principal) -> ClusterView:
+    """Let the replica that leads give its term up to another; return the cluster as it was.
+
+    The term ends a moment after this has been committed under it. Raises Forbidden, NoLeader,
+    StateConflict when another one leads by then, what committing raises.
+    """
+    authorize(principal, Permission.CLUSTER_WRITE)
+    leadership = context.leadership()
+    if not leadership.term:
+        raise NoLeader("nobody leads at present, so nobody can step down")
+    before = await show_cluster(context, principal)
+    await context.submit(
+        StepDown(term=leadership.term, leader=leadership.replica, by=author(principal))
+    )
+    return replace(before, revision=cluster_revision(context.state))
+
+
+async def repair_store(context: Context, principal: Principal) -> ClusterView:
+    """Make room in the store, and return the cluster; takes seconds, or minutes where it is large.
+
+    It is written down once there is room for that. Raises Forbidden, StateConflict, StoreFull when
+    all that is stored is more than the quota, what the store and committing raise.
+    """
+    authorize(principal, Permission.CLUSTER_WRITE)
+    repaired = await context.space.repair()
+    command = RecordStoreRepair(
+        before_bytes=repaired.before_bytes,
+        after_bytes=repaired.after_bytes,
+        skipped=repaired.skipped,
+        by=author(principal),
+    )
+    await context.submit(command)
+    return await show_cluster(context, principal)
+
+
 async def show_cluster(context: Context, principal: Principal) -> ClusterView:
     """Return the cluster to whoever may see it. Raises Unavailable."""
     members = await _members(context)
@@ -89,6 +132,7 @@ async def show_cluster(context: Context, principal: Principal) -> ClusterView:
         leader=_leader(leadership),
         replicas=tuple(_replica(replica) for replica in context.replicas()),
         members=tuple(_member(member) for member in members),
+        store=StoreView(room=context.space.room, detail=context.space.detail),
         nodes=NodeCounts(
             ready=states.count(NodeState.READY), silent=states.count(NodeState.SILENT)
         ),
@@ -120,8 +164,15 @@ def readiness(context: Context) -> Readiness:
             detail="made" if state.cluster() is not None else "not made yet",
         ),
         Check(name="release", ok=not too_old, detail=too_old or context.version),
+        # Reads go on without room: no reason to send clients elsewhere, where it is no better.
+        Check(
+            name="room",
+            ok=context.space.room is not Room.FULL,
+            detail=context.space.detail,
+            needed=False,
+        ),
     )
-    return Readiness(ready=all(check.ok for check in checks), checks=checks)
+    return Readiness(ready=all(each.ok for each in checks if each.needed), checks=checks)
 
 
 def _blockers(context: Context, cluster: Cluster) -> tuple[FieldError, ...]:
@@ -166,7 +217,12 @@ async def _members(context: Context) -> tuple[MemberStatus, ...]:
 def _leader(leadership: Leadership) -> LeaderView | None:
     if not leadership.term:
         return None
-    return LeaderView(replica=leadership.replica, url=leadership.url, term=leadership.term)
+    return LeaderView(
+        replica=leadership.replica,
+        url=leadership.url,
+        term=leadership.term,
+        since=leadership.since,
+    )
 
 
 def _replica(replica: Replica) -> ReplicaView:
@@ -175,10 +231,15 @@ def _replica(replica: Replica) -> ReplicaView:
 
 def _member(member: MemberStatus) -> MemberView:
     return MemberView(
+        id=member.member_id,
         endpoint=member.endpoint,
         reachable=member.reachable,
         version=member.version,
         is_leader=member.is_leader,
+        raft_term=member.raft_term,
+        revision=member.revision,
         db_size_bytes=member.db_size_bytes,
+        db_in_use_bytes=member.db_in_use_bytes,
         alarms=member.alarms,
+        problem=member.problem,
     )

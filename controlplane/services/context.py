@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
@@ -12,9 +13,9 @@ from controlplane.commands.draft import Command
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.state import ClusterState
 from controlplane.store.history import History
-from controlplane.store.port import Store
+from controlplane.store.port import Room, Store
 from controlplane.telemetry.progress import Progress, ProgressFrame
-from controlplane.telemetry.windows import Windows
+from controlplane.telemetry.windows import Rates, Series
 from shared.clock import Clock
 from shared.model import DEFAULT_TENANT, Replica
 from shared.offload import Offload
@@ -59,7 +60,10 @@ class Principal(Struct, frozen=True):
 
 
 class Submit(Protocol):
-    """Commits a command through the leader's applier. Raises NoLeader besides what it raises."""
+    """Commits a command wherever the leader is, and returns once this replica has what it changed.
+
+    Raises what the command raises, Unavailable, OutcomeUnknown.
+    """
 
     async def __call__(self, command: Command[Result]) -> Result: ...
 
@@ -68,6 +72,46 @@ class Ask(Protocol):
     """Sends a query to a node's agent and returns its answer. Raises NodeUnreachable."""
 
     async def __call__(self, node_id: str, query: Query) -> bytes: ...
+
+
+class Figures(Protocol):
+    """What nodes and VMs use, as their agents' latest samples say, whichever replica has those.
+
+    ``period_s`` is how far apart the points of a series are.
+    """
+
+    period_s: float
+
+    async def latest(self, objects: Iterable[str]) -> dict[str, Rates]: ...
+
+    async def series(self, object_id: str) -> Series | None: ...
+
+
+class Repaired(Protocol):
+    """The largest member of the store before and after, and the members that did not answer."""
+
+    @property
+    def before_bytes(self) -> int: ...
+
+    @property
+    def after_bytes(self) -> int: ...
+
+    @property
+    def skipped(self) -> tuple[str, ...]: ...
+
+
+class Space(Protocol):
+    """How much room the store has, by the last look; ``detail`` says it in words."""
+
+    @property
+    def room(self) -> Room: ...
+
+    @property
+    def detail(self) -> str: ...
+
+    async def repair(self) -> Repaired:
+        """Make room. Raises StateConflict while that is under way, what the store raises."""
+        ...
 
 
 class ProgressReader(Protocol):
@@ -83,7 +127,7 @@ class ProgressReader(Protocol):
 
 
 class ProgressFeed(Protocol):
-    """How far operations are that this replica runs."""
+    """How far operations are, as this replica runs them or the leader has told it."""
 
     def latest(self, operation_id: str) -> Progress | None: ...
 
@@ -98,23 +142,25 @@ class Leadership(Struct, frozen=True):
     replica: str = ""
     url: str = ""
     term: str = ""
+    since: datetime | None = None
 
 
 class Context(Struct, frozen=True):
     """The replica's parts, wired once in ``controlplane/app.py``.
 
     ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
-    registrations that this replica sees, ``agents`` the versions of the agents in session with it
-    by node id, if it leads; ``version`` is this replica's own.
+    registrations that this replica sees, ``agents`` the versions of the agents in session with the
+    leader by node id; ``version`` is this replica's own.
     """
 
     state: ClusterState
     submit: Submit
     ask: Ask
     history: History
-    windows: Windows
+    figures: Figures
     progress: ProgressFeed
     store: Store
+    space: Space
     clock: Clock
     scheduler: SchedulerSettings
     leadership: Callable[[], Leadership]

@@ -1,4 +1,4 @@
-"""Use cases of figures: what nodes and VMs use, from this replica's windows.
+"""Use cases of figures: what nodes and VMs use, from the windows of whichever replica has them.
 
 Figures are ephemeral: each answer says of when they are (``as_of``), and an object that was not
 heard of yet has none.
@@ -33,13 +33,13 @@ _DIGITS = 3
 async def vm_series(context: Context, principal: Principal, reference: str) -> SeriesView:
     """Return the last ten minutes of a VM. Raises Forbidden, NotFound."""
     authorize(principal, Permission.METRICS_READ)
-    return _series(context, find_vm(context, principal, reference).record.id)
+    return await _series(context, find_vm(context, principal, reference).record.id)
 
 
 async def node_series(context: Context, principal: Principal, reference: str) -> SeriesView:
     """Return the last ten minutes of a node. Raises Forbidden, NotFound."""
     authorize(principal, Permission.METRICS_READ)
-    return _series(context, find_node(context, reference).record.id)
+    return await _series(context, find_node(context, reference).record.id)
 
 
 async def list_usage(context: Context, principal: Principal, query: UsageQuery) -> UsageList:
@@ -54,8 +54,9 @@ async def list_usage(context: Context, principal: Principal, query: UsageQuery) 
     start = 0 if here.last is None else bisect_right(ids, here.last)
     page = ids[start : start + query.limit]
     more = start + query.limit < len(ids)
+    latest = await context.figures.latest(page)
     return UsageList(
-        items=tuple(_usage(context, object_id, names[object_id]) for object_id in page),
+        items=tuple(_usage(each, names[each], latest.get(each)) for each in page),
         next_cursor=here.cursor(page[-1]) if more else None,
         revision=str(here.at),
     )
@@ -116,14 +117,14 @@ def _vm_figures(vm: Vm, node_names: dict[str, str]) -> VmFigures:
     )
 
 
-def _series(context: Context, object_id: str) -> SeriesView:
-    found = context.windows.series(object_id)
+async def _series(context: Context, object_id: str) -> SeriesView:
+    found = await context.figures.series(object_id)
     points = () if found is None else found.points
     rows = [_figures(point) for point in points]
     return SeriesView(
         object=object_id,
         as_of=_date(points[-1].at) if points else None,
-        period_s=context.windows.period_s,
+        period_s=context.figures.period_s,
         at=tuple(_date(point.at) for point in points),
         series={
             name: tuple(getattr(row, name) for row in rows)
@@ -133,8 +134,7 @@ def _series(context: Context, object_id: str) -> SeriesView:
     )
 
 
-def _usage(context: Context, object_id: str, name: str) -> UsageView:
-    rates = context.windows.latest(object_id)
+def _usage(object_id: str, name: str, rates: Rates | None) -> UsageView:
     return UsageView(
         object=object_id,
         name=name,

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
+from controlplane.store.port import Room
 from controlplane.telemetry.progress import Progress as Progress
 from controlplane.telemetry.progress import ProgressFrame
 from shared.errors import FieldError
@@ -283,9 +284,12 @@ class PlanView(Struct, frozen=True, kw_only=True):
 
 
 class LeaderView(Struct, frozen=True, kw_only=True):
+    """``since`` is null for a leader of a release that does not tell."""
+
     replica: str
     url: str
     term: str
+    since: datetime | None
 
 
 class ReplicaView(Struct, frozen=True, kw_only=True):
@@ -295,12 +299,29 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
 
 
 class MemberView(Struct, frozen=True, kw_only=True):
+    """A member of etcd. ``raft_term`` and ``revision`` are how far it is, to be compared with the
+    others'; what compaction has freed of the database is no longer in use, and comes back when the
+    member is defragmented. ``problem`` says what is wrong with it, if anything is.
+    """
+
+    id: str
     endpoint: str
     reachable: bool
     version: str
     is_leader: bool
+    raft_term: int
+    revision: int
     db_size_bytes: int
+    db_in_use_bytes: int
     alarms: tuple[str, ...]
+    problem: str
+
+
+class StoreView(Struct, frozen=True, kw_only=True):
+    """What the store still takes, as the replica that was asked has last seen (10 s at most)."""
+
+    room: Room
+    detail: str
 
 
 class NodeCounts(Struct, frozen=True, kw_only=True):
@@ -342,6 +363,7 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     leader: LeaderView | None
     replicas: tuple[ReplicaView, ...]
     members: tuple[MemberView, ...]
+    store: StoreView
     nodes: NodeCounts
     vms: int
     restore: RestoreView | None

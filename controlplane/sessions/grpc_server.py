@@ -1,6 +1,7 @@
-"""The gRPC server that agents dial: mTLS, two streams, nothing decided here.
+"""The gRPC server that agents and other replicas dial: mTLS, nothing decided here.
 
-Whoever connects is who its certificate says: a role of ``agent`` in this cell, or nothing.
+Whoever connects is who its certificate says: streams are for an ``agent`` of this cell, calls for a
+``replica``, and anybody else is refused.
 """
 
 from __future__ import annotations
@@ -8,15 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from controlplane.sessions.hub import GREETING_TIMEOUT_S, Hub
+from controlplane.sessions.peer_messages import PeerRefused, PeerRequest
+from controlplane.sessions.peers import PeerAnswers
 from controlplane.sessions.telemetry import TelemetryServer
 from shared.channel import Channel
-from shared.errors import Disconnected, NovacronError, Unauthenticated
+from shared.codec import pack, unpack
+from shared.errors import (
+    Disconnected,
+    NovacronError,
+    RecordUnreadable,
+    Unauthenticated,
+    Unavailable,
+)
 from shared.grpc_channel import CHANNEL_OPTIONS, GrpcChannel
+from shared.problems import problem_of
 from shared.protocol import (
     AgentMessage,
     LeaderMessage,
@@ -41,12 +52,14 @@ class AgentServer:
         hub: Callable[[], Hub | None],
         leader_address: Callable[[], str | None],
         telemetry: TelemetryServer,
+        peers: PeerAnswers,
     ) -> None:
         """``hub`` is the present term's, if this replica leads."""
         self._cell = cell
         self._hub = hub
         self._leader_address = leader_address
         self._telemetry = telemetry
+        self._peers = peers
         self._server: Any = None
 
     async def start(self, listen: str, tls: TlsMaterial) -> int:
@@ -56,8 +69,12 @@ class AgentServer:
             "Session": grpc.stream_stream_rpc_method_handler(self._session),
             "Telemetry": grpc.stream_stream_rpc_method_handler(self._telemetry_stream),
         }
+        calls = {"Call": grpc.unary_unary_rpc_method_handler(self._peer_call)}
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("novacron.Agents", handlers),)
+            (
+                grpc.method_handlers_generic_handler("novacron.Agents", handlers),
+                grpc.method_handlers_generic_handler("novacron.Replicas", calls),
+            )
         )
         credentials = grpc.ssl_server_credentials(
             [(tls.key, tls.certificate)], root_certificates=tls.ca, require_client_auth=True
@@ -70,19 +87,21 @@ class AgentServer:
         await self._server.stop(STOP_GRACE_S)
 
     async def _session(self, _: Any, context: Any) -> None:
-        channel: Channel[LeaderMessage, AgentMessage] = GrpcChannel(
+        channel: GrpcChannel[LeaderMessage, AgentMessage] = GrpcChannel(
             context, AgentMessage, _never_mind
         )
         await self._guard(context, lambda identity: self._lead_session(channel, identity))
 
     async def _lead_session(
-        self, channel: Channel[LeaderMessage, AgentMessage], identity: Identity
+        self, channel: GrpcChannel[LeaderMessage, AgentMessage], identity: Identity
     ) -> None:
         hub = self._hub()
         if hub is None:
             # Answered before its hello, the agent would find the stream over and learn nothing.
+            # What is in it costs more than all else: while nobody leads every agent asks every
+            # replica.
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                await channel.receive()
+                await channel.skip()
             await channel.send(NotLeader(agent_address=self._leader_address()))
         else:
             await hub.serve(channel, identity)
@@ -92,6 +111,18 @@ class AgentServer:
             context, TelemetryMessage, _never_mind
         )
         await self._guard(context, lambda identity: self._telemetry.serve(channel, identity))
+
+    async def _peer_call(self, data: bytes, context: Any) -> bytes:
+        try:
+            identity = identity_among(_names(context))
+            request: PeerRequest = unpack(data, cast(Any, PeerRequest))
+        except Unauthenticated as error:
+            log.warning("%s is refused: %s", context.peer(), error)
+            return pack(PeerRefused(problem=problem_of(error)))
+        except RecordUnreadable:
+            newer = Unavailable("the leader's release does not know this request: upgrade it first")
+            return pack(PeerRefused(problem=problem_of(newer)))
+        return pack(await self._peers.answer(request, identity))
 
     async def _guard(self, context: Any, serve: Callable[[Identity], Any]) -> None:
         """Serve a peer whose certificate is an agent's of this cell; log what goes wrong, once."""
@@ -113,11 +144,15 @@ class AgentServer:
             raise
 
     def _identify(self, context: Any) -> Identity:
-        names = context.auth_context().get("x509_subject_alternative_name", [])
-        identity = identity_among(names)
+        identity = identity_among(_names(context))
         if identity.role is not Role.AGENT or identity.cell != self._cell:
             raise Unauthenticated(f"{identity} is not an agent of cell {self._cell}")
         return identity
+
+
+def _names(context: Any) -> list[bytes]:
+    names: list[bytes] = context.auth_context().get("x509_subject_alternative_name", [])
+    return names
 
 
 async def _never_mind() -> None:

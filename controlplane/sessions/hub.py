@@ -8,8 +8,9 @@ one displaces the older. Made for one term, and closed with it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,6 +21,7 @@ from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.commands.restored import must_tell
 from controlplane.sessions.desired import desired_of
+from controlplane.sessions.peer_messages import AgentList
 from controlplane.sessions.session import AgentChannel, AgentSession
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
@@ -30,6 +32,7 @@ from shared.errors import (
     NodeUnreachable,
     NovacronError,
     Overloaded,
+    StoreFull,
     Unavailable,
 )
 from shared.ids import IdSource
@@ -41,6 +44,7 @@ from shared.protocol import (
     PROTOCOL_LEVEL,
     Answer,
     Desired,
+    DesiredTogether,
     Heartbeat,
     HeartbeatSeen,
     Hello,
@@ -51,6 +55,7 @@ from shared.protocol import (
     MigrationRole,
     Query,
     Rejected,
+    ReportsTogether,
     TermAccepted,
     VmReport,
     Welcome,
@@ -73,6 +78,8 @@ _CLEANS = frozenset(
 # Queries wait for an agent this long; a console log is read in well under a second.
 QUERY_TIMEOUT_S = 10.0
 QUERIES_PER_NODE_MAX = 16
+# What an agent said while the store was full is tried again so often; a person makes room.
+STORE_FULL_PAUSE_S = 5.0
 
 
 class HubSettings(Struct, frozen=True, kw_only=True):
@@ -98,6 +105,7 @@ class Hub:
         self._settings = settings
         self._ids = ids
         self._sessions: dict[str, AgentSession] = {}
+        self._sessions_changed = 0
         self._greetings = asyncio.Semaphore(GREETINGS_MAX)
         self._trust_observers: list[Callable[[str], None]] = []
         self._migration_observers: list[Callable[[], None]] = []
@@ -136,9 +144,10 @@ class Hub:
             return None
         return asyncio.get_running_loop().time() - session.heard_s
 
-    def agent_versions(self) -> dict[str, str]:
-        """Return what the connected agents said they are, by node id."""
-        return {node_id: session.agent_version for node_id, session in self._sessions.items()}
+    def agents(self) -> AgentList:
+        """Return what the connected agents said they are."""
+        versions = {node_id: session.agent_version for node_id, session in self._sessions.items()}
+        return AgentList(name=f"{self._applier.term}/{self._sessions_changed}", versions=versions)
 
     def on_trust_change(self, observer: Callable[[str], None]) -> None:
         self._trust_observers.append(observer)
@@ -226,6 +235,7 @@ class Hub:
                 cluster_id=self._cluster_id,
                 heartbeat_period_s=self._settings.heartbeat_period_s,
                 silence_limit_s=self._settings.silence_limit_s,
+                together=True,
             )
         )
         accepted = await channel.receive()
@@ -241,8 +251,8 @@ class Hub:
 
     async def _take_hello(self, session: AgentSession, hello: Hello) -> None:
         """Take what the agent found; only then is the node trusted with anything new."""
-        for report in hello.domains:
-            await self._observe(session, report)
+        # Together: fifty VMs are one group of the applier, not fifty.
+        await asyncio.gather(*(self._observe(session, report) for report in hello.domains))
         session.greeted = True
         self._tell_trust(session.node_id)
         await self._applier.submit(
@@ -284,6 +294,7 @@ class Hub:
         now_s = asyncio.get_running_loop().time()
         session = AgentSession(node_id, hello, channel, now_s)
         self._sessions[node_id] = session
+        self._sessions_changed += 1
         self._tell_trust(node_id)
         return session
 
@@ -291,6 +302,7 @@ class Hub:
         session.fail_queries()
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
+            self._sessions_changed += 1
             self._tell_trust(session.node_id)
 
     async def _run(self, session: AgentSession) -> None:
@@ -316,6 +328,10 @@ class Hub:
             if isinstance(message, Heartbeat):
                 term = self._applier.term
                 await session.channel.send(HeartbeatSeen(term=term, number=message.number))
+            elif isinstance(message, ReportsTogether):
+                for report in message.reports:
+                    self._hear_of_migration(session, report)
+                    session.say(report)
             elif isinstance(message, VmReport | InventoryReport):
                 self._hear_of_migration(session, message)
                 session.say(message)
@@ -348,43 +364,61 @@ class Hub:
     async def _take_what_is_said(self, session: AgentSession) -> None:
         while True:
             said = await session.next_said()
-            if isinstance(said, VmReport):
-                await self._observe(session, said)
-                continue
-            await self._applier.submit(
-                ReportInventory(
-                    node_id=session.node_id,
-                    inventory=said.inventory,
-                    foreign_domains=said.foreign_domains,
-                )
+            try:
+                await self._take(session, said)
+            except StoreFull as full:
+                # No reason to lose the node: what it says is kept, and there is room again one day.
+                log.warning("a report of %s waits: %s", session.node_name, full)
+                session.say_again(said)
+                await asyncio.sleep(STORE_FULL_PAUSE_S)
+
+    async def _take(self, session: AgentSession, said: VmReport | InventoryReport) -> None:
+        if isinstance(said, VmReport):
+            await self._observe(session, said)
+            return
+        await self._applier.submit(
+            ReportInventory(
+                node_id=session.node_id,
+                inventory=said.inventory,
+                foreign_domains=said.foreign_domains,
             )
+        )
 
     async def _push(self, session: AgentSession) -> None:
         """Send what changed of the node's VMs; first all of them, then the sync mark."""
         vm_ids = tuple(sorted(self._state.vm_ids_on(session.node_id)))
-        for vm_id in vm_ids:
-            await self._push_vm(session, vm_id)
+        for start in range(0, len(vm_ids), session.together_max):
+            await self._push_vms(session, vm_ids[start : start + session.together_max])
         await session.channel.send(InSync(term=self._applier.term, vm_ids=vm_ids))
         while True:
             await session.wake.wait()
             session.wake.clear()
             while session.dirty:
-                vm_id = next(iter(session.dirty))
-                del session.dirty[vm_id]
-                await self._push_vm(session, vm_id)
+                dirty = list(itertools.islice(session.dirty, session.together_max))
+                for vm_id in dirty:
+                    del session.dirty[vm_id]
+                await self._push_vms(session, dirty)
 
-    async def _push_vm(self, session: AgentSession, vm_id: str) -> None:
+    async def _push_vms(self, session: AgentSession, vm_ids: Iterable[str]) -> None:
+        due = tuple(d for d in (self._due(session, vm_id) for vm_id in vm_ids) if d is not None)
+        if len(due) == 1:
+            await session.channel.send(due[0])
+        elif due:
+            await session.channel.send(DesiredTogether(desired=due))
+
+    def _due(self, session: AgentSession, vm_id: str) -> Desired | None:
+        """Return what the node must be told of a VM, and note that it was; None for nothing."""
         desired = self._desired(session, vm_id)
         if desired is None:
             session.sent.pop(vm_id, None)
             session.migrations.pop(vm_id, None)
-            return
+            return None
         sent = session.sent.get(vm_id)
         # A new revision that says nothing new would only make the agent answer again.
         if sent is not None and replace(sent, revision=desired.revision) == desired:
-            return
+            return None
         session.sent[vm_id] = desired
-        await session.channel.send(desired)
+        return desired
 
     def _desired(self, session: AgentSession, vm_id: str) -> Desired | None:
         stored = self._state.vms.get(vm_id)

@@ -10,6 +10,7 @@ import asyncio
 from shared.channel import Channel
 from shared.errors import NodeUnreachable
 from shared.protocol import (
+    TOGETHER_MAX,
     AgentMessage,
     Answer,
     Desired,
@@ -31,6 +32,8 @@ class AgentSession:
         self.node_name = hello.node_name
         self.boot_id = hello.boot_id
         self.agent_version = hello.agent_version
+        # How many VMs one message to it may tell of.
+        self.together_max = TOGETHER_MAX if hello.together else 1
         self.channel = channel
         self.heard_s = now_s
         self.greeted = False
@@ -56,6 +59,14 @@ class AgentSession:
         else:
             self._reports.pop(message.vm_id, None)
             self._reports[message.vm_id] = message
+        self._said.set()
+
+    def say_again(self, message: VmReport | InventoryReport) -> None:
+        """Put back what could not be taken, unless the agent has said something newer of it."""
+        if isinstance(message, InventoryReport):
+            self._inventory = self._inventory or message
+        else:
+            self._reports.setdefault(message.vm_id, message)
         self._said.set()
 
     async def next_said(self) -> VmReport | InventoryReport:

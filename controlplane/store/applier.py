@@ -4,6 +4,10 @@ Commands wait here, are decided one after the other on a draft over the leader's
 etcd as one transaction per group, which compares the leader key and the applier's mark. The memory
 advances only by what was committed. A group whose outcome is unknown is sent again, unchanged:
 the mark makes the second attempt either commit it or prove that the first one did.
+
+Nobody is told what does not hold yet. A refusal may rest on a change of the same group, so it is
+told when that is committed; and what needs no write is told only while the lease is young, since
+another may lead by now who has written more.
 """
 
 from __future__ import annotations
@@ -51,6 +55,9 @@ Result = TypeVar("Result")
 GROUP_WRITES_MAX = 127
 # At 25 commands a group and 3 ms a commit this is half a second of work; more is refused at once.
 WAITING_COMMANDS_MAX = 4096
+# A term that ends by intent lets the group under way come to its end for so long: a commit takes
+# milliseconds, and the next leader waits.
+FINISH_S = 0.5
 # Sending a group of unknown outcome again is cheap and safe; how often is bounded by the term.
 RETRY_DELAY_S = 0.1
 
@@ -63,15 +70,24 @@ class TermOver(LeadershipLost):
         self.ambiguous = ambiguous
 
 
-class _Waiting(Struct):
+class _Waiting(Struct, eq=False):
+    """One caller's change; equal to no other, so that thousands are searched without comparing."""
+
     command: Command[Any]
     result: asyncio.Future[Any]
+
+
+class _Refused(Struct, frozen=True):
+    """What was decided of a command that changes nothing, because it was refused."""
+
+    error: Exception
 
 
 class Applier:
     """Serves one term: made when it begins, closed for good when it is lost.
 
     ``until_writable`` is awaited before each commit: it holds writes back while the lease is old.
+    ``group_writes_max`` bounds a transaction.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class Applier:
         ids: IdSource,
         clock: Clock,
         until_writable: Callable[[], Awaitable[None]],
+        group_writes_max: int = GROUP_WRITES_MAX,
     ) -> None:
         self._store = store
         self._state = state
@@ -94,7 +111,10 @@ class Applier:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._until_writable = until_writable
+        self._group_writes_max = group_writes_max
         self._lost: LeadershipLost | None = None
+        # Set once a command is committed that asks for the end of the term.
+        self.given_up = asyncio.Event()
         # So many of those that wait are written one by one: together they could not be.
         self._apart = 0
 
@@ -149,24 +169,20 @@ class Applier:
         return OutcomeUnknown("etcd does not answer; the change is being written or never will be")
 
     async def _commit_group(self) -> None:
-        draft = Draft(self._state, self._ids, self._clock.now())
+        draft = Draft(self._state, self._ids, self._clock.now(), self._term)
+        fit = self._group_writes_max
         group: list[tuple[_Waiting, Any]] = []
         while self._waiting and not (group and self._apart):
             savepoint = draft.savepoint()
             waiting = self._waiting[0]
             try:
                 decided = waiting.command.decide(draft)
-                if draft.size() > GROUP_WRITES_MAX and not group:
-                    raise ChangeTooLarge(
-                        f"the change is {draft.size()} writes; {GROUP_WRITES_MAX} fit"
-                    )
+                if draft.size() > fit and not group:
+                    raise ChangeTooLarge(f"the change is {draft.size()} writes; {fit} fit")
             except Exception as error:
                 draft.rollback(savepoint)
-                self._waiting.popleft()
-                self._apart = max(0, self._apart - 1)
-                _refuse(waiting, _refusal(error))
-                continue
-            if draft.size() > GROUP_WRITES_MAX:
+                decided = _Refused(_refusal(error))
+            if draft.size() > fit:
                 draft.rollback(savepoint)
                 break
             self._waiting.popleft()
@@ -177,15 +193,29 @@ class Applier:
 
     async def _write(self, sealed: SealedDraft, group: list[tuple[_Waiting, Any]]) -> None:
         if not sealed:
-            _resolve(group)
+            await self._tell_unwritten(group)
             return
         try:
             writes = _writes(sealed)
         except Exception as error:
             self._refuse_or_part(group, _refusal(error))
             return
+        committing = asyncio.create_task(self._commit(writes, sealed))
         try:
-            revision = await self._commit(writes, sealed)
+            await asyncio.wait({committing})
+        finally:
+            await _finish(committing)
+            self._conclude(committing, sealed, group)
+
+    def _conclude(
+        self,
+        committing: asyncio.Task[int],
+        sealed: SealedDraft,
+        group: list[tuple[_Waiting, Any]],
+    ) -> None:
+        """Take what was committed, and tell who waits. Raises TermOver."""
+        try:
+            revision = committing.result()
         except asyncio.CancelledError:
             _refuse_all(group, OutcomeUnknown("the replica stopped while the change was written"))
             raise
@@ -200,6 +230,17 @@ class Applier:
             _refuse_all(group, error)
             return
         self._take(sealed, revision)
+        _resolve(group)
+        if sealed.gives_up_term:
+            self.given_up.set()
+
+    async def _tell_unwritten(self, group: list[tuple[_Waiting, Any]]) -> None:
+        """Tell what was decided on memory alone, once that is proven to be the newest."""
+        try:
+            await self._until_writable()
+        except asyncio.CancelledError:
+            _refuse_all(group, LeadershipLost("the term ended; nothing was changed"))
+            raise
         _resolve(group)
 
     def _refuse_or_part(self, group: list[tuple[_Waiting, Any]], error: Exception) -> None:
@@ -290,6 +331,14 @@ def _group_of(mark: KeyValue) -> str:
         return ""
 
 
+async def _finish(committing: asyncio.Task[int]) -> None:
+    """Return once a commit has ended; soon after a stop it is cancelled."""
+    if not committing.done():
+        await asyncio.wait({committing}, timeout=FINISH_S)
+        committing.cancel()
+        await asyncio.wait({committing})
+
+
 def _refusal(error: Exception) -> Exception:
     """A command that breaks is our fault, but must not stop the others."""
     if not isinstance(error, NovacronError):
@@ -303,11 +352,19 @@ def _refuse(waiting: _Waiting, error: Exception) -> None:
 
 
 def _refuse_all(group: list[tuple[_Waiting, Any]], error: Exception) -> None:
-    for waiting, _ in group:
-        _refuse(waiting, error)
+    """Refuse a group that was not written, or of which nobody knows.
+
+    What was refused anyway has certainly changed nothing; but what for may not have been written.
+    """
+    nothing_done = LeadershipLost("what stood against it may not have been written; try again")
+    for waiting, decided in group:
+        unknown = isinstance(error, OutcomeUnknown) and isinstance(decided, _Refused)
+        _refuse(waiting, nothing_done if unknown else error)
 
 
 def _resolve(group: list[tuple[_Waiting, Any]]) -> None:
     for waiting, decided in group:
-        if not waiting.result.done():
+        if isinstance(decided, _Refused):
+            _refuse(waiting, decided.error)
+        elif not waiting.result.done():
             waiting.result.set_result(decided)

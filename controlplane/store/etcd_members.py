@@ -50,10 +50,16 @@ class Effect(enum.Enum):
 
 
 class Limits(Struct, frozen=True):
-    """``attempt_s`` finds a stopped member soon; ``total_s`` outlasts an election of etcd."""
+    """``attempt_s`` finds a stopped member soon; ``total_s`` outlasts an election of etcd.
+
+    ``watch_silence_s``: a watch that says nothing for so long is asked for a sign of life, and is
+    dead after as long again. gRPC's own keep-alive does not notice a stopped member (60 s of
+    silence were seen).
+    """
 
     attempt_s: float = 0.5
     total_s: float = 3.0
+    watch_silence_s: float = 1.0
 
 
 class Members:
@@ -62,7 +68,7 @@ class Members:
     def __init__(self, members: Sequence[MemberRpc], limits: Limits, rng: random.Random) -> None:
         assert members, "a store has at least one member"
         self.all = tuple(members)
-        self._limits = limits
+        self.limits = limits
         self._rng = rng
         self._current: MemberRpc | None = None
         self._choosing: asyncio.Task[None] | None = None
@@ -85,8 +91,8 @@ class Members:
         Raises StoreUnavailable (nothing happened), OutcomeUnknown, and etcd's refusals.
         """
         loop = asyncio.get_running_loop()
-        limit_s = attempt_s or self._limits.attempt_s
-        end = loop.time() + max(self._limits.total_s, limit_s)
+        limit_s = attempt_s or self.limits.attempt_s
+        end = loop.time() + max(self.limits.total_s, limit_s)
         delays = BACKOFF.delays(self._rng)
         executed_maybe = False
         while True:
@@ -207,7 +213,7 @@ class Members:
             await self._attempt(
                 member,
                 lambda probed, deadline_s: probed.range(RangeOp(keys.LEADER), deadline_s),
-                self._limits.attempt_s,
+                self.limits.attempt_s,
             )
         except NovacronError as error:
             log.debug("etcd member %s did not pass a probe: %s", member.endpoint, error)

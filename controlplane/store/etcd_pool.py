@@ -19,6 +19,7 @@ from controlplane.store import etcd_watch, keys
 from controlplane.store.etcd_grpc import EtcdTls, GrpcMember
 from controlplane.store.etcd_members import Effect, Limits, Members
 from controlplane.store.etcd_rpc import (
+    NO_SPACE,
     TXN_OPS_MAX,
     Compare,
     DeleteOp,
@@ -49,6 +50,8 @@ from shared.errors import (
     Compacted,
     NotFound,
     NovacronError,
+    OutcomeUnknown,
+    StoreFull,
     StoreUnavailable,
 )
 
@@ -60,6 +63,9 @@ PAGE_KEYS = 2_000
 LISTINGS_MAX = 3
 # Compacting 100,000 versions took 5 s.
 COMPACT_S = 15.0
+# What goes through a whole database: 193 MB took up to 3.2 s, so etcd's largest advisable one, of
+# 8 GiB, takes 2.3 minutes.
+DEFRAGMENT_S = 180.0
 
 
 def connect(endpoints: Sequence[str], tls: EtcdTls | None) -> EtcdStore:
@@ -83,21 +89,22 @@ class EtcdStore:
         self._rng = rng
         self._page_keys = page_keys
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         for _ in range(LISTINGS_MAX):
             try:
-                return await self._list(prefix, revision_min)
+                return await self._list(prefix, revision_min, keys_only)
             except Compacted as error:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
 
     async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
-        async for page in self._pages(prefix, 0):
+        async for page in self._pages(prefix):
             yield page
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        wanted = RangeOp(key, revision=revision)
         answer = await self._members.call(
-            lambda member, deadline_s: member.range(RangeOp(key), deadline_s), Effect.READ
+            lambda member, deadline_s: member.range(wanted, deadline_s), Effect.READ
         )
         return answer.items[0] if answer.items else None
 
@@ -105,7 +112,9 @@ class EtcdStore:
         """Raise, besides the port's errors, ChangeTooLarge; OutcomeUnknown at the first doubt.
 
         To repeat the same commit is safe when it writes the mark: if the first took effect, the
-        fence refuses the second.
+        fence refuses the second. What uses etcd's quota up may have been written although etcd
+        refuses it (its applier writes first and asks then): it is read back, and the answer is as
+        if the fence had refused it when it was.
         """
         assert len({write.key for write in writes}) == len(writes), "a commit's keys are distinct"
         if len(writes) > TXN_OPS_MAX:
@@ -118,11 +127,14 @@ class EtcdStore:
             success=tuple(_op(write) for write in writes),
             failure=(RangeOp(keys.LEADER), RangeOp(keys.MARK)),
         )
-        done = await self._txn(txn, Effect.ONCE)
-        if done.succeeded:
-            return Committed(done.header.revision)
-        leader, mark = (_first(found) for found in done.reads)
-        return NotCommitted(leader, mark, done.header.revision)
+        try:
+            done = await self._txn(txn, Effect.ONCE)
+        except StoreFull:
+            holds = await self._read_back(txn)
+            if holds.succeeded:
+                raise
+            return _not_committed(holds)
+        return Committed(done.header.revision) if done.succeeded else _not_committed(done)
 
     def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[WatchBatch]:
         return etcd_watch.watch(self._members, prefix, from_revision, self._rng)
@@ -176,15 +188,31 @@ class EtcdStore:
         put = PutOp(keys.replica_key(name), value, lease)
         await self._txn(Txn((), (put,)), Effect.REPEATABLE)
 
-    async def compact(self, revision: int) -> None:
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
         try:
             await self._members.call(
-                lambda member, deadline_s: member.compact(revision, deadline_s),
+                lambda member, deadline_s: member.compact(revision, deadline_s, physical),
                 Effect.REPEATABLE,
-                attempt_s=COMPACT_S,
+                attempt_s=DEFRAGMENT_S if physical else COMPACT_S,
             )
         except Compacted:
             return
+
+    async def defragment(self, endpoint: str) -> None:
+        (member,) = (each for each in self._members.all if each.endpoint == endpoint)
+        await member.defragment(DEFRAGMENT_S)
+
+    async def disarm(self) -> None:
+        # Answers about alarms do not say of which cluster they are: members are asked one by one,
+        # and to disarm twice is as good as once.
+        problem: NovacronError | None = None
+        for member in self._members.all:
+            try:
+                await self._disarm_at(member)
+                return
+            except NovacronError as error:
+                problem = error
+        raise StoreUnavailable(f"no etcd member took its alarm back: {problem}") from problem
 
     async def members(self) -> tuple[MemberStatus, ...]:
         statuses = await asyncio.gather(*(self._status(each) for each in self._members.all))
@@ -196,18 +224,20 @@ class EtcdStore:
     async def close(self) -> None:
         await self._members.close()
 
-    async def _list(self, prefix: str, revision_min: int) -> Listing:
+    async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
         items: builtins.list[KeyValue] = []
         revision = 0
-        async for page in self._pages(prefix, revision_min):
+        async for page in self._pages(prefix, revision_min, keys_only):
             revision = page.revision
             items += page.items
         return Listing(revision, tuple(items))
 
-    async def _pages(self, prefix: str, revision_min: int) -> AsyncGenerator[Listing]:
+    async def _pages(
+        self, prefix: str, revision_min: int = 0, keys_only: bool = False
+    ) -> AsyncGenerator[Listing]:
         end, start, revision = prefix_end(prefix), prefix, 0
         while True:
-            page = RangeOp(start, end, limit=self._page_keys, revision=revision)
+            page = RangeOp(start, end, self._page_keys, revision, keys_only)
             answer = await self._page(page, revision_min)
             revision = revision or answer.header.revision
             yield Listing(revision, answer.items)
@@ -226,6 +256,19 @@ class EtcdStore:
         return await self._members.call(
             lambda member, deadline_s: member.txn(txn, deadline_s), effect
         )
+
+    async def _read_back(self, txn: Txn) -> TxnDone:
+        """Ask whether a transaction's fence holds still. Raises OutcomeUnknown."""
+        try:
+            return await self._txn(structs.replace(txn, success=()), Effect.READ)
+        except StoreUnavailable as error:
+            raise OutcomeUnknown(f"etcd is full, and may have taken the write: {error}") from error
+
+    async def _disarm_at(self, member: MemberRpc) -> None:
+        limit_s = self._limits.total_s
+        for alarm in (await member.alarms(limit_s)).alarms:
+            if alarm.name == NO_SPACE:
+                await member.disarm(alarm, limit_s)
 
     async def _alarms(self, statuses: Sequence[MemberStatus]) -> dict[str, tuple[str, ...]]:
         """Return the names of alarms by member id, as the first member that answers knows them."""
@@ -270,6 +313,11 @@ def _op(write: Write) -> Op:
     if isinstance(write, Put):
         return PutOp(write.key, write.value)
     return DeleteOp(write.key)
+
+
+def _not_committed(done: TxnDone) -> NotCommitted:
+    leader, mark = (_first(found) for found in done.reads)
+    return NotCommitted(leader, mark, done.header.revision)
 
 
 def _first(items: tuple[KeyValue, ...]) -> KeyValue | None:

@@ -28,10 +28,6 @@ from controlplane.store.etcd_rpc import (
 from controlplane.store.port import WatchBatch
 from shared.errors import Compacted, OutcomeUnknown, StoreUnavailable, WatchLost
 
-# gRPC's own keep-alive does not notice a stopped member (60 s of silence were seen), so the stream
-# is asked for progress after one period of silence and is dead after another.
-HEARTBEAT_S = 1.0
-
 
 async def watch(
     members: Members, prefix: str, from_revision: int, rng: random.Random
@@ -46,7 +42,7 @@ async def watch(
     delays = BACKOFF.delays(rng)
     while True:
         try:
-            member = await members.choose(loop.time() + HEARTBEAT_S)
+            member = await members.choose(loop.time() + members.limits.watch_silence_s)
             start = WatchStart(prefix, prefix_end(prefix), seen + 1)
             async with contextlib.aclosing(_answers(members, member, start)) as answers:
                 async for answer in answers:
@@ -63,10 +59,10 @@ async def _answers(
 ) -> AsyncGenerator[WatchAnswer]:
     """Yield what one stream says after its creation. Raises WatchLost and Compacted."""
     try:
-        stream = await member.watch(start, HEARTBEAT_S)
+        stream = await member.watch(start, members.limits.watch_silence_s)
         try:
             while True:
-                answer = await _receive(stream)
+                answer = await _receive(stream, members.limits.watch_silence_s)
                 members.verify_cluster(member, answer.header)
                 if answer.compact_revision:
                     raise Compacted(answer.compact_revision)
@@ -81,15 +77,15 @@ async def _answers(
         raise
 
 
-async def _receive(stream: WatchStream) -> WatchAnswer:
+async def _receive(stream: WatchStream, silence_s: float) -> WatchAnswer:
     """Return the next message; ask for one after a period of silence, give up after two."""
     reading = asyncio.create_task(_awaited(stream.receive()), name="etcd-watch-read")
     try:
-        if not await _done_within(reading, HEARTBEAT_S):
-            async with asyncio.timeout(HEARTBEAT_S):
+        if not await _done_within(reading, silence_s):
+            async with asyncio.timeout(silence_s):
                 await stream.send_progress_request()
-            if not await _done_within(reading, HEARTBEAT_S):
-                raise WatchLost(f"the watch was silent for {2 * HEARTBEAT_S:g} s")
+            if not await _done_within(reading, silence_s):
+                raise WatchLost(f"the watch was silent for {2 * silence_s:g} s")
         return reading.result()
     except TimeoutError as error:
         raise WatchLost("the watch takes no progress request") from error

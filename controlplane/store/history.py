@@ -161,6 +161,10 @@ class History:
         """
         return await self._in_file(lambda: self._forget(before, below))
 
+    async def segment(self, after: int, until: int, limit: int) -> tuple[HistoryEntry, ...]:
+        """Return the oldest in (``after``, ``until``], up to the first gap among them."""
+        return await self._in_file(lambda: self._segment(after, until, limit))
+
     async def entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
         """Return matching events or audit records, oldest first."""
         return await self._in_file(lambda: self._entries(wanted))
@@ -235,6 +239,14 @@ class History:
             self._database.executemany(
                 "INSERT OR IGNORE INTO history VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
+
+    def _segment(self, after: int, until: int, limit: int) -> tuple[HistoryEntry, ...]:
+        rows = self._database.execute(
+            "SELECT seq, body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+            (after, until, limit),
+        ).fetchall()
+        dense = takewhile(lambda row: row[1][0] == rows[0][0] + row[0], enumerate(rows))
+        return tuple(_entry(body) for _, (_, body) in dense)
 
     def _forget(self, before: datetime, below: int) -> int:
         oldest = self._database.execute(

@@ -2,7 +2,10 @@
 
 While another replica leads, the watch is what advances the state. While this one leads, its own
 commits do, and the watch only audits: every key must come back exactly as it was committed. After
-a compaction everything is listed again and compared, so that readers never see a gap.
+a compaction everything is listed again and compared, so that readers never see a gap. What a
+comparison with etcd finds although the watch looked healthy, a follower lists again. A leader's
+memory is the truth: a difference there is a write of somebody who does not hold the term, or a
+defect; it is counted and told, and only a person can say which it is.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from controlplane.state import ClusterState
+from msgspec import Struct
+
+from controlplane.state import Changes, ClusterState
 from controlplane.store import keys
-from controlplane.store.port import KeyValue, Listing, Store, WatchBatch
+from controlplane.store.port import KeyValue, Store, WatchBatch
 from shared.codec import unpack
 from shared.errors import Compacted, NovacronError, RecordUnreadable
 from shared.model import HistoryEntry, Record, Replica
@@ -22,14 +27,50 @@ log = logging.getLogger(__name__)
 
 # The store's own client has tried every member before it gives up.
 RETRY_S = 1.0
+# Up to so many keys are read one by one, at a millisecond each; more are listed with all others.
+READ_SINGLY_MAX = 200
+# Records decoded and indexed before others get their turn: about 15 ms.
+TAKEN_AT_ONCE = 500
+# Revisions compared before others get their turn: about 10 ms.
+COMPARED_AT_ONCE = 5000
+# So many differences are told one by one; the rest is told as a number.
+DIFFERENCES_TOLD_MAX = 20
+
+
+class Difference(Struct, frozen=True, order=True):
+    """A key at the revision that etcd has it at, and memory; 0 where it is not."""
+
+    key: str
+    listed: int
+    known: int
+
+
+class _Changes(Struct, frozen=True):
+    """What is listed at a revision, and of that the items that memory has otherwise."""
+
+    revision: int
+    listed: frozenset[str]
+    items: tuple[KeyValue, ...]
 
 
 class Informer:
-    def __init__(self, store: Store, state: ClusterState) -> None:
+    """``mismatches`` counts what memory was found to have otherwise than etcd.
+
+    Each is also told to ``on_mismatch``, with how many there were at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        state: ClusterState,
+        on_mismatch: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._store = store
         self._state = state
+        self._on_mismatch = on_mismatch
         self._auditing = False
         self._must_list = False
+        self.leader_key = Changes()
         self.mismatches = 0
         self.unreadable: set[str] = set()
         self.replicas: dict[str, Replica] = {}
@@ -44,10 +85,36 @@ class Informer:
         self._auditing = False
         self._must_list = True
 
+    def note_differences(self, found: frozenset[Difference]) -> None:
+        """Count and tell what a comparison found; a follower makes it good."""
+        if not found:
+            return
+        whose = "the leader's" if self._auditing else "this follower's"
+        for each in sorted(found)[:DIFFERENCES_TOLD_MAX]:
+            log.error(
+                "%s is at %d in etcd and at %d in %s memory (0: not there)",
+                *(each.key, each.listed, each.known, whose),
+            )
+        log.error("%d keys differ between etcd and %s memory", len(found), whose)
+        self._count(len(found))
+        self._must_list = not self._auditing
+
     async def load(self, revision_min: int) -> None:
-        """Make the state what etcd lists at a revision not below ``revision_min``."""
-        listing = await self._store.list(keys.ROOT, revision_min=revision_min)
-        self._take_listing(listing)
+        """Make the state what etcd lists at a revision not below ``revision_min``.
+
+        What memory has at the revision that etcd has it at is not read again: the watch may have
+        missed changes, but no key has two values at one revision. A first listing of many records
+        is taken in steps, which leave the event loop to others in between: nobody reads before it
+        is whole (``ClusterState.revision``). Later ones are taken at once, since somebody may.
+        """
+        is_first = self._state.revision == 0
+        changes = await self._read(revision_min)
+        for start in range(0, len(changes.items), TAKEN_AT_ONCE):
+            if start and is_first:
+                await asyncio.sleep(0)
+            for item in changes.items[start : start + TAKEN_AT_ONCE]:
+                self._take_item(item)
+        self._drop_unlisted(changes)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Follow the watch for ever."""
@@ -83,12 +150,39 @@ class Informer:
         While the listing is under way this replica may have begun to lead: its memory is then the
         truth, and what was listed is older than it.
         """
-        listing = await self._store.list(keys.ROOT)
-        if self._auditing or listing.revision < self._state.revision:
+        changes = await self._read(0)
+        if self._auditing or changes.revision < self._state.revision:
             return False
         self._must_list = False
-        self._take_listing(listing)
+        for item in changes.items:
+            self._take_item(item)
+        self._drop_unlisted(changes)
         return True
+
+    async def _read(self, revision_min: int) -> _Changes:
+        """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
+        listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
+        wanted: list[str] = []
+        for start in range(0, len(listing.items), COMPARED_AT_ONCE):
+            part = listing.items[start : start + COMPARED_AT_ONCE]
+            wanted += [item.key for item in part if self._differs(item)]
+            await asyncio.sleep(0)
+        listed = frozenset(item.key for item in listing.items)
+        if len(wanted) > READ_SINGLY_MAX:
+            listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
+            listed = frozenset(item.key for item in listing.items)
+            return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
+        found = [await self._store.get(key, revision=listing.revision) for key in wanted]
+        return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
+
+    def _differs(self, item: KeyValue) -> bool:
+        """Whether memory lacks a key, or has it at another revision."""
+        if item.key.startswith(keys.REPLICAS) or item.key in self.unreadable:
+            return True
+        try:
+            return known_revision(self._state, item) != item.mod_revision
+        except RecordUnreadable:
+            return True  # not a key of this release: it is looked at, and set aside
 
     async def _follow(self, next_revision: int) -> int:
         """Take batches until a listing is due; return the revision to go on from."""
@@ -103,23 +197,25 @@ class Informer:
             await batches.aclose()
         return next_revision
 
-    def _take_listing(self, listing: Listing) -> None:
-        listed: set[str] = set()
-        seqs: set[int] = set()
-        for item in listing.items:
-            listed.add(item.key)
-            if self._take_item(item) and item.key.startswith(keys.HISTORY):
-                seqs.add(keys.history_seq(item.key))
-        for kind, record_id in list(self._state.record_ids()):
-            if keys.key_of(kind, record_id) not in listed:
-                self._state.remove(kind, record_id)
-        for seq in [seq for seq in self._state.history if seq not in seqs]:
-            self._state.remove_history(seq)
-        for name in [name for name in self.replicas if keys.replica_key(name) not in listed]:
-            del self.replicas[name]
-        self._state.advanced(listing.revision)
+    def _drop_unlisted(self, changes: _Changes) -> None:
+        # What is listed and can be read is in memory by now: when that is all, nothing is over.
+        readable = changes.listed - self.unreadable
+        if sum(map(keys.holds_record, readable)) != self._state.record_count():
+            for kind, record_id in list(self._state.record_ids()):
+                if keys.key_of(kind, record_id) not in changes.listed:
+                    self._state.remove(kind, record_id)
+        for seq in list(self._state.history):
+            if keys.history_key(seq) not in changes.listed:
+                self._state.remove_history(seq)
+        for name in list(self.replicas):
+            if keys.replica_key(name) not in changes.listed:
+                del self.replicas[name]
+        self.unreadable &= changes.listed
+        self._state.advanced(changes.revision)
 
     def _take_batch(self, batch: WatchBatch) -> None:
+        if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):
+            self.leader_key.notify()
         for item in batch.puts:
             if item.key.startswith(keys.REPLICAS):
                 self._take_item(item)
@@ -177,5 +273,26 @@ class Informer:
             return  # our own commit whose answer is still on its way
         if known is None or known.revision >= item.mod_revision:
             return
-        self.mismatches += 1
         log.error("%s at %d is not in the leader's memory", item.key, item.mod_revision)
+        self._count(1)
+
+    def _count(self, mismatches: int) -> None:
+        self.mismatches += mismatches
+        self._on_mismatch(mismatches)
+
+
+def known_revision(state: ClusterState, item: KeyValue) -> int:
+    """Return at which revision memory has a key, 0 when it is not there.
+
+    For keys that memory does not keep, or not with their revision, that is the one of the item.
+    Raises RecordUnreadable for a key that is not of this release.
+    """
+    if item.key.startswith(keys.HISTORY):
+        # Entries never change, and are only kept by their number.
+        return item.mod_revision if keys.history_seq(item.key) in state.history else 0
+    if not keys.holds_record(item.key):
+        return item.mod_revision
+    if item.key == keys.CLUSTER:
+        return next((stored.revision for stored in state.clusters.values()), 0)
+    stored = state.get(*keys.record_of(item.key))
+    return 0 if stored is None else stored.revision

@@ -32,14 +32,15 @@ class TimedStore:
         self._store = store
         self._observe = observe
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
-        return await self._timed("list", self._store.list(prefix, revision_min=revision_min))
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
+        listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
+        return await self._timed("list", listing)
 
     def scan(self, prefix: str) -> AsyncGenerator[Listing]:
         return self._store.scan(prefix)
 
-    async def get(self, key: str) -> KeyValue | None:
-        return await self._timed("get", self._store.get(key))
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        return await self._timed("get", self._store.get(key, revision=revision))
 
     async def commit(self, fence: Fence, writes: Sequence[Write]) -> Committed | NotCommitted:
         return await self._timed("commit", self._store.commit(fence, writes))
@@ -66,8 +67,14 @@ class TimedStore:
         registering = self._store.register_replica(name, value, lease)
         await self._timed("register_replica", registering)
 
-    async def compact(self, revision: int) -> None:
-        await self._timed("compact", self._store.compact(revision))
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
+        await self._timed("compact", self._store.compact(revision, physical=physical))
+
+    async def defragment(self, endpoint: str) -> None:
+        await self._timed("defragment", self._store.defragment(endpoint))
+
+    async def disarm(self) -> None:
+        await self._timed("disarm", self._store.disarm())
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return await self._timed("members", self._store.members())

@@ -64,10 +64,19 @@ class ProgressBoard:
             bytes_done=bytes_done,
             bytes_total=bytes_total,
         )
-        frame = ProgressFrame(operation=operation_id, progress=progress, detail=detail)
+        self.take(ProgressFrame(operation=operation_id, progress=progress, detail=detail))
+
+    def take(self, frame: ProgressFrame) -> None:
+        """Take a figure as another replica has it, unless it is here already."""
+        if self._latest.get(frame.operation) == frame:
+            return
         _put_last(self._latest, frame, OPERATIONS_MAX)
         for reader in self._readers:
             reader.offer(frame)
+
+    def all(self) -> tuple[ProgressFrame, ...]:
+        """Return the latest figure of each operation that has not ended."""
+        return tuple(self._latest.values())
 
     def forget(self, operation_id: str) -> None:
         """Drop what is known of an operation: it has ended."""

@@ -9,14 +9,23 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import bench_api, bench_create, bench_footprint, bench_migrate
+from tests.bench import (
+    bench_api,
+    bench_applier,
+    bench_create,
+    bench_failover,
+    bench_footprint,
+    bench_migrate,
+)
 from tests.bench.result import BenchResult
 
 BENCHES: dict[str, Callable[[], list[BenchResult]]] = {
     "create": bench_create.run,
     "api": bench_api.run,
+    "applier": bench_applier.run,
     "footprint": bench_footprint.run,
     "migrate": bench_migrate.run,
+    "failover": bench_failover.run,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.store import keys
 from controlplane.store.etcd_members import Limits
@@ -79,6 +80,29 @@ async def test_a_listing_is_sorted_and_of_one_prefix(world: World) -> None:
     ]
     assert listing.revision == fence.mark_revision
     assert {item.mod_revision for item in listing.items} == {fence.mark_revision}
+
+
+async def test_a_listing_of_keys_has_revisions_and_no_values(world: World) -> None:
+    fence = await world.commit(await world.lead(), *_puts(3))
+    fence = await world.commit(fence, _puts(1)[0])
+    whole, bare = await world.store.list(VMS), await world.store.list(VMS, keys_only=True)
+    assert [replace(item, value=b"") for item in whole.items] == list(bare.items)
+    assert bare.items[0].mod_revision == fence.mark_revision
+    assert bare.items[1].mod_revision < fence.mark_revision
+    assert all(item.value for item in whole.items)
+
+
+async def test_a_key_is_read_as_it_was_at_a_revision(world: World) -> None:
+    put = _puts(1)[0]
+    first = await world.commit(await world.lead(), put)
+    second = await world.commit(first, Put(put.key, b"newer"))
+    for fence, value in ((first, put.value), (second, b"newer")):
+        found = await world.store.get(put.key, revision=fence.mark_revision)
+        assert found is not None
+        assert (found.value, found.mod_revision) == (value, fence.mark_revision)
+    await world.store.compact(second.mark_revision)
+    with pytest.raises(Compacted):
+        await world.store.get(put.key, revision=first.mark_revision)
 
 
 async def test_pages_of_a_listing_are_of_one_revision(world: World) -> None:

@@ -139,7 +139,10 @@ async def simulated_agent(
     sender = Telemetry(
         tuple(replicas), dialler.telemetry, outbox, agent.telemetry_hello, clock, rng
     )
-    running = [asyncio.ensure_future(agent.run())]
+    running = [
+        asyncio.ensure_future(agent.run()),
+        asyncio.ensure_future(dialler.keep_open(replicas)),
+    ]
     if telemetry:
         running += [asyncio.ensure_future(sampler.run()), asyncio.ensure_future(sender.run())]
     try:

@@ -173,6 +173,11 @@ class Lab:
         for replica in others:
             self._start_replica(replica, "/healthz")
 
+    def start_replica(self, name: str) -> None:
+        """Start a replica that was stopped, and return once it answers."""
+        replica = next(r for r in self.replicas if r.name == name)
+        self._start_replica(replica, "/healthz")
+
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
         api = self.api()
@@ -291,6 +296,9 @@ class Lab:
                 ca=str(CELL_DIR / "ca.crt") if built else "",
                 token=str(CELL_DIR / "admin.token") if built else "",
                 etcd=tuple(m.endpoint for m in self.members),
+                members=tuple(
+                    state.MemberState(name=m.name, endpoint=m.endpoint) for m in self.members
+                ),
                 replicas=tuple(state.ReplicaState(name=r.name, url=r.url) for r in self.replicas),
                 nodes=tuple(
                     state.NodeState(

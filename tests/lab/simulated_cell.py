@@ -71,9 +71,8 @@ async def _serve_api(
     cluster: SimCluster, directory: Path, files: CellFiles, stop: asyncio.Event, ready: Ready
 ) -> None:
     context = cluster.context()
-    metrics = Metrics(
-        CollectorRegistry(), replica=REPLICA, version=VERSION, windows=context.windows
-    )
+    windows = cluster.control_plane(REPLICA).windows
+    metrics = Metrics(CollectorRegistry(), replica=REPLICA, version=VERSION, windows=windows)
     issued = directory / "replicas" / REPLICA
     server = ApiServer(
         build_app(context, metrics),

@@ -35,6 +35,12 @@ class ReplicaState(Struct, frozen=True, kw_only=True):
     pid: int | None = None
 
 
+class MemberState(Struct, frozen=True, kw_only=True):
+    name: str
+    endpoint: str
+    pid: int | None = None
+
+
 class NodeState(Struct, frozen=True, kw_only=True):
     """``id`` is None until the control plane has registered the node."""
 
@@ -47,12 +53,16 @@ class NodeState(Struct, frozen=True, kw_only=True):
 
 
 class LabState(Struct, frozen=True, kw_only=True):
-    """``api`` URLs, paths of ``ca`` and ``token``, ``etcd`` endpoints; pids are None when down."""
+    """``api`` URLs, paths of ``ca`` and ``token``, ``etcd`` endpoints; pids are None when down.
+
+    ``members`` are who is at these endpoints.
+    """
 
     api: tuple[str, ...] = ()
     ca: str = ""
     token: str = ""
     etcd: tuple[str, ...] = ()
+    members: tuple[MemberState, ...] = ()
     replicas: tuple[ReplicaState, ...] = ()
     nodes: tuple[NodeState, ...] = ()
 
@@ -87,6 +97,7 @@ def with_pids(state: LabState, programs: tuple[ProgramPid, ...]) -> LabState:
     replace = msgspec.structs.replace
     return replace(
         state,
+        members=tuple(replace(m, pid=living.get(m.name)) for m in state.members),
         replicas=tuple(replace(r, pid=living.get(r.name)) for r in state.replicas),
         nodes=tuple(
             replace(

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
 from msgspec import Struct
 
@@ -19,15 +19,18 @@ from agent.hypervisor import HypervisorFacts
 from agent.simulated_driver import simulated_facts
 from agent.simulated_fabric import SimulatedFabric
 from controlplane.app import ControlPlane
+from controlplane.election import ElectionSettings
 from controlplane.leader import Founding
 from controlplane.services.context import Context
+from controlplane.sessions import following
+from controlplane.sessions.hub import HubSettings
+from controlplane.sessions.peer_messages import PEER_METHOD, PeerAnswer, PeerRequest
+from controlplane.store import comparison
+from controlplane.store.etcd_members import Limits
 from shared.clock import Clock
 from shared.errors import NoLeader
 from shared.ids import new_cell
-from shared.model import (
-    ApiKey,
-    Cluster,
-)
+from shared.model import SCHEMA_LEVEL, ApiKey, Cluster
 from shared.protocol import (
     SESSION_METHOD,
     TELEMETRY_METHOD,
@@ -36,12 +39,14 @@ from shared.protocol import (
     TelemetryAnswer,
     TelemetryMessage,
 )
+from tests.sim.clocks import HostClock
 from tests.sim.etcd import Commit, EtcdHosts
 from tests.sim.ledger import SimEvent, committed
 from tests.sim.network import Kinds, Network, NetworkSettings
 from tests.sim.node import SHARED_POOL, SimNode
 from tests.sim.replica import SimReplica
 from tests.sim.trace import Trace
+from tests.sim.virtual_loop import VirtualLoop, true_time_s
 
 log = logging.getLogger(__name__)
 
@@ -49,24 +54,27 @@ AGENT_PORT = 8444
 METHODS = {
     SESSION_METHOD: Kinds(by_server=AgentMessage, by_client=LeaderMessage),
     TELEMETRY_METHOD: Kinds(by_server=TelemetryMessage, by_client=TelemetryAnswer),
+    PEER_METHOD: Kinds(by_server=PeerRequest, by_client=PeerAnswer, lasting=False),
 }
-BIRTH = datetime(2030, 1, 1, tzinfo=UTC)
 
 Observer = Callable[[SimEvent], None]
 
 
-class LoopClock:
-    """Dates and elapsed time that follow the running loop's clock."""
+class _MachineClock:
+    """What a machine's processes are told of time, by its own clock."""
+
+    def __init__(self, clock: HostClock) -> None:
+        self._clock = clock
 
     def now(self) -> datetime:
-        return BIRTH + timedelta(seconds=asyncio.get_running_loop().time())
+        return self._clock.date(true_time_s())
 
     def boottime_s(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self._clock.own_s(true_time_s())
 
 
 class ClusterSettings(Struct, frozen=True, kw_only=True):
-    """How large it is. ``telemetry``: agents also measure and send samples.
+    """How large it is, and the product's own times. ``telemetry``: agents also send samples.
 
     ``held_up_share`` of the calls to libvirt take seconds.
     """
@@ -79,6 +87,11 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     telemetry: bool = False
     held_up_share: float = 0.05
     network: NetworkSettings = NetworkSettings()
+    election: ElectionSettings = ElectionSettings()
+    sessions: HubSettings = HubSettings()
+    store: Limits = Limits()
+    exchange_period_s: float = following.PERIOD_S
+    comparison_period_s: float = comparison.PERIOD_S
 
 
 class SimCluster:
@@ -93,21 +106,31 @@ class SimCluster:
         trace: Trace | None = None,
         founding: Founding | None = None,
         observe: Observer | None = None,
+        schema_level: int = SCHEMA_LEVEL,
     ) -> None:
         self.settings = settings
         self.rng = rng
-        self.clock = clock or LoopClock()
+        self._clock = clock
+        self._host_clocks: dict[str, HostClock] = {}
+        self.clock = self.clock_of("")
         self.trace = trace or Trace()
-        self.founding = founding or _founding(rng, self.clock)
+        self.founding = founding or _founding(rng, self.clock, schema_level)
         self._observer = observe
         self.network = Network(self.part(), self.trace, METHODS, settings.network)
         self.fabric = SimulatedFabric(linked=self._linked)
-        self.etcd = EtcdHosts(settings.members, self.part(), self.network, self._committed)
+        self.etcd = EtcdHosts(settings.members, self.part(), self._committed)
         names = [f"replica-{number + 1}" for number in range(settings.replicas)]
-        addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
+        self._addresses = tuple(f"{name}:{AGENT_PORT}" for name in names)
         self.replicas = {name: SimReplica(self, name) for name in names}
-        nodes = [f"node-{number + 1}" for number in range(settings.nodes)]
-        self.nodes = {name: SimNode(self, name, addresses) for name in nodes}
+        self.nodes: dict[str, SimNode] = {}
+        for _ in range(settings.nodes):
+            self.add_node()
+
+    def add_node(self) -> SimNode:
+        """Set a further node up; it joins once its agent is started."""
+        name = f"node-{len(self.nodes) + 1}"
+        node = self.nodes[name] = SimNode(self, name, self._addresses)
+        return node
 
     async def start(self) -> None:
         for replica in self.replicas.values():
@@ -149,6 +172,26 @@ class SimCluster:
             raise NoLeader("no replica leads at present")
         return leading.context()
 
+    def host_clock(self, host: str) -> HostClock:
+        """Return a machine's own clock; nobody's, for an empty name, is always right."""
+        return self._host_clocks.setdefault(host, HostClock())
+
+    def set_rate(self, host: str, rate: float) -> None:
+        """Let a machine's clock run at another rate, its timers too."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop), "real clocks are as they are"
+        loop.change_rate(self.host_clock(host), rate)
+
+    def right_clocks(self) -> None:
+        for host, clock in self._host_clocks.items():
+            clock.date_off_s = 0.0
+            if clock.rate != 1.0:
+                self.set_rate(host, 1.0)
+
+    def clock_of(self, host: str) -> Clock:
+        """Return the clock that a machine's processes are given."""
+        return self._clock or _MachineClock(self.host_clock(host))
+
     def part(self) -> random.Random:
         """Return a source of randomness of its own, so that parts do not disturb each other."""
         return random.Random(self.rng.getrandbits(64))
@@ -189,11 +232,11 @@ class SimCluster:
             self._observer(committed(commit.revision, commit.writer, changes))
 
 
-def _founding(rng: random.Random, clock: Clock) -> Founding:
+def _founding(rng: random.Random, clock: Clock, schema_level: int) -> Founding:
     cell = new_cell(rng)
     now = clock.now()
     return Founding(
-        Cluster(id=f"cluster-{cell}", cell=cell, created_at=now),
+        Cluster(id=f"cluster-{cell}", cell=cell, created_at=now, schema_level=schema_level),
         ApiKey(id=f"key-{cell}", sha256="", principal="admin", role="admin", created_at=now),
     )
 

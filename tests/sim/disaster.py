@@ -15,6 +15,7 @@ from controlplane.services.vms import delete_vm
 from controlplane.store.etcd_pool import EtcdStore
 from shared.ids import IdSource
 from tests.sim.bench import ADMIN, Bench
+from tests.sim.etcd_link import EtcdLink
 from tests.sim.ledger import DeleteAsked, RecordsLost
 from tests.sim.process import Process
 
@@ -47,7 +48,8 @@ class Disaster:
         """Restore into the empty etcd; replicas are not started yet."""
         cluster = self._bench.cluster
         process = Process("replica-1", f"restore.{next(self._numbers)}")
-        store = EtcdStore(cluster.etcd.links(process), cluster.part())
+        links = [EtcdLink(cluster.network, process, each) for each in cluster.etcd.members]
+        store = EtcdStore(links, cluster.part())
         now = cluster.clock.now()
         summary, items = _read(backup)
         faults = refusals(

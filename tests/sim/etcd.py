@@ -1,8 +1,8 @@
-"""Simulated etcd: the members' failures, and the way from a replica's client to a member.
+"""Simulated etcd: its members and what goes wrong with each of them.
 
 The state is the product's model of etcd; what is committed is told to an observer at once, with the
-process whose request it was. A request outlives its client, as on a real wire: a cut may hold it
-back for a while and still deliver it. Without a majority of members nobody answers.
+process whose request it was. Without a majority of members nobody answers. ``etcd_link.py`` is the
+way from a replica's client to a member.
 """
 
 from __future__ import annotations
@@ -10,39 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
 
 from msgspec import Struct
 
-from controlplane.store.etcd_rpc import (
-    Alarms,
-    Compaction,
-    Event,
-    Lease,
-    MemberRpc,
-    Ranged,
-    RangeOp,
-    Revoked,
-    Status,
-    Txn,
-    TxnDone,
-    WatchAnswer,
-    WatchStart,
-    WatchStream,
-)
-from controlplane.store.model_etcd import ModelEtcd
+from controlplane.store.etcd_rpc import Event
+from controlplane.store.model_etcd import LEASE_TTL_MIN_S, ModelEtcd
 from controlplane.store.model_member import ModelMember
 from shared.errors import OutcomeUnknown, StoreUnavailable, WatchLost
-from tests.sim.network import Lost, Network
-from tests.sim.process import Process, never_mind, outside
-
-Result = TypeVar("Result")
+from tests.sim.process import later
 
 # A new leader of etcd is there after its election timeout, one second or two after the old one.
 ELECTION_MIN_S, ELECTION_MAX_S = 1.0, 2.0
+# What a member answers without waiting for its log.
+_IN_MEMORY = frozenset({"status", "alarms", "lease_keep_alive", "send_progress_request", "receive"})
+_ON_WATCHES = frozenset({"send_progress_request", "receive"})
 
-_WRITER: contextvars.ContextVar[str] = contextvars.ContextVar("writer", default="")
+# The incarnation of the process whose request is being carried out.
+WRITER: contextvars.ContextVar[str] = contextvars.ContextVar("writer", default="")
 
 
 class Commit(Struct, frozen=True):
@@ -56,22 +41,15 @@ class Commit(Struct, frozen=True):
 class EtcdHosts:
     """All members of one model cluster, and what is wrong with each."""
 
-    def __init__(
-        self, members: int, rng: random.Random, network: Network, observe: Callable[[Commit], None]
-    ) -> None:
-        self.model = ModelEtcd()
+    def __init__(self, members: int, rng: random.Random, observe: Callable[[Commit], None]) -> None:
+        self.model = _Model()
         self._rng = rng
-        self._network = network
         self._observe = observe
         self._seen = self.model.revision
         self._ready = asyncio.Event()
         self._ready.set()
-        self.members = tuple(_Member(self, number + 1) for number in range(members))
+        self.members = tuple(Member(self, number + 1, rng) for number in range(members))
         self.model.attach(self)
-
-    def links(self, process: Process) -> tuple[MemberRpc, ...]:
-        """Return the members as one replica's process reaches them."""
-        return tuple(_Link(self._network, process, member) for member in self.members)
 
     async def close(self) -> None:
         self.model.detach(self)
@@ -82,7 +60,7 @@ class EtcdHosts:
     def wake(self) -> None:
         for events in self.model.events_from(self._seen + 1):
             self._seen = events[0].kv.mod_revision
-            self._observe(Commit(self._seen, _WRITER.get(), events))
+            self._observe(Commit(self._seen, WRITER.get(), events))
 
     def catch_up(self) -> None: ...
 
@@ -111,9 +89,32 @@ class EtcdHosts:
         for member in self.members:
             member.answers_to_lose = count
 
+    def lose_requests(self, count: int) -> None:
+        """Let the next requests to every member get lost before they are carried out."""
+        for member in self.members:
+            member.requests_to_lose = count
+
+    def run_full(self) -> None:
+        """Use up the quota: from now on nothing is added until an operator has made room."""
+        self.model.full = True
+
+    def make_room(self) -> None:
+        self.model.disarm()
+
+    def expire_leases(self, renewals_that_lie: int) -> None:
+        """End every lease at once, as an etcd leader that was stuck may; see etcd issue 15247.
+
+        So many renewals after that are answered as if nothing had been: etcd before 3.4.38 says
+        so now and then.
+        """
+        self.model.renewals_that_lie = renewals_that_lie
+        self.model.expire_all()
+
     def heal(self) -> None:
+        self.make_room()
+        self.model.renewals_that_lie = 0
         for index, member in enumerate(self.members):
-            member.answers_to_lose = 0
+            member.recover()
             if member.down:
                 self.restart(index)
             if not member.running.is_set():
@@ -123,7 +124,7 @@ class EtcdHosts:
         """Lose every member's disk: what answers from now on is a new, empty cluster."""
         self.model.detach(self)
         await self.model.close()
-        self.model = ModelEtcd()
+        self.model = _Model()
         self._seen = self.model.revision
         for member in self.members:
             member.rpc = ModelMember(self.model, member.number, member)
@@ -133,7 +134,12 @@ class EtcdHosts:
         """Wait until a majority has a leader."""
         await self._ready.wait()
 
-    def _healthy(self) -> list[_Member]:
+    def disk_delay_s(self, member: Member) -> float:
+        """Return how long a write waits at a member: for its own disk, and for the leader's."""
+        leader = next(each for each in self.members if each.number == self.model.leader_id)
+        return max(member.disk_delay_s(), leader.disk_delay_s())
+
+    def _healthy(self) -> list[Member]:
         return [each for each in self.members if not each.down and each.running.is_set()]
 
     def _lose_quorum_or_leader(self) -> None:
@@ -148,7 +154,7 @@ class EtcdHosts:
 
     def _elect_later(self) -> None:
         delay_s = self._rng.uniform(ELECTION_MIN_S, ELECTION_MAX_S)
-        asyncio.get_running_loop().call_later(delay_s, self._elect)
+        later(delay_s, self._elect)
 
     def _elect(self) -> None:
         healthy = self._healthy()
@@ -158,33 +164,78 @@ class EtcdHosts:
         self._ready.set()
 
 
-class _Member:
-    """One member's faults, in the form that the model takes them."""
+class _Model(ModelEtcd):
+    """The model with leases that end before their time, and renewals that do not tell."""
 
-    def __init__(self, hosts: EtcdHosts, number: int) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.renewals_that_lie = 0
+
+    def expire_all(self) -> None:
+        for lease_id in list(self._leases):
+            self.revoke(lease_id)
+
+    def keep_alive(self, lease_id: int) -> int:
+        known = super().keep_alive(lease_id)
+        if known or self.renewals_that_lie == 0:
+            return known
+        self.renewals_that_lie -= 1
+        return LEASE_TTL_MIN_S
+
+
+class Member:
+    """One member's faults, in the form that the model takes them.
+
+    ``slow_disk_s``: how long a write to its log takes, at least and at most. ``events_lost`` is the
+    share of revisions that its watches leave out. Its watches say nothing unless they ``speak``.
+    """
+
+    def __init__(self, hosts: EtcdHosts, number: int, rng: random.Random) -> None:
         self.number = number
         self.host = f"etcd-{number}"
         self.down = False
         self.running = asyncio.Event()
         self.running.set()
-        self.answers_to_lose = 0
+        self.watches_speak = asyncio.Event()
+        self.recover()
         self._hosts = hosts
+        self._rng = rng
         self.rpc = ModelMember(hosts.model, number, self)
 
+    def recover(self) -> None:
+        """Have nothing wrong any more, but for being down or paused."""
+        self.answers_to_lose = 0
+        self.requests_to_lose = 0
+        self.slow_disk_s: tuple[float, float] | None = None
+        self.events_lost = 0.0
+        self.watches_speak.set()
+        self._stuck_at: int | None = None
+
+    def fall_behind(self) -> None:
+        """Read nothing that is newer than this moment."""
+        self._stuck_at = self._hosts.model.revision
+
+    def catch_up(self) -> None:
+        self._stuck_at = None
+
+    def disk_delay_s(self) -> float:
+        return 0.0 if self.slow_disk_s is None else self._rng.uniform(*self.slow_disk_s)
+
+    def loses_event(self) -> bool:
+        return self.events_lost > 0 and self._rng.random() < self.events_lost
+
     async def before(self, call: str) -> None:
-        while True:
-            self._refuse_when_down(call)
-            if not self.running.is_set():
-                await self.running.wait()
-            elif call not in ("status", "send_progress_request", "receive"):
-                await self._hosts.quorum()
-                if self.running.is_set() and not self.down:
-                    return
-            else:
-                return
+        self._refuse_when_down(call)
+        if self.requests_to_lose > 0 and call not in _ON_WATCHES:
+            self.requests_to_lose -= 1
+            raise OutcomeUnknown("the request was lost")
+        await self._until_it_works(call)
+        if call not in _IN_MEMORY and (delay_s := self._hosts.disk_delay_s(self)) > 0:
+            await asyncio.sleep(delay_s)
+            await self._until_it_works(call)
 
     async def after(self, call: str) -> None:
-        if self.down and call in ("receive", "send_progress_request"):
+        if self.down and call in _ON_WATCHES:
             raise WatchLost("the member is down")
         if self.down:
             raise OutcomeUnknown("the member went down before it answered")
@@ -193,121 +244,25 @@ class _Member:
             raise OutcomeUnknown("the answer was lost")
 
     def read_revision(self, revision: int) -> int:
-        return revision
+        if self._stuck_at is None:
+            return revision
+        return max(self._stuck_at, self._hosts.model.compact_revision)
+
+    async def _until_it_works(self, call: str) -> None:
+        while True:
+            self._refuse_when_down(call)
+            if not self.running.is_set():
+                await self.running.wait()
+            elif call not in ("status", *_ON_WATCHES):
+                await self._hosts.quorum()
+                if self.running.is_set() and not self.down:
+                    return
+            else:
+                return
 
     def _refuse_when_down(self, call: str) -> None:
         if not self.down:
             return
-        if call in ("receive", "send_progress_request"):
+        if call in _ON_WATCHES:
             raise WatchLost("the member is down")
         raise StoreUnavailable("the member is down")
-
-
-class _Link:
-    """One member as one process reaches it: the port ``MemberRpc`` across the network."""
-
-    def __init__(self, network: Network, process: Process, member: _Member) -> None:
-        self._network = network
-        self._process = process
-        self._member = member
-
-    @property
-    def endpoint(self) -> str:
-        return self._member.host
-
-    async def range(self, request: RangeOp, deadline_s: float) -> Ranged:
-        return await self._call(lambda rpc: rpc.range(request, deadline_s), deadline_s)
-
-    async def txn(self, request: Txn, deadline_s: float) -> TxnDone:
-        return await self._call(lambda rpc: rpc.txn(request, deadline_s), deadline_s)
-
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
-        return await self._call(lambda rpc: rpc.compact(revision, deadline_s), deadline_s)
-
-    async def lease_grant(self, ttl_s: int, deadline_s: float) -> Lease:
-        return await self._call(lambda rpc: rpc.lease_grant(ttl_s, deadline_s), deadline_s)
-
-    async def lease_revoke(self, lease: int, deadline_s: float) -> Revoked:
-        return await self._call(lambda rpc: rpc.lease_revoke(lease, deadline_s), deadline_s)
-
-    async def lease_keep_alive(self, lease: int, deadline_s: float) -> Lease:
-        return await self._call(lambda rpc: rpc.lease_keep_alive(lease, deadline_s), deadline_s)
-
-    async def status(self, deadline_s: float) -> Status:
-        return await self._call(lambda rpc: rpc.status(deadline_s), deadline_s)
-
-    async def alarms(self, deadline_s: float) -> Alarms:
-        return await self._call(lambda rpc: rpc.alarms(deadline_s), deadline_s)
-
-    async def watch(self, request: WatchStart, deadline_s: float) -> WatchStream:
-        stream = await self._call(lambda rpc: rpc.watch(request, deadline_s), deadline_s)
-        return _Watch(self._network, self._process, self._member, stream)
-
-    async def close(self) -> None: ...
-
-    async def _call(
-        self, call: Callable[[ModelMember], Awaitable[Result]], deadline_s: float
-    ) -> Result:
-        self._process.check()
-        if self._member.down and not self._cut():
-            await asyncio.sleep(self._network.delay_s())
-            raise StoreUnavailable(f"{self.endpoint} refuses the connection")
-        request = outside(self._across(call), f"{self.endpoint}-request")
-        request.add_done_callback(never_mind)
-        done, _ = await asyncio.wait({request}, timeout=max(deadline_s, 0))
-        self._process.check()
-        if not done:
-            raise OutcomeUnknown(f"no answer of etcd member {self.endpoint}: deadline")
-        return request.result()
-
-    async def _across(self, call: Callable[[ModelMember], Awaitable[Result]]) -> Result:
-        host, member = self._process.host, self._member.host
-        _WRITER.set(self._process.incarnation)
-        try:
-            await self._network.passage(host, member)
-            result = await call(self._member.rpc)
-            await self._network.passage(member, host)
-        except Lost as lost:
-            raise OutcomeUnknown(f"the connection broke: {lost}") from None
-        return result
-
-    def _cut(self) -> bool:
-        one, other = self._process.host, self._member.host
-        return self._network.is_cut(one, other) or self._network.is_cut(other, one)
-
-
-class _Watch:
-    """A watch stream across the network: a cut holds its messages back, in order."""
-
-    def __init__(
-        self, network: Network, process: Process, member: _Member, stream: WatchStream
-    ) -> None:
-        self._network = network
-        self._process = process
-        self._member = member
-        self._stream = stream
-        process.at_death(self._die)
-
-    async def receive(self) -> WatchAnswer:
-        self._process.check()
-        answer = await self._stream.receive()
-        await self._passage(self._member.host, self._process.host)
-        self._process.check()
-        return answer
-
-    async def send_progress_request(self) -> None:
-        self._process.check()
-        await self._passage(self._process.host, self._member.host)
-        await self._stream.send_progress_request()
-
-    async def close(self) -> None:
-        await self._stream.close()
-
-    def _die(self) -> None:
-        outside(self._stream.close(), "watch-close")
-
-    async def _passage(self, source: str, target: str) -> None:
-        try:
-            await self._network.passage(source, target)
-        except Lost as lost:
-            raise WatchLost(f"the connection broke: {lost}") from None

@@ -6,18 +6,23 @@ nothing else of it. Every event is first judged against all that came before, th
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from msgspec import Struct
 
 from controlplane.store import keys
 from shared.codec import unpack
 from shared.model import (
+    AttemptState,
     FinishedOperation,
     HistoryEntry,
+    IdempotencyRecord,
     LeaderKey,
     Node,
     Operation,
     Power,
     Record,
+    RequestKind,
     Vm,
     attempt_generation,
 )
@@ -96,10 +101,20 @@ class Ended(Struct, frozen=True):
 
 
 class Erased(Struct, frozen=True):
-    """A domain or a volume of a VM was removed from its node."""
+    """A domain of a VM was removed from its node; or its volume, from a pool that others share."""
 
     node: str
     vm_id: str
+    volume: str = ""
+    shared: bool = False
+
+
+class Restarting(Struct, frozen=True):
+    """An agent asks libvirt to reboot or to reset a guest."""
+
+    node: str
+    vm_id: str
+    generation: int
 
 
 class DeleteAsked(Struct, frozen=True):
@@ -109,10 +124,28 @@ class DeleteAsked(Struct, frozen=True):
 
 
 class Acknowledged(Struct, frozen=True):
-    """A client was told that its operation on a VM is accepted."""
+    """A client was told that its operation is accepted; ``key``: which it had sent with it."""
 
     operation_id: str
     vm_id: str
+    key: str = ""
+
+
+class Viewed(Struct, frozen=True):
+    """A client was shown the VMs as of a revision, each at its own; it had asked for ``floor``."""
+
+    revision: int
+    floor: int
+    vms: tuple[tuple[str, int], ...] = ()
+
+
+class Measured(Struct, frozen=True):
+    """How much of something a process holds, and how much it may."""
+
+    incarnation: str
+    what: str
+    count: int
+    limit: int
 
 
 class RecordsLost(Struct, frozen=True):
@@ -135,12 +168,17 @@ SimEvent = (
     | Resumed
     | Ended
     | Erased
+    | Restarting
     | DeleteAsked
     | Acknowledged
+    | Viewed
+    | Measured
     | RecordsLost
     | Died
 )
 Attempts = tuple[str, int]
+# What may be done ("end", "pause", "remove"), to which VM, and its generation or the node's id.
+Right = tuple[str, str, int | str]
 
 
 class Ledger:
@@ -167,57 +205,101 @@ class Ledger:
         self.set_out: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
+        self.delete_asked: dict[str, None] = {}
+        self.deleted: dict[str, None] = {}
+        # On which nodes the state that a VM's guest has come to is whole: where it ran last, and
+        # where it stands still on arrival. Empty for one that has never run.
+        self.seats: dict[str, dict[str, None]] = {}
+        # Attempts that may stand still: a user has paused the VM, or it is on the move.
+        self.pausable: dict[Attempts, None] = {}
+        # The numbers of the requests to restart a guest, and how often agents have done so.
+        self.restarts_asked: dict[Attempts, dict[int, None]] = {}
+        self.restarts_made: dict[Attempts, int] = {}
+        # At which revisions a VM was written; its deletion is the last.
+        self.written: dict[str, list[int]] = {}
+        # What a request under an idempotency key became: by the key's record, by the client's key.
+        self.keys: dict[str, str] = {}
+        self.answers: dict[str, str] = {}
         # From a loss of etcd's data until a restore has let go of the leader key.
         self.restoring = False
-        self.earlier: dict[tuple[str, int | str], None] = {}
-        self.delete_asked: dict[str, None] = {}
+        self._earlier: dict[Right, None] = {}
 
     def take(self, event: SimEvent) -> None:
         if isinstance(event, Committed):
             self._commit(event)
-        elif isinstance(event, Started):
-            self.started[event.vm_id, event.generation] = event.node
-            if not event.paused:
-                self.ran[event.vm_id, event.generation] = None
-            self.seen[event.vm_id, event.generation] = event.node
-            self.running[event.node, event.vm_id] = event.generation
-        elif isinstance(event, Resumed):
-            self.running[event.node, event.vm_id] = event.generation
-        elif isinstance(event, Ended | Left):
-            self.seen[event.vm_id, event.generation] = event.node
-            self.running.pop((event.node, event.vm_id), None)
+        elif isinstance(event, Started | Resumed | Left | Ended):
+            self._guest(event)
         elif isinstance(event, SetOut):
             self.set_out[event.vm_id, event.generation] = event.node
+        elif isinstance(event, Erased):
+            if event.volume:
+                self.seats.get(event.vm_id, {}).pop(event.node, None)
+        elif isinstance(event, Restarting):
+            attempt = (event.vm_id, event.generation)
+            self.restarts_made[attempt] = self.restarts_made.get(attempt, 0) + 1
         elif isinstance(event, DeleteAsked):
             self.delete_asked[event.vm_id] = None
         elif isinstance(event, Acknowledged):
             self.acknowledged[event.operation_id] = event.vm_id
+            if event.key:
+                self.answers[event.key] = event.operation_id
         elif isinstance(event, RecordsLost):
             self._lose()
 
     def _lose(self) -> None:
         """Forget what records said; what has happened on nodes stays, and what they were told."""
-        for table in (self.vms, self.nodes, self.operations, self.finished, self.acknowledged):
-            table.clear()
+        for records in (self.vms, self.nodes, self.operations, self.finished, self.acknowledged):
+            records.clear()
+        for told in (self.deleted, self.written, self.keys, self.answers):
+            told.clear()
         self.leader = None
         self.restoring = True
 
     def _begin_anew(self) -> None:
         """From the end of a restore on, what its records say entitles, and nothing of before."""
         self.restoring = False
-        self.earlier = dict.fromkeys([*self.stoppable, *self.removable])
-        self.stoppable.clear()
-        self.removable.clear()
+        self._earlier = {
+            **{("end", *attempt): None for attempt in self.stoppable},
+            **{("pause", *attempt): None for attempt in self.pausable},
+            **{("remove", *part): None for part in self.removable},
+        }
+        for rights in (self.stoppable, self.pausable, self.removable):
+            rights.clear()
         for vm in self.vms.values():
             self._note_rights(vm)
 
-    def earlier_rights(self, node_name: str) -> dict[tuple[str, int | str], None]:
-        """Return what records of before a restore entitled to, for a node that has not told since.
+    @property
+    def ends_wanted_earlier(self) -> set[Attempts]:
+        """Return the attempts that somebody had wanted to end when the records were lost."""
+        return {(vm, int(which)) for right, vm, which in self._earlier if right == "end"}
 
-        Its agent may not have heard of the restore.
+    def has_earlier(self, node_name: str, *rights: Right) -> bool:
+        """Tell whether records of before a restore gave a node one of these rights.
+
+        They hold for one that has not told since: its agent may not have heard of the restore.
         """
         told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
-        return {} if told else self.earlier
+        return not told and any(right in self._earlier for right in rights)
+
+    def _guest(self, event: Started | Resumed | Left | Ended) -> None:
+        attempt = (event.vm_id, event.generation)
+        if isinstance(event, Started | Resumed):
+            self.running[event.node, event.vm_id] = event.generation
+        else:
+            self.running.pop((event.node, event.vm_id), None)
+        if isinstance(event, Started):
+            self.started[attempt] = event.node
+        if isinstance(event, Started | Left | Ended):
+            self.seen[attempt] = event.node
+        if isinstance(event, Started) and not event.paused:
+            self.ran[attempt] = None
+        stands = isinstance(event, Left) or (isinstance(event, Started) and event.paused)
+        # What libvirt lets go on beside another is held again: it is neither newer nor older.
+        returned = isinstance(event, Resumed) and event.by_libvirt
+        if stands:
+            self.seats.setdefault(event.vm_id, {})[event.node] = None
+        elif not isinstance(event, Ended) and not returned:
+            self.seats[event.vm_id] = {event.node: None}
 
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision
@@ -225,6 +307,8 @@ class Ledger:
             self.leader = commit.leader
         for kind, record_id, record in commit.records:
             self._record(kind, record_id, record)
+            if kind is Vm:
+                self.written.setdefault(record_id, []).append(commit.revision)
         for entry in commit.history:
             self.last_seq = max(self.last_seq, entry.seq)
             if isinstance(entry, FinishedOperation):
@@ -241,11 +325,24 @@ class Ledger:
             self.names[record_id] = record.name
         elif isinstance(record, Operation):
             self.operations[record_id] = record
+        elif isinstance(record, IdempotencyRecord):
+            self.keys[record_id] = record.result
         elif record is None:
             if kind is Vm:
                 self.removable[record_id, ""] = None
+                self.deleted[record_id] = None
             for table in (self.vms, self.nodes, self.operations):
                 table.pop(record_id, None)
+
+    def vms_at(self, revision: int) -> dict[str, int]:
+        """Return which VMs there were at a revision, and when each was written last by then."""
+        found: dict[str, int] = {}
+        for vm_id, revisions in self.written.items():
+            position = bisect_right(revisions, revision)
+            gone = vm_id in self.deleted and position == len(revisions)
+            if position and not gone:
+                found[vm_id] = revisions[position - 1]
+        return found
 
     def _note_rights(self, vm: Vm) -> None:
         """Remember what this record entitles its node to do, now or later."""
@@ -254,6 +351,12 @@ class Ledger:
             self.permits.setdefault((vm.id, attempt.generation), (attempt.node, attempt.boot_id))
         if vm.deleting:
             self.removable[vm.id, ""] = None
+        if vm.spec.power is Power.PAUSED:
+            self.pausable[vm.id, attempt_generation(vm)] = None
+        request = vm.request
+        if request is not None and request.kind in (RequestKind.REBOOT, RequestKind.RESET):
+            asked = self.restarts_asked.setdefault((vm.id, request.generation), {})
+            asked[request.number] = None
         self._note_moves(vm)
         if vm.deleting or vm.spec.power is Power.STOPPED:
             self.stoppable[vm.id, attempt_generation(vm)] = None
@@ -264,6 +367,9 @@ class Ledger:
             self.stoppable[vm.id, left.generation] = None
             self.removable[vm.id, left.node] = None
         claim = vm.status.migration
+        if claim is not None:
+            self.pausable[vm.id, claim.source_generation] = None
+            self.pausable[vm.id, claim.generation] = None
         if claim is None or claim.destination is None or not claim.generation:
             return
         self.permits.setdefault((vm.id, claim.generation), (claim.destination, claim.boot_id))
@@ -274,6 +380,11 @@ class Ledger:
         if claim.stage is MigrationStage.FINALIZE:
             self.stoppable[vm.id, claim.source_generation] = None
             self.removable[vm.id, claim.source] = None
+
+
+def attempt_is_open(vm: Vm) -> bool:
+    attempt = vm.status.attempt
+    return attempt is not None and attempt.state is not AttemptState.ENDED
 
 
 def committed(revision: int, writer: str, changes: list[tuple[str, bytes | None]]) -> Committed:
@@ -290,7 +401,7 @@ def committed(revision: int, writer: str, changes: list[tuple[str, bytes | None]
                 trimmed.append(keys.history_seq(key))
             else:
                 history.append(unpack(value, HistoryEntry))  # type: ignore[arg-type]
-        elif key.startswith(keys.STATE):
+        elif keys.holds_record(key):
             kind, record_id = keys.record_of(key)
             records.append((kind, record_id, None if value is None else unpack(value, kind)))
     history.sort(key=lambda entry: entry.seq)

@@ -1,55 +1,49 @@
-"""A node's libvirtd with its guests: what survives agents, and what an agent reaches of it.
+"""A node's libvirtd with its guests: what survives agents. ``agent_ports.py`` is how they reach it.
 
 Owns the witness of guests: after every call and every event it compares which guests run with what
 it saw before, and tells an observer. A call that libvirtd has taken is carried out even if the
-agent that made it is dead by then. When libvirtd itself is away, guests go on.
+agent that made it is dead by then, or has given up a libvirtd that hangs. When libvirtd itself is
+away, guests go on. What it says of a domain is always true; what it says of an act may be a lie.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from agent.hypervisor import (
-    DomainDefinition,
-    DomainInfo,
-    DomainListener,
-    Hypervisor,
-    HypervisorFacts,
-    MigrationEnd,
-    Outgoing,
-    Transfer,
-)
-from agent.relay import Relays, RelayTarget
+from agent.hypervisor import DomainListener, Hypervisor
 from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
-from shared.errors import FieldError, HypervisorUnavailable
-from shared.model import ObservedPower, Sample
-from shared.moves import MigrationFigures
-from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
+from shared.errors import HypervisorError, HypervisorUnavailable
+from shared.model import ObservedPower
 from tests.sim.ledger import (
     Ended,
     Erased,
     Left,
+    Restarting,
     Resumed,
-    SetOut,
     SimEvent,
     Started,
     StillRuns,
 )
-from tests.sim.process import Process, never_mind, outside
+from tests.sim.process import Process, later, never_mind, outside
+from tests.sim.virtual_loop import true_time_s
 
 Result = TypeVar("Result")
 Observer = Callable[[SimEvent], None]
 
-# Reading a domain takes a millisecond; starting QEMU some hundred.
-QUICK_S = (0.0005, 0.005)
-SLOW_S = (0.05, 0.4)
 # Some calls wait for a lock, a disk, another guest; which share, the cluster's settings say.
 HELD_UP_S = (1.0, 8.0)
 # How often a guest is looked at that libvirt let go on.
 ATTEND_S = 0.5
+# As agent/libvirt_lane.py's keep-alive finds a libvirtd that hangs: its calls end, and nobody knows
+# what becomes of them.
+SILENCE_LIMIT_S = 20.0
+# An agent looks at every domain each 30 s, by a clock that may be slow.
+LOOKED_AGAIN_S = 35.0
+# How much later than said an act is carried out that was said to be done.
+EARLY_ANSWER_S = (0.0, 3.0)
 
 
 class Libvirtd:
@@ -69,6 +63,15 @@ class Libvirtd:
         self.node = node
         self.boot_id = boot_id
         self.available = True
+        self._over = False
+        self.acts_said_to_fail = 0
+        self.acts_said_to_be_done = 0
+        self._answers = asyncio.Event()
+        self._answers.set()
+        self._hangs_since_s: float | None = None
+        self._awaited: dict[asyncio.Future[None], None] = {}
+        self._tells = True
+        self._unheard_until_s = 0.0
         self._driver = driver
         self._state = state
         self._rng = rng
@@ -94,6 +97,53 @@ class Libvirtd:
             self.witness()
             self._state.libvirtd_returns()
 
+    def end_boot(self) -> None:
+        """See what the node's end has ended, and nothing more: the next boot has its own."""
+        self.witness()
+        self._over = True
+
+    def hang(self) -> None:
+        """Take calls and answer none, as when stopped; what was asked is done when it goes on."""
+        self._answers.clear()
+        self._hangs_since_s = true_time_s()
+        later(SILENCE_LIMIT_S, self._silence_lasts, self._hangs_since_s)
+
+    def go_on(self) -> None:
+        if self._hangs_since_s is not None:
+            self._answers.set()
+            self._hangs_since_s = None
+            self._domain_changed("")
+
+    async def answer(self, call: asyncio.Task[Result]) -> Result:
+        """Return what a call returns. Raises HypervisorUnavailable for a libvirtd that hangs."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        call.add_done_callback(lambda _: _come(answer))
+        self._awaited[answer] = None
+        if self._hangs_since_s is not None:
+            later(SILENCE_LIMIT_S, _give_up, answer)
+        try:
+            await answer
+        finally:
+            del self._awaited[answer]
+        return call.result()
+
+    def lose_events(self) -> None:
+        """Tell nobody of any change from now on."""
+        self._tells = False
+
+    def tell_events(self) -> None:
+        """Tell of changes again; what was lost stays lost until an agent looks by itself."""
+        if not self._tells:
+            self._tells = True
+            self._unheard_until_s = true_time_s() + LOOKED_AGAIN_S
+
+    def recover(self) -> None:
+        """Have nothing wrong any more."""
+        self.acts_said_to_fail = self.acts_said_to_be_done = 0
+        self.tell_events()
+        self.go_on()
+        self.come_back()
+
     async def call(
         self, work: Callable[[Hypervisor], Awaitable[Result]], bounds: tuple[float, float]
     ) -> Result:
@@ -102,14 +152,44 @@ class Libvirtd:
         held_up = self._rng.random() < self._held_up_share
         delay_s = self._rng.uniform(*(HELD_UP_S if held_up else bounds))
         await asyncio.sleep(delay_s / 2)
+        await self._answers.wait()
         self._refuse_when_away()
         try:
             result = await work(self._driver)
         finally:
             self.witness()
         await asyncio.sleep(delay_s / 2)
+        await self._answers.wait()
         self._refuse_when_away()
         return result
+
+    async def act(
+        self,
+        work: Callable[[Hypervisor], Awaitable[None]],
+        bounds: tuple[float, float],
+        *,
+        by_guest: bool = False,
+    ) -> None:
+        """Carry out what changes something, and tell how it ended, or lie.
+
+        What a guest's QEMU does by itself (``by_guest``) may be said to be done before it is; what
+        libvirt keeps, a definition or a volume, is there when it says so.
+        """
+        if self.acts_said_to_be_done > 0 and by_guest:
+            self.acts_said_to_be_done -= 1
+            later(self._rng.uniform(*EARLY_ANSWER_S), self._act_late, work, bounds)
+            return
+        lies = self.acts_said_to_fail > 0
+        if lies:
+            self.acts_said_to_fail -= 1
+        await self.call(work, bounds)
+        if lies:
+            raise HypervisorError("internal error: an unexpected answer")
+
+    def _act_late(
+        self, work: Callable[[Hypervisor], Awaitable[None]], bounds: tuple[float, float]
+    ) -> None:
+        outside(self.call(work, bounds), "libvirtd-late-act").add_done_callback(never_mind)
 
     async def stop(self, driver: Hypervisor, name: str, generation: int) -> None:
         """Stop a domain for an agent, and witness whose wish that was."""
@@ -123,8 +203,19 @@ class Libvirtd:
     def erased(self, vm_id: str) -> None:
         self._observe(Erased(self.node, vm_id))
 
+    def erased_volume(self, pool: str, volume: str) -> None:
+        shared = any(each.name == pool and each.shared for each in self._state.facts.pools)
+        self._observe(Erased(self.node, volume.rpartition("-")[0], volume, shared))
+
+    def restarting(self, name: str, generation: int) -> None:
+        domain = self._state.domains.get(name)
+        if domain is not None and domain.vm_id is not None:
+            self._observe(Restarting(self.node, domain.vm_id, generation))
+
     def witness(self) -> None:
         """Compare which guests run with what was seen last."""
+        if self._over:
+            return
         ours = {d.vm_id: d for d in self._state.domains.values() if d.vm_id is not None}
         running = {vm: d.generation for vm, d in ours.items() if d.executes}
         still = {
@@ -159,10 +250,10 @@ class Libvirtd:
         domain = self._state.domains.get(name)
         if domain is None or domain.generation != generation or not domain.returned:
             return
-        attended = self.available and any(process.alive for process, _ in self._listeners)
+        attended = self._is_attended()
         if attended and attended_s:
             self._observe(StillRuns(self.node, vm_id, generation, attended_s))
-        asyncio.get_running_loop().call_later(
+        later(
             ATTEND_S,
             self._attend,
             name,
@@ -171,181 +262,37 @@ class Libvirtd:
             attended_s + ATTEND_S if attended else 0.0,
         )
 
+    def _is_attended(self) -> bool:
+        """Whether an agent knows of every change, and could do something about it."""
+        heard = self._tells and true_time_s() >= self._unheard_until_s
+        agents = any(process.alive and process.stopped is None for process, _ in self._listeners)
+        return self.available and self._hangs_since_s is None and heard and agents
+
     def _domain_changed(self, name: str) -> None:
         """Told at once of each change; agents hear of it a little later, while they live."""
         self.witness()
+        if not self._tells or self._hangs_since_s is not None:
+            return
         for process, listener in self._listeners:
             if process.alive:
-                asyncio.get_running_loop().call_soon(listener, name)
+                process.call_soon(listener, name)
+
+    def _silence_lasts(self, since_s: float) -> None:
+        """Have the clients give it up that wait since it began to hang, if it still does."""
+        if self._hangs_since_s == since_s:
+            for answer in list(self._awaited):
+                _give_up(answer)
 
     def _refuse_when_away(self) -> None:
         if not self.available:
             raise HypervisorUnavailable(f"libvirtd of {self.node} does not answer")
 
 
-class ProcessHypervisor:
-    """The port ``Hypervisor`` as one agent's process has it."""
-
-    def __init__(self, process: Process, libvirtd: Libvirtd) -> None:
-        self._process = process
-        self._libvirtd = libvirtd
-
-    async def facts(self) -> HypervisorFacts:
-        return await self._quick(lambda driver: driver.facts())
-
-    async def domains(self) -> tuple[DomainInfo, ...]:
-        return await self._quick(lambda driver: driver.domains())
-
-    async def domain(self, name: str) -> DomainInfo | None:
-        return await self._quick(lambda driver: driver.domain(name))
-
-    async def define(self, definition: DomainDefinition) -> None:
-        await self._quick(lambda driver: driver.define(definition))
-
-    async def start(self, name: str, generation: int) -> None:
-        await self._slow(lambda driver: driver.start(name, generation))
-
-    async def shutdown(self, name: str, generation: int) -> None:
-        await self._quick(lambda driver: driver.shutdown(name, generation))
-
-    async def stop(self, name: str, generation: int) -> None:
-        await self._slow(lambda driver: self._libvirtd.stop(driver, name, generation))
-
-    async def pause(self, name: str, generation: int) -> None:
-        await self._quick(lambda driver: driver.pause(name, generation))
-
-    async def resume(self, name: str, generation: int) -> None:
-        await self._quick(lambda driver: driver.resume(name, generation))
-
-    async def reboot(self, name: str, generation: int) -> None:
-        await self._quick(lambda driver: driver.reboot(name, generation))
-
-    async def reset(self, name: str, generation: int) -> None:
-        await self._quick(lambda driver: driver.reset(name, generation))
-
-    async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
-        async def undefine(driver: Hypervisor) -> None:
-            domain = await driver.domain(name)
-            await driver.undefine(name, generation, keep_log=keep_log)
-            if domain is not None and domain.vm_id is not None:
-                self._libvirtd.erased(domain.vm_id)
-
-        await self._quick(undefine)
-
-    async def ensure_volume(
-        self, pool: str, volume: str, size_gib: int, *, make: bool = True
-    ) -> None:
-        await self._slow(lambda driver: driver.ensure_volume(pool, volume, size_gib, make=make))
-
-    async def delete_volume(self, pool: str, volume: str) -> None:
-        async def delete(driver: Hypervisor) -> None:
-            there = volume in await driver.volumes(pool)
-            await driver.delete_volume(pool, volume)
-            if there:
-                self._libvirtd.erased(volume.rpartition("-")[0])
-
-        await self._quick(delete)
-
-    async def volumes(self, pool: str) -> tuple[str, ...]:
-        return await self._quick(lambda driver: driver.volumes(pool))
-
-    async def console_log(self, name: str, offset: int, limit_bytes: int) -> bytes:
-        return await self._quick(lambda driver: driver.console_log(name, offset, limit_bytes))
-
-    async def console_size(self, name: str) -> int:
-        return await self._quick(lambda driver: driver.console_size(name))
-
-    async def delete_console_log(self, name: str) -> None:
-        await self._quick(lambda driver: driver.delete_console_log(name))
-
-    async def samples(self) -> tuple[Sample, ...]:
-        return await self._quick(lambda driver: driver.samples())
-
-    async def migration_end(self, name: str) -> MigrationEnd | None:
-        return await self._quick(lambda driver: driver.migration_end(name))
-
-    async def check_source(self, name: str, generation: int) -> SourceCheck:
-        return await self._quick(lambda driver: driver.check_source(name, generation))
-
-    async def check_destination(
-        self, name: str, question: DestinationQuestion
-    ) -> tuple[FieldError, ...]:
-        return await self._quick(lambda driver: driver.check_destination(name, question))
-
-    async def layout(self, definition: DomainDefinition) -> DestinationLayout:
-        return await self._quick(lambda driver: driver.layout(definition))
-
-    async def migrate(self, name: str, generation: int, outgoing: Outgoing) -> None:
-        await self._quick(lambda driver: driver.migrate(name, generation, outgoing))
-
-    async def abort_migration(self, name: str, generation: int) -> None:
-        await self._slow(lambda driver: driver.abort_migration(name, generation))
-
-    async def transfer(self, name: str) -> Transfer | None:
-        return await self._quick(lambda driver: driver.transfer(name))
-
-    async def set_max_downtime(self, name: str, generation: int, max_downtime_ms: int) -> None:
-        await self._quick(lambda d: d.set_max_downtime(name, generation, max_downtime_ms))
-
-    async def figures(self, name: str) -> MigrationFigures | None:
-        return await self._quick(lambda driver: driver.figures(name))
-
-    async def hold(self, name: str, generation: int) -> bool:
-        return await self._quick(lambda driver: driver.hold(name, generation))
-
-    def listen(self, listener: DomainListener) -> None:
-        self._libvirtd.listen(self._process, listener)
-
-    async def _quick(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
-        return await self._call(work, QUICK_S)
-
-    async def _slow(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
-        return await self._call(work, SLOW_S)
-
-    async def _call(
-        self, work: Callable[[Hypervisor], Awaitable[Result]], bounds: tuple[float, float]
-    ) -> Result:
-        self._process.check()
-        call = outside(self._libvirtd.call(work, bounds), "libvirtd-call")
-        call.add_done_callback(never_mind)
-        await asyncio.wait({call})
-        self._process.check()
-        return call.result()
+def _come(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_result(None)
 
 
-class RelaysOfProcess:
-    """The port ``Relays`` as one agent's process has it; what it opened outlives it."""
-
-    def __init__(self, node: str, process: Process, relays: Relays, observe: Observer) -> None:
-        self._node = node
-        self._process = process
-        self._relays = relays
-        self._observe = observe
-
-    async def admit(self, name: str, source_node: str) -> str:
-        return await self._call(self._relays.admit(name, source_node))
-
-    async def withdraw(self, name: str) -> None:
-        await self._call(self._relays.withdraw(name))
-
-    async def revoke(self, name: str) -> None:
-        await self._call(self._relays.revoke(name))
-
-    async def open(self, name: str, target: RelayTarget, token: str) -> str:
-        self._process.check()
-        vm_id, _, generation = name.rpartition(".")
-        self._observe(SetOut(self._node, vm_id, int(generation)))
-        return await self._call(self._relays.open(name, target, token))
-
-    async def close(self, name: str) -> None:
-        await self._call(self._relays.close(name))
-
-    async def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        try:
-            self._process.check()
-        except BaseException:
-            work.close()
-            raise
-        result = await work
-        self._process.check()
-        return result
+def _give_up(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_exception(HypervisorUnavailable("libvirtd has not answered for too long"))

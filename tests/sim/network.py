@@ -18,8 +18,9 @@ from msgspec import Struct
 
 from shared.codec import pack, unpack
 from shared.errors import Disconnected
-from tests.sim.process import Process, current
+from tests.sim.process import Process, current, later
 from tests.sim.trace import Trace
+from tests.sim.virtual_loop import true_time_s
 
 # As agent/session_grpc.py waits for a connection, and as shared/grpc_channel.py's keep-alive finds
 # a dead peer: 20 s of silence, then 5 s for the answer.
@@ -27,8 +28,8 @@ CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 25.0
 # gRPC's window is 64 KiB: so many small messages may be unread before a sender waits.
 WINDOW_MESSAGES = 64
-# asyncio runs a timer that is due within its clock's resolution. What is not let through then is
-# asked for again at once, and for ever where time stands still meanwhile.
+# On a real loop a timer runs a little early, by its clock's resolution. What is not let through
+# then is asked for again at once.
 TIMER_EARLY_S = 1e-6
 
 Address = str
@@ -36,10 +37,11 @@ Link = tuple[str, str]
 
 
 class Kinds(Struct, frozen=True):
-    """What either side of a method decodes."""
+    """What either side of a method decodes; ``lasting`` streams are worth telling of."""
 
     by_server: Any
     by_client: Any
+    lasting: bool = True
 
 
 class NetworkSettings(Struct, frozen=True, kw_only=True):
@@ -55,6 +57,13 @@ Serve = Callable[[str, "Stream", str], Awaitable[None]]
 class _Listener(Struct):
     process: Process
     serve: Serve
+    kinds: dict[str, Any] | None = None
+
+    def kind(self, method: str, usual: Any) -> Any:
+        return usual if self.kinds is None else self.kinds[method]
+
+    def serves(self, method: str) -> bool:
+        return self.kinds is None or method in self.kinds
 
 
 class Lost(Exception):
@@ -77,13 +86,23 @@ class Network:
         self._settings = settings or NetworkSettings()
         self._listeners: dict[Address, _Listener] = {}
         self._cuts: dict[Link, asyncio.Event] = {}
+        self._slow: dict[Link, tuple[float, float]] = {}
         self._streams: list[tuple[Stream, Stream]] = []
 
     # What the cluster does.
 
-    def listen(self, process: Process, address: Address, serve: Serve) -> None:
-        """Serve streams that are opened to ``address``, each in a task of the process."""
-        listener = _Listener(process, serve)
+    def listen(
+        self,
+        process: Process,
+        address: Address,
+        serve: Serve,
+        kinds: dict[str, Any] | None = None,
+    ) -> None:
+        """Serve streams that are opened to ``address``, each in a task of the process.
+
+        ``kinds``: the only methods it knows, and what it takes their messages for.
+        """
+        listener = _Listener(process, serve, kinds)
         self._listeners[address] = listener
 
         def forget() -> None:
@@ -92,8 +111,11 @@ class Network:
 
         process.at_death(forget)
 
-    async def dial(self, address: Address, method: str) -> Stream:
-        """Open a stream from the current process. Raises Disconnected."""
+    async def dial(self, address: Address, method: str, kind: Any = None) -> Stream:
+        """Open a stream from the current process. Raises Disconnected.
+
+        ``kind``: what it takes the answers for, if not for what the present release does.
+        """
         source = current()
         assert source is not None, "only a process dials"
         source.check()
@@ -101,22 +123,26 @@ class Network:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self.passage(source.host, host)
+                if (listener := self._listeners.get(address)) is not None:
+                    await listener.process.runs()
                 await self.passage(host, source.host)
         except (TimeoutError, Lost):
             raise Disconnected(f"{address} did not accept a connection in time") from None
         finally:
             source.check()
         listener = self._listeners.get(address)
-        if listener is None:
+        if listener is None or not listener.serves(method):
             raise Disconnected(f"nothing listens at {address}")
         kinds = self._methods[method]
         there, back = _Pipe(self, source.host, host), _Pipe(self, host, source.host)
         there.opposite, back.opposite = back, there
-        client = Stream(source, there, back, kinds.by_client)
-        server = Stream(listener.process, back, there, kinds.by_server)
+        client = Stream(source, there, back, kind or kinds.by_client)
+        server = Stream(listener.process, back, there, listener.kind(method, kinds.by_server))
         self._streams = [pair for pair in self._streams if not _over(pair)]
         self._streams.append((client, server))
-        self._trace.note(f"open {source.incarnation} -> {listener.process.incarnation} {method}")
+        if kinds.lasting:
+            opened = f"{source.incarnation} -> {listener.process.incarnation}"
+            self._trace.note(f"open {opened} {method}")
         listener.process.spawn(
             self._serve(listener, method, server, source.host), f"{address}{method}"
         )
@@ -124,7 +150,9 @@ class Network:
 
     async def passage(self, source: str, target: str) -> None:
         """Return when something sent now would have arrived. Raises Lost after a long cut."""
-        await asyncio.sleep(self.delay_s())
+        await asyncio.sleep(self.delay_s(source, target))
+        if (source, target) not in self._cuts:
+            return
         try:
             async with asyncio.timeout(KEEPALIVE_S):
                 while (cut := self._cuts.get((source, target))) is not None:
@@ -132,10 +160,18 @@ class Network:
         except TimeoutError:
             raise Lost(f"{source} -> {target}") from None
 
-    def delay_s(self) -> float:
-        return self._rng.uniform(self._settings.delay_min_s, self._settings.delay_max_s)
+    def delay_s(self, source: str, target: str) -> float:
+        usual = (self._settings.delay_min_s, self._settings.delay_max_s)
+        return self._rng.uniform(*self._slow.get((source, target), usual))
 
     # What faults do.
+
+    def slow(self, source: str, target: str, least_s: float, most_s: float) -> None:
+        """Let everything in one direction take between so long and so long."""
+        self._slow[source, target] = (least_s, most_s)
+
+    def speed_up(self, source: str, target: str) -> None:
+        self._slow.pop((source, target), None)
 
     def cut(self, source: str, target: str) -> None:
         """Hold everything back in one direction until it heals."""
@@ -143,7 +179,7 @@ class Network:
         if link in self._cuts:
             return
         cut = self._cuts[link] = asyncio.Event()
-        asyncio.get_running_loop().call_later(KEEPALIVE_S, self._keepalive, link, cut)
+        later(KEEPALIVE_S, self._keepalive, link, cut)
 
     def heal(self, source: str, target: str) -> None:
         cut = self._cuts.pop((source, target), None)
@@ -155,6 +191,7 @@ class Network:
                 pipe.flow()
 
     def heal_all(self) -> None:
+        self._slow.clear()
         for source, target in list(self._cuts):
             self.heal(source, target)
 
@@ -176,6 +213,32 @@ class Network:
                 server.break_off("the connection was reset")
                 broken += 1
         return broken
+
+    def half_open(self, one: str, other: str) -> int:
+        """Break one end of every stream between two hosts; return how many.
+
+        The end that accepted it does not learn of that before keep-alive tells, and takes what is
+        still on its way: an agent that dials anew says some of it again.
+        """
+        broken = 0
+        for client, server in list(self._streams):
+            if {client.process.host, server.process.host} == {one, other} and not client.over:
+                client.lose_touch("the connection was reset")
+                later(KEEPALIVE_S, server.break_off, "keep-alive got no answer")
+                broken += 1
+        return broken
+
+    def paused(self, process: Process) -> None:
+        """Break a paused process's streams once keep-alive has waited for it in vain."""
+        later(KEEPALIVE_S, self._pause_lasts, process, process.stopped)
+
+    def _pause_lasts(self, process: Process, pause: object) -> None:
+        if pause is None or process.stopped is not pause:
+            return
+        for client, server in self._streams:
+            if process in (client.process, server.process):
+                client.break_off("keep-alive got no answer")
+                server.break_off("keep-alive got no answer")
 
     async def _serve(self, listener: _Listener, method: str, stream: Stream, host: str) -> None:
         try:
@@ -227,14 +290,18 @@ class Stream:
         self.outgoing.break_off(why)
         self._incoming.break_off(why)
 
+    def lose_touch(self, why: str) -> None:
+        """End this side's use of the stream; the peer hears nothing of it."""
+        self.outgoing.give_up(why)
+        self._incoming.abandon()
+
     def _die(self) -> None:
         """The kernel closes what a killed process held; without power only keep-alive tells."""
         if self.process.powered:
             self.outgoing.end()
             self._incoming.abandon()
         else:
-            loop = asyncio.get_running_loop()
-            loop.call_later(KEEPALIVE_S, self.break_off, "keep-alive got no answer")
+            later(KEEPALIVE_S, self.break_off, "keep-alive got no answer")
 
 
 class _Pipe:
@@ -244,7 +311,6 @@ class _Pipe:
         self.source = source
         self.target = target
         self._network = network
-        self._loop = asyncio.get_running_loop()
         self._on_the_way: deque[tuple[float, bytes | None]] = deque()
         self._arrived: deque[bytes] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -252,6 +318,7 @@ class _Pipe:
         self._ended = False
         self._abandoned = False
         self._problem: str | None = None
+        self._given_up: str | None = None
         self._last_due = 0.0
         self.opposite: _Pipe | None = None
 
@@ -268,14 +335,15 @@ class _Pipe:
 
     def put(self, data: bytes | None) -> None:
         self._refuse_broken()
-        due = max(self._last_due, self._loop.time() + self._network.delay_s())
+        now_s = true_time_s()
+        due = max(self._last_due, now_s + self._network.delay_s(self.source, self.target))
         self._last_due = due
         self._on_the_way.append((due, data))
         if self._timer is None:
-            self._timer = self._loop.call_at(due, self.flow)
+            self._timer = later(due - now_s, self.flow)
 
     def end(self) -> None:
-        if not self._ended and self._problem is None:
+        if not self._ended and self._problem is None and self._given_up is None:
             self.put(None)
             self._ended = True
 
@@ -286,8 +354,8 @@ class _Pipe:
             self._timer = None
         if self._problem is not None or self._network.is_cut(self.source, self.target):
             return
-        now_s = self._loop.time() + TIMER_EARLY_S
-        while self._on_the_way and self._on_the_way[0][0] <= now_s:
+        now_s = true_time_s()
+        while self._on_the_way and self._on_the_way[0][0] <= now_s + TIMER_EARLY_S:
             data = self._on_the_way.popleft()[1]
             if data is None:
                 self._problem = "the peer ended the stream"
@@ -296,7 +364,7 @@ class _Pipe:
             elif not self._abandoned:
                 self._arrived.append(data)
         if self._on_the_way and self._problem is None:
-            self._timer = self._loop.call_at(self._on_the_way[0][0], self.flow)
+            self._timer = later(self._on_the_way[0][0] - now_s, self.flow)
         self._changed.set()
 
     async def take(self) -> bytes:
@@ -322,9 +390,15 @@ class _Pipe:
             self._arrived.clear()
             self._changed.set()
 
+    def give_up(self, why: str) -> None:
+        """Take nothing more from the sender; what is on its way still arrives."""
+        self._given_up = self._given_up or why
+        self._changed.set()
+
     def _refuse_broken(self) -> None:
-        if self._ended or self._problem is not None:
-            raise Disconnected(self._problem or "this end closed the stream")
+        problem = self._problem or self._given_up
+        if self._ended or problem is not None:
+            raise Disconnected(problem or "this end closed the stream")
 
 
 def _over(pair: tuple[Stream, Stream]) -> bool:

@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING
 
 from agent.app import Agent, AgentPorts
-from agent.append_log import AppendLog, MemoryLog
+from agent.append_log import MemoryLog
 from agent.inventory import NodeFacts
 from agent.outbox import Outbox
 from agent.sampler import Sampler
@@ -16,16 +16,16 @@ from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
 from agent.simulated_fabric import SimulatedRelays
 from agent.telemetry import Telemetry, TelemetryChannel
 from shared.model import ObservedPower, Sample
-from shared.offload import inline
 from shared.protocol import SESSION_METHOD, TELEMETRY_METHOD
+from shared.version import VERSION
+from tests.sim.agent_ports import LogOfProcess, ProcessHypervisor, RelaysOfProcess
 from tests.sim.invariants import Found
 from tests.sim.ledger import Died
-from tests.sim.libvirtd import Libvirtd, ProcessHypervisor, RelaysOfProcess
+from tests.sim.libvirtd import Libvirtd
+from tests.sim.previous_processes import make_agent
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tests.sim.cluster import SimCluster
 
 # One pool's name on every node, and the same files.
@@ -35,6 +35,10 @@ BATCH_PERIOD_S = 10.0
 
 
 class SimNode:
+    """``is_previous``: its next agent is of the previous release.
+
+    ``slow_log_s``: how long a write to the agent's log takes, at least and at most."""
+
     def __init__(self, cluster: SimCluster, name: str, replicas: tuple[str, ...]) -> None:
         self._cluster = cluster
         self._rng = cluster.part()
@@ -44,8 +48,10 @@ class SimNode:
         self.name = name
         self.state = SimulatedNodeState(cluster.facts(), cluster.fabric, name)
         self.log = MemoryLog()
+        self.slow_log_s: tuple[float, float] | None = None
         self.process: Process | None = None
         self.agent: Agent | None = None
+        self.is_previous = False
         self._main: asyncio.Task[None] | None = None
         self.powered = True
         self.libvirtd = self._boot()
@@ -54,7 +60,9 @@ class SimNode:
         """Start a new agent on what disk and libvirtd have kept."""
         assert self.process is None, "a node has one agent"
         self._started += 1
-        process = Process(self.name, f"{self.name}.{self._started}")
+        process = Process(
+            self.name, f"{self.name}.{self._started}", self._cluster.host_clock(self.name)
+        )
         self._cluster.trace.note(f"start {process.incarnation} in {self.libvirtd.boot_id}")
         self.process = process
         self._main = process.spawn(self._run(process), process.incarnation)
@@ -85,7 +93,7 @@ class SimNode:
         self.state.reboot()
         # Nothing answers before the next boot, no migration's peer either.
         self.state.libvirtd_dies()
-        self.libvirtd.witness()
+        self.libvirtd.end_boot()
 
     def boot(self) -> None:
         """Come up again, in a new boot, with nothing running."""
@@ -113,21 +121,52 @@ class SimNode:
             shared_volumes=tuple(self.state.pools[SHARED_POOL]),
         )
 
+    def _log_delay_s(self) -> float:
+        return 0.0 if self.slow_log_s is None else self._rng.uniform(*self.slow_log_s)
+
     def _boot(self) -> Libvirtd:
         self._boots += 1
         return Libvirtd(
             self.name,
             f"boot-{self.name}-{self._boots}",
             self.state,
-            SimulatedDriver(self.state, self._cluster.clock),
+            SimulatedDriver(self.state, self._cluster.clock_of(self.name)),
             self._cluster.part(),
             self._cluster.observe,
             self._cluster.settings.held_up_share,
         )
 
     async def _run(self, process: Process) -> None:
-        cluster = self._cluster
         rng = random.Random(self._rng.getrandbits(64))
+        hypervisor = ProcessHypervisor(process, self.libvirtd)
+        log = LogOfProcess(self.log, process, self._log_delay_s)
+        try:
+            if self.is_previous:
+                await make_agent(
+                    self._cluster,
+                    self.name,
+                    self._replicas,
+                    self.libvirtd.boot_id,
+                    hypervisor,
+                    log,
+                    rng,
+                    process,
+                ).run()
+            else:
+                await self._run_present(process, hypervisor, log, rng)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._cluster.observe(Died(process.incarnation, repr(error)))
+
+    async def _run_present(
+        self,
+        process: Process,
+        hypervisor: ProcessHypervisor,
+        log: LogOfProcess,
+        rng: random.Random,
+    ) -> None:
+        cluster = self._cluster
         facts = NodeFacts(
             name=self.name,
             address=self.name,
@@ -135,9 +174,8 @@ class SimNode:
             labels={},
             boot_id=self.libvirtd.boot_id,
             incarnation=process.incarnation,
-            agent_version="simulated",
+            agent_version=VERSION,
         )
-        hypervisor = ProcessHypervisor(process, self.libvirtd)
 
         async def dial(address: str) -> LeaderChannel:
             return await cluster.network.dial(address, SESSION_METHOD)
@@ -147,21 +185,16 @@ class SimNode:
             relays=RelaysOfProcess(
                 self.name, process, SimulatedRelays(cluster.fabric, self.name), cluster.observe
             ),
-            log=_LogOfProcess(self.log, process),
-            offload=inline,
+            log=log,
+            offload=log.offload,
             dial=dial,
             rng=rng,
         )
         agent = self.agent = Agent(facts, self._replicas, ports)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(agent.run())
-                if cluster.settings.telemetry:
-                    self._measure(tasks, agent, hypervisor, rng)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            cluster.observe(Died(process.incarnation, repr(error)))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(agent.run())
+            if cluster.settings.telemetry:
+                self._measure(tasks, agent, hypervisor, rng)
 
     def _measure(
         self,
@@ -171,11 +204,12 @@ class SimNode:
         rng: random.Random,
     ) -> None:
         cluster = self._cluster
+        clock = cluster.clock_of(self.name)
         outbox = Outbox(BATCH_PERIOD_S)
 
         async def node_sample() -> Sample | None:
             node_id = agent.node_id
-            at = cluster.clock.now().timestamp()
+            at = clock.now().timestamp()
             return None if node_id is None else Sample(object=node_id, at=at)
 
         async def dial(address: str) -> TelemetryChannel:
@@ -188,28 +222,6 @@ class SimNode:
             sample_period_s=SAMPLE_PERIOD_S,
             batch_period_s=BATCH_PERIOD_S,
         )
-        telemetry = Telemetry(
-            self._replicas, dial, outbox, agent.telemetry_hello, cluster.clock, rng
-        )
+        telemetry = Telemetry(self._replicas, dial, outbox, agent.telemetry_hello, clock, rng)
         tasks.create_task(sampler.run())
         tasks.create_task(telemetry.run())
-
-
-class _LogOfProcess:
-    """The node's fence log as one agent's process has it open."""
-
-    def __init__(self, log: AppendLog, process: Process) -> None:
-        self._log = log
-        self._process = process
-
-    def read(self) -> list[bytes]:
-        return self._log.read()
-
-    def append(self, record: bytes) -> None:
-        self._process.check()
-        self._log.append(record)
-        self._process.check()
-
-    def rewrite(self, records: Sequence[bytes]) -> None:
-        self._process.check()
-        self._log.rewrite(records)

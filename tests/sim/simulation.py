@@ -9,9 +9,16 @@ from typing import Any
 
 from msgspec import Struct
 
+from controlplane.election import ElectionSettings
+from controlplane.services.context import Scope
+from controlplane.services.operations import find_operation
+from controlplane.sessions.hub import HubSettings
+from controlplane.store.etcd_members import Limits
+from shared.model import SCHEMA_LEVEL, Operation
 from tests.sim.aim import Aim
 from tests.sim.cluster import ClusterSettings, SimCluster
-from tests.sim.faults import Faults, Pair, heal
+from tests.sim.faults.healing import heal
+from tests.sim.faults.injector import Faults, Pair
 from tests.sim.invariants import (
     INVARIANTS,
     Invariant,
@@ -20,24 +27,40 @@ from tests.sim.invariants import (
     everything_settles,
     replicas_agree,
 )
+from tests.sim.invariants.settled import acknowledged_is_kept
 from tests.sim.ledger import Died, SimEvent
 from tests.sim.process import adopt_by_context
-from tests.sim.trace import Trace
+from tests.sim.sizes import sizes
+from tests.sim.trace import Tell, Trace
+from tests.sim.upgrade import EVERY, Upgrade
 from tests.sim.virtual_loop import run_virtual
 from tests.sim.workload import Workload
+
+# Renewals, heartbeats and looks take most of a quiet cluster's work. They come less often than in
+# production; what they must outlast is as much longer.
+ELECTION = ElectionSettings(
+    lease_ttl_s=10, renew_period_s=2.5, suspend_after_s=6.0, follower_look_s=2.5
+)
+SESSIONS = HubSettings(heartbeat_period_s=6.0, silence_limit_s=30.0)
+STORE = Limits(watch_silence_s=4.0)
+# Of a cell that began with 0.1.
+PREVIOUS_LEVEL = 1
+# Often enough for a follower whose watch has left something out to find that before the end.
+COMPARISON_PERIOD_S = 120.0
 
 # After healing: the longest back-off of a VM that crashed a few times, agents' reconnects, a
 # greeting. Operations' own deadline is later, so that one that hangs is seen.
 SETTLE_LIMIT_S = 600.0
 SETTLE_LOOK_S = 5.0
+MEASURE_PERIOD_S = 20.0
 
 
 class SimulationSettings(Struct, frozen=True, kw_only=True):
     """How much happens in one seed."""
 
-    operations: int = 30
-    faults: int = 8
-    duration_s: float = 150.0
+    operations: int = 60
+    faults: int = 15
+    duration_s: float = 600.0
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -51,39 +74,49 @@ class Outcome(Struct, frozen=True, kw_only=True):
     trace_lines: int
     outcomes: Counter[str]
     coverage: Counter[Pair]
-    tail: list[str]
 
 
 def simulate(
     seed: int,
     settings: SimulationSettings | None = None,
     *,
-    keep_trace: bool = False,
+    tell: Tell | None = None,
     only: Invariant | None = None,
 ) -> Outcome:
-    """Run one seed to its end or to its first violation; ``only`` judges by one invariant."""
-    run = _Run(seed, settings or SimulationSettings(), keep_trace, only)
+    """Run one seed to its end or to its first violation.
+
+    ``tell`` is given what happens, line by line; ``only`` judges by one invariant.
+    """
+    run = _Run(seed, settings or SimulationSettings(), tell, only)
     return run_virtual(run.main(), adopt_by_context)
 
 
 class _Run:
     def __init__(
-        self, seed: int, settings: SimulationSettings, keep_trace: bool, only: Invariant | None
+        self, seed: int, settings: SimulationSettings, tell: Tell | None, only: Invariant | None
     ) -> None:
         self._seed = seed
         self._settings = settings
         self._judge = Judge(INVARIANTS if only is None else (only,))
         self._must_settle = only is None
-        self._trace = Trace(keep_all=keep_trace)
+        self._trace = Trace(tell)
         self._violation: Violation | None = None
         self._stopped = asyncio.Event()
         self._aim: Aim | None = None
+        self._faults: Faults | None = None
 
     async def main(self) -> Outcome:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._callback_failed)
         rng = random.Random(self._seed)
-        cluster = SimCluster(_shape(rng), rng, trace=self._trace, observe=self._observe)
+        upgrades = self._seed % EVERY == EVERY - 1
+        cluster = SimCluster(
+            _shape(rng),
+            rng,
+            trace=self._trace,
+            observe=self._observe,
+            schema_level=PREVIOUS_LEVEL if upgrades else SCHEMA_LEVEL,
+        )
         ledger = self._judge.ledger
         workload = Workload(
             cluster,
@@ -93,10 +126,11 @@ class _Run:
             duration_s=self._settings.duration_s,
         )
         self._aim = Aim(workload, ledger)
-        faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
-        await self._unless_stopped(self._story(cluster, workload, faults))
+        faults = self._faults = Faults(cluster, ledger, cluster.part(), self._aim, self._seed)
+        upgrade = Upgrade(cluster, workload.client, cluster.part()) if upgrades else None
+        await self._unless_stopped(self._story(cluster, workload, faults, upgrade))
         virtual_s = loop.time()
-        digest, lines, tail = self._trace.digest(), self._trace.lines, self._trace.tail()
+        digest, lines = self._trace.digest(), self._trace.lines
         for node in cluster.nodes.values():
             node.crash_agent()
         for replica in cluster.replicas.values():
@@ -111,17 +145,28 @@ class _Run:
             trace_lines=lines,
             outcomes=workload.client.outcomes,
             coverage=faults.coverage,
-            tail=tail,
         )
 
-    async def _story(self, cluster: SimCluster, workload: Workload, faults: Faults) -> None:
+    async def _story(
+        self, cluster: SimCluster, workload: Workload, faults: Faults, upgrade: Upgrade | None
+    ) -> None:
         await cluster.start()
+        measuring = asyncio.ensure_future(self._measure(cluster))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(workload.run())
             tasks.create_task(faults.run(self._settings.faults, self._settings.duration_s))
+            if upgrade is not None:
+                tasks.create_task(upgrade.run(self._settings.duration_s))
+        measuring.cancel()
         heal(cluster)
         if self._must_settle:
             await self._settle(cluster, workload)
+
+    async def _measure(self, cluster: SimCluster) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_PERIOD_S)
+            for measured in sizes(cluster, self._judge.ledger):
+                self._observe(measured)
 
     async def _settle(self, cluster: SimCluster, workload: Workload) -> None:
         end_s = asyncio.get_running_loop().time() + SETTLE_LIMIT_S
@@ -144,11 +189,25 @@ class _Run:
             complaints = [
                 *everything_settles(self._judge.ledger, found),
                 *replicas_agree(self._judge.ledger, states),
+                *await self._forgotten(cluster),
             ]
             if complaints:
                 return complaints
             await asyncio.sleep(SETTLE_LOOK_S)
         return []
+
+    async def _forgotten(self, cluster: SimCluster) -> list[str]:
+        """Ask every replica for every operation that a client was told of."""
+        ledger, complaints = self._judge.ledger, list[str]()
+        for name, replica in cluster.replicas.items():
+            if replica.control_plane is None:
+                complaints.append(f"{name} is down")
+                continue
+            context, found = replica.control_plane.context(), dict[str, Operation | None]()
+            for operation_id in ledger.acknowledged:
+                found[operation_id] = await find_operation(context, Scope(), operation_id)
+            complaints += acknowledged_is_kept(ledger, name, found)
+        return complaints
 
     async def _unless_stopped(self, work: Any) -> None:
         story = asyncio.ensure_future(work)
@@ -169,6 +228,8 @@ class _Run:
                 self._stop(violation)
         if self._aim is not None:
             self._aim.take(event)
+        if self._faults is not None:
+            self._faults.happened()
 
     def _stop(self, violation: Violation) -> None:
         self._trace.note(f"violation: {violation}")
@@ -183,9 +244,14 @@ class _Run:
 
 def _shape(rng: random.Random) -> ClusterSettings:
     return ClusterSettings(
-        replicas=rng.choice((1, 3)),
-        members=rng.choice((1, 3)),
-        nodes=rng.choice((3, 4)),
+        replicas=3,
+        members=3,
+        nodes=rng.choice((4, 5)),
         node_cpus=2,
         node_memory_mib=4096,
+        election=ELECTION,
+        sessions=SESSIONS,
+        store=STORE,
+        exchange_period_s=5.0,
+        comparison_period_s=COMPARISON_PERIOD_S,
     )

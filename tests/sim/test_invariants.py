@@ -11,11 +11,14 @@ from controlplane.state import ClusterState
 from shared.model import (
     Attempt,
     AttemptState,
+    AuditRecord,
     BootSpec,
     CpuFacts,
     DiskSpec,
     Event,
     FinishedOperation,
+    GuestRequest,
+    IdempotencyRecord,
     Inventory,
     LeaderKey,
     Node,
@@ -25,6 +28,7 @@ from shared.model import (
     OperationState,
     Power,
     Record,
+    RequestKind,
     VersionFacts,
     Vm,
     VmSpec,
@@ -32,7 +36,6 @@ from shared.model import (
 )
 from shared.moves import Leftover, MigrationClaim, MigrationStage
 from tests.sim.invariants import (
-    HELD_WITHIN_S,
     INVARIANTS,
     Found,
     Judge,
@@ -40,6 +43,9 @@ from tests.sim.invariants import (
     everything_settles,
     replicas_agree,
 )
+from tests.sim.invariants.guests import HELD_WITHIN_S, last_copy_is_kept
+from tests.sim.invariants.records import key_is_used_once
+from tests.sim.invariants.settled import acknowledged_is_kept
 from tests.sim.ledger import (
     Acknowledged,
     Committed,
@@ -49,11 +55,14 @@ from tests.sim.ledger import (
     Erased,
     Ledger,
     Left,
+    Measured,
+    Restarting,
     Resumed,
     SetOut,
     SimEvent,
     Started,
     StillRuns,
+    Viewed,
 )
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -114,6 +123,11 @@ def gone(revision: int, record: Record) -> Committed:
     return Committed(revision, "one", records=((type(record), record.id, None),))
 
 
+def audited(revision: int, seq: int, action: str, *records: Record) -> Committed:
+    record = AuditRecord(seq=seq, id=f"audit-{seq}", action=action, object="vm-a", at=NOW, by="u")
+    return replace(commit(revision, *records), history=(record,))
+
+
 def _event(seq: int) -> Event:
     return Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=NOW, by="u")
 
@@ -126,7 +140,7 @@ def finished(revision: int, seq: int) -> Committed:
 GOOD: tuple[SimEvent, ...] = (
     LEADS,
     commit(2, NODE, seqs=(1,)),
-    commit(2, VM, OPERATION, seqs=(2,)),
+    audited(2, 2, "vm.create", VM, OPERATION),
 )
 STOPPED = replace(VM, spec=replace(SPEC, power=Power.STOPPED))
 LARGE = replace(
@@ -156,9 +170,11 @@ MOVED = replace(
     status=replace(
         VM.status,
         node="node-b",
+        generation=2,
         attempt=replace(ATTEMPT, node="node-b", generation=2, state=AttemptState.RUNNING),
     ),
 )
+STAYED = replace(VM, status=replace(VM.status, generation=2))
 LEFT = replace(
     VM,
     status=replace(
@@ -168,6 +184,10 @@ LEFT = replace(
     ),
 )
 ANEW = replace(VM, status=replace(VM.status, attempt=replace(ATTEMPT, generation=2)))
+
+REBOOTED = replace(VM, request=GuestRequest(number=1, kind=RequestKind.REBOOT, generation=1))
+RESTARTING = Restarting("a", "vm-a", 1)
+KEY = IdempotencyRecord(id="key-a", principal="u", fingerprint="", result="op-a", created_at=NOW)
 
 # For each invariant: what may still happen after GOOD, and what may not happen then.
 CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
@@ -186,6 +206,18 @@ CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
         (*CLAIMED, RUNS, Left("a", "vm-a", 1), CAME, Resumed("a", "vm-a", 1, by_libvirt=True)),
         StillRuns("a", "vm-a", 1, HELD_WITHIN_S),
     ),
+    "generations_only_rise": (
+        (),
+        commit(3, replace(VM, status=replace(VM.status, generation=0, attempt=None))),
+    ),
+    "pause_was_wanted": ((RUNS,), Left("a", "vm-a", 1)),
+    "restarted_once": ((commit(3, REBOOTED), RESTARTING), RESTARTING),
+    "deleted_is_gone": ((DeleteAsked("vm-a"), gone(3, VM)), RUNS),
+    "last_copy_is_kept": ((RUNS, commit(3, LEFT)), Erased("a", "vm-a", "vm-a-root.qcow2")),
+    "changes_are_audited": ((), commit(3, replace(OPERATION, id="op-b"))),
+    "key_is_used_once": ((commit(3, KEY),), commit(4, replace(KEY, result="op-b"))),
+    "views_are_monotone": ((Viewed(2, 2, (("vm-a", 2),)),), Viewed(2, 3, (("vm-a", 2),))),
+    "nothing_grows_without_bound": ((Measured("one", "x", 1, 1),), Measured("one", "x", 2, 1)),
     "end_was_wanted": ((RUNS,), Ended("a", "vm-a", 1, by_agent=True)),
     "erased_was_deleted": ((), Erased("a", "vm-a")),
     "within_capacity": ((), commit(3, LARGE)),
@@ -234,14 +266,14 @@ MOVES: dict[str, tuple[SimEvent, ...]] = {
         CAME,
         commit(5, MOVED),
     ),
-    "nothing came, and the claim ends": (RUNS, *CLAIMED, commit(5, VM)),
+    "nothing came, and the claim ends": (RUNS, *CLAIMED, commit(5, STAYED)),
     "what stood still on arrival is cleaned": (
         RUNS,
         *CLAIMED,
         Left("b", "vm-a", 2),
         commit(5, CLEANED),
         Ended("b", "vm-a", 2, by_agent=True),
-        commit(6, VM),
+        commit(6, STAYED),
     ),
     "a guest that a user has paused is cleaned": (
         RUNS,
@@ -277,6 +309,85 @@ def test_an_operation_neither_vanishes_nor_opens_again() -> None:
     judge.take(finished(3, 3))
     with pytest.raises(Violation, match="opened again"):
         judge.take(commit(4, OPERATION))
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        pytest.param(audited(3, 3, "vm.create"), "0 x vm.create", id="once too often"),
+        pytest.param(audited(3, 3, "vm.stop"), "nothing of it has changed", id="without a change"),
+    ],
+)
+def test_an_audit_record_stands_for_a_change(bad: Committed, complaint: str) -> None:
+    judge = Judge()
+    for good in (*GOOD, audited(3, 3, "vm.stop", STOPPED)):
+        judge.take(good)
+    with pytest.raises(Violation, match=complaint):
+        judge.take(replace(bad, history=(replace(bad.history[0], seq=4),)))
+
+
+def test_one_key_has_one_answer() -> None:
+    judge = Judge()
+    for good in (*GOOD, Acknowledged("op-a", "vm-a", "key"), Acknowledged("op-a", "vm-a", "key")):
+        judge.take(good)
+    only = Judge([key_is_used_once])
+    only.ledger = judge.ledger
+    with pytest.raises(Violation, match="key was answered"):
+        only.take(Acknowledged("op-b", "vm-a", "key"))
+
+
+@pytest.mark.parametrize("shown", [(), (("vm-a", 3),), (("vm-a", 2), ("vm-b", 2))])
+def test_a_list_is_of_one_moment(shown: tuple[tuple[str, int], ...]) -> None:
+    judge = Judge()
+    for good in (*GOOD, commit(5, STOPPED), DeleteAsked("vm-a"), gone(7, VM)):
+        judge.take(good)
+    judge.take(Viewed(1, 0, ()))
+    judge.take(Viewed(4, 0, (("vm-a", 2),)))
+    judge.take(Viewed(6, 0, (("vm-a", 5),)))
+    judge.take(Viewed(7, 0, ()))
+    with pytest.raises(Violation, match="views_are_monotone"):
+        judge.take(Viewed(4, 0, shown))
+
+
+SEATS: dict[str, tuple[tuple[SimEvent, ...], str, bool]] = {
+    "the destination's copy, before anything came": ((RUNS, *CLAIMED), "b", True),
+    "the source's, once the guest runs elsewhere": (
+        (RUNS, *CLAIMED, Left("a", "vm-a", 1), CAME, commit(5, MOVED)),
+        "a",
+        True,
+    ),
+    "one of two that stand still": (
+        (RUNS, *CLAIMED, Left("a", "vm-a", 1), Left("b", "vm-a", 2)),
+        "b",
+        True,
+    ),
+    "the source's, while the guest is still coming": (
+        (RUNS, *CLAIMED, Left("a", "vm-a", 1)),
+        "a",
+        False,
+    ),
+    "the destination's, once it runs there": (
+        (RUNS, *CLAIMED, Left("a", "vm-a", 1), CAME),
+        "b",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEATS.values(), ids=SEATS.keys())
+def test_where_a_moving_guest_has_its_disks(case: tuple[tuple[SimEvent, ...], str, bool]) -> None:
+    story, node, allowed = case
+    judge = Judge()
+    for event in (*GOOD, *story):
+        judge.take(event)
+    only = Judge([last_copy_is_kept])
+    only.ledger = judge.ledger
+    erased = Erased(node, "vm-a", "vm-a-root.qcow2")
+    if allowed:
+        only.take(erased)
+        return
+    with pytest.raises(Violation, match="is nowhere else"):
+        only.take(erased)
 
 
 def test_an_acknowledged_operation_is_known() -> None:
@@ -356,6 +467,16 @@ def test_records_must_be_at_rest(record: Record, complaint: str) -> None:
     ledger, found = settled()
     ledger.take(commit(2, record))
     assert any(complaint in each for each in everything_settles(ledger, [found]))
+
+
+def test_an_operation_that_a_replica_has_lost_is_seen() -> None:
+    ledger = Ledger()
+    for event in (*GOOD, Acknowledged("op-a", "vm-a"), finished(3, 3)):
+        ledger.take(event)
+    ended = ledger.finished["op-a"]
+    assert not list(acknowledged_is_kept(ledger, "r", {"op-a": ended}))
+    for kept in (None, OPERATION):
+        assert len(list(acknowledged_is_kept(ledger, "r", {"op-a": kept}))) == 1
 
 
 def test_a_replica_that_dropped_something_is_seen() -> None:

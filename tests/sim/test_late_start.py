@@ -16,9 +16,10 @@ from agent.hypervisor import Hypervisor
 from controlplane.services.operations import get_operation
 from controlplane.services.vms import create_vm
 from shared.model import OperationState
+from tests.sim.agent_ports import SLOW_S
 from tests.sim.cluster import ClusterSettings, SimCluster
 from tests.sim.invariants import Judge, everything_settles
-from tests.sim.libvirtd import SLOW_S, Libvirtd
+from tests.sim.libvirtd import Libvirtd
 from tests.sim.test_cluster import ADMIN, NEW_VM
 from tests.sim.virtual_loop import run_virtual
 

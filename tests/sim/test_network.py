@@ -31,9 +31,11 @@ class World:
         self.network.listen(self.server, ADDRESS, self._serve)
 
     async def connect(self) -> tuple[Stream, Stream]:
-        dialling = self.client.spawn(self.network.dial(ADDRESS, SESSION_METHOD), "dial")
-        stream = await dialling
+        stream = await self.client.spawn(self.dial(), "dial")
         return stream, await self.accepted.get()
+
+    async def dial(self) -> Stream:
+        return await self.network.dial(ADDRESS, SESSION_METHOD)
 
     async def _serve(self, method: str, stream: Stream, host: str) -> None:
         assert (method, host) == (SESSION_METHOD, "client")
@@ -172,7 +174,7 @@ def test_a_sender_waits_for_a_slow_reader() -> None:
 def test_nobody_listens_at_a_dead_process() -> None:
     async def test(world: World) -> None:
         world.server.kill()
-        dialling = world.client.spawn(world.network.dial(ADDRESS, SESSION_METHOD), "dial")
+        dialling = world.client.spawn(world.dial(), "dial")
         with pytest.raises(Disconnected):
             await dialling
 
@@ -182,8 +184,44 @@ def test_nobody_listens_at_a_dead_process() -> None:
 def test_dialling_across_a_cut_gives_up() -> None:
     async def test(world: World) -> None:
         world.network.cut("server", "client")
-        dialling = world.client.spawn(world.network.dial(ADDRESS, SESSION_METHOD), "dial")
+        dialling = world.client.spawn(world.dial(), "dial")
         with pytest.raises(Disconnected):
             await dialling
+
+    run(test)
+
+
+def test_a_slow_link_keeps_the_order() -> None:
+    async def test(world: World) -> None:
+        client, server = await world.connect()
+        world.network.slow("client", "server", 1.0, 5.0)
+        for number in range(20):
+            await client.send(Heartbeat(number=number))
+        world.network.speed_up("client", "server")
+        await client.send(Heartbeat(number=20))
+        assert await numbers(server, 21) == list(range(21))
+        assert asyncio.get_running_loop().time() >= 1.0
+
+    run(test)
+
+
+def test_a_half_open_stream_still_delivers_what_is_on_its_way() -> None:
+    async def test(world: World) -> None:
+        client, server = await world.connect()
+        await client.send(Heartbeat(number=1))
+        assert world.network.half_open("client", "server") == 1
+        for broken in (client.send(Heartbeat(number=2)), client.receive()):
+            with pytest.raises(Disconnected):
+                await broken
+        await client.close()
+        assert await numbers(server, 1) == [1]
+        await server.send(HeartbeatSeen(term=Term(1, 2), number=1))
+        again = await world.client.spawn(world.dial(), "dial")
+        second = await world.accepted.get()
+        await again.send(Heartbeat(number=1))
+        assert await numbers(second, 1) == [1]
+        with pytest.raises(Disconnected):
+            await server.receive()
+        assert asyncio.get_running_loop().time() >= KEEPALIVE_S
 
     run(test)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.sim.cli import coverage_table, main
-from tests.sim.faults import FAULTS, Pair
+from tests.sim.faults.injector import Pair
+from tests.sim.faults.kinds import FAULTS
 from tests.sim.planted import PLANTED, PlantedBug
 from tests.sim.simulation import SimulationSettings, simulate
 

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from tests.sim.virtual_loop import BusyLoop, Deadlock, run_virtual
+from tests.sim.clocks import HostClock
+from tests.sim.process import Process
+from tests.sim.virtual_loop import BusyLoop, Deadlock, VirtualLoop, run_virtual, true_time_s
 
 
 def test_time_jumps_to_the_next_timer() -> None:
@@ -100,3 +102,63 @@ def test_what_is_left_running_is_cancelled() -> None:
 
     run_virtual(main())
     assert ended == ["cancelled"]
+
+
+def test_timers_that_are_due_together_run_in_the_order_they_were_set() -> None:
+    async def main() -> list[int]:
+        ran: list[int] = []
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_at(5.0, ran.append, number) for number in range(500)]
+        for timer in timers[::2]:
+            timer.cancel()
+        await asyncio.sleep(6)
+        return ran
+
+    assert run_virtual(main()) == list(range(1, 500, 2))
+
+
+def test_a_clock_that_runs_fast_shows_more_and_fires_earlier() -> None:
+    async def main() -> list[tuple[float, float]]:
+        seen: list[tuple[float, float]] = []
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        fast = Process("fast", "fast.1")
+
+        async def sleep() -> None:
+            for _ in range(2):
+                await asyncio.sleep(110)
+                seen.append((loop.time(), true_time_s()))
+
+        loop.change_rate(fast.clock, 1.1)
+        await fast.spawn(sleep(), "sleep")
+        return seen
+
+    for (own_s, true_s), passed in zip(run_virtual(main()), (1, 2), strict=True):
+        assert own_s >= passed * 110
+        assert true_s == pytest.approx(passed * 100)
+
+
+def test_timers_follow_a_clock_whose_rate_changes() -> None:
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        process = Process("drifting", "drifting.1")
+        sleeping = process.spawn(asyncio.sleep(100), "sleep")
+        await asyncio.sleep(50)
+        loop.change_rate(process.clock, 0.5)
+        await asyncio.sleep(20)
+        loop.change_rate(process.clock, 1.0)
+        await sleeping
+        return loop.time()
+
+    # 50 s, 10 in the next 20, and 40 more.
+    assert run_virtual(main()) == pytest.approx(110)
+
+
+def test_what_has_passed_stays_passed_when_a_clock_changes_its_rate() -> None:
+    clock = HostClock()
+    clock.run_at(2.0, 100.0)
+    clock.run_at(0.5, 110.0)
+    assert clock.own_s(110.0) == 120.0
+    assert clock.own_s(112.0) == 121.0
+    assert clock.own_s(clock.true_s(133.3)) >= 133.3

@@ -1,31 +1,29 @@
-"""What happened, in order: a hash over all of it, and its last lines for people."""
+"""What happened, in order: a hash over all of it, and its lines for whoever wants them."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections import deque
+from collections.abc import Callable
 
-# Enough to see what led to a violation; a whole run has some ten thousand lines.
-TAIL_LINES = 400
+from tests.sim.virtual_loop import true_time_s
+
+Tell = Callable[[str], None]
 
 
 class Trace:
-    """``keep_all`` keeps every line, for a replay that somebody reads."""
+    """``tell`` is given every line at once, for a replay that somebody reads."""
 
-    def __init__(self, *, keep_all: bool = False) -> None:
+    def __init__(self, tell: Tell | None = None) -> None:
         self._hash = hashlib.sha256()
-        self._tail: deque[str] = deque(maxlen=None if keep_all else TAIL_LINES)
+        self._tell = tell
         self.lines = 0
 
     def note(self, text: str) -> None:
-        line = f"{asyncio.get_running_loop().time():.6f} {text}"
+        line = f"{true_time_s():.6f} {text}"
         self._hash.update(line.encode() + b"\n")
-        self._tail.append(line)
         self.lines += 1
+        if self._tell is not None:
+            self._tell(line)
 
     def digest(self) -> str:
         return self._hash.hexdigest()
-
-    def tail(self) -> list[str]:
-        return list(self._tail)

@@ -1,45 +1,30 @@
 """What users and guests do: operations through the services, as the API calls them, and surprises.
 
-A client tries again where the API says so, on whatever replica leads, and keeps apart what was
-accepted, what was refused and what nobody can know. It tells the judge before it asks for a
-deletion, and when an operation was acknowledged.
+``Client`` is how they ask. Some of them only look, at any replica, and never want to see less than
+they have seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 from controlplane.commands.migrations import MOVABLE_PHASES
-from controlplane.services.context import Context, Permission, Principal, Scope
-from controlplane.services.drains import drain_node
-from controlplane.services.migrations import migrate_vm
-from controlplane.services.nodes import set_cordon
-from controlplane.services.operations import cancel_operation, get_operation
-from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm
-from controlplane.services.views import OperationView
-from controlplane.services.vms import act_on_vm, create_vm, delete_vm
-from shared.errors import NotFound, NovacronError, OutcomeUnknown, Unavailable
-from shared.model import BootSpec, DiskSpec, MigrationSpec, Power, VmSpec
-from shared.states import OPERATION_ENDS, VmAction, vm_phase
+from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, Power, VmSpec
+from shared.states import VmAction, vm_phase
+from tests.sim.client import Client
 from tests.sim.cluster import SimCluster
-from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger
+from tests.sim.ledger import Ledger
 from tests.sim.node import SHARED_POOL
 
-# How long a client goes on trying, and how long it follows what was accepted.
-PATIENCE_S = 30.0
-FOLLOW_S = 40.0
 CLIENTS = 4
 # More VMs than this would not fit on the nodes, and creates would wait for ever.
 VMS_MAX = 8
-
-ANYWHERE = MigrateOrder()
-T = TypeVar("T")
-Work = Callable[[Context, Principal], Awaitable[OperationView]]
+NODES_MAX = 6
+# How long a node that has left stays away.
+AWAY_S = (10.0, 90.0)
+# How often somebody looks.
+LOOK_S = (2.0, 20.0)
 
 _ACTIONS: tuple[VmAction, ...] = (
     VmAction.START,
@@ -52,109 +37,6 @@ _ACTIONS: tuple[VmAction, ...] = (
     VmAction.RESUME,
     VmAction.RESUME,
 )
-
-
-class Client:
-    """One user with the admin role; ``outcomes`` counts how its calls ended."""
-
-    def __init__(self, cluster: SimCluster, ledger: Ledger, rng: random.Random) -> None:
-        self._cluster = cluster
-        self._ledger = ledger
-        self._rng = rng
-        self._principal = Principal("user", frozenset(Permission), Scope())
-        self.outcomes: Counter[str] = Counter()
-
-    async def create(self, name: str, spec: VmSpec) -> None:
-        new = NewVm(name=name, spec=spec)
-        await self._ask("create", lambda context, who: create_vm(context, who, new))
-
-    async def act(self, vm_id: str, action: VmAction) -> None:
-        deadline_s = self._rng.choice((0.0, 2.0, 10.0))
-        await self._ask(
-            action.value, lambda context, who: act_on_vm(context, who, vm_id, action, deadline_s)
-        )
-
-    async def migrate(self, vm_id: str) -> None:
-        await self._ask("migrate", lambda context, who: migrate_vm(context, who, vm_id, ANYWHERE))
-
-    async def drain(self, node_name: str) -> None:
-        await self._ask(
-            "drain", lambda context, who: drain_node(context, who, node_name, DrainOrder())
-        )
-
-    async def cancel(self, operation_id: str) -> None:
-        await self._ask("cancel", lambda context, who: cancel_operation(context, who, operation_id))
-
-    async def uncordon(self, node_name: str) -> None:
-        """Open a node again; one that is open, or is being drained, says so."""
-
-        async def uncordon(context: Context, who: Principal) -> None:
-            await set_cordon(context, who, node_name, CordonOrder(), cordoned=False)
-
-        with contextlib.suppress(NovacronError):
-            await self._patiently(uncordon)
-
-    async def delete(self, vm_id: str) -> None:
-        self._cluster.observe(DeleteAsked(vm_id))
-        await self._ask("delete", lambda context, who: delete_vm(context, who, vm_id))
-
-    async def _ask(self, verb: str, work: Work) -> None:
-        try:
-            operation = await self._patiently(work)
-        except NovacronError as error:
-            self.outcomes[f"{verb} {error.code}"] += 1
-            self._cluster.trace.note(f"client: {verb}: {error.code}")
-            return
-        self._cluster.observe(Acknowledged(operation.id, operation.target))
-        self.outcomes[f"{verb} {await self._follow(operation)}"] += 1
-
-    async def _patiently(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
-        """Try until there is an answer that says more than "later". Raises what then remains."""
-        loop = asyncio.get_running_loop()
-        end_s = loop.time() + PATIENCE_S
-        while True:
-            try:
-                return await self._once(work)
-            except Unavailable:
-                if loop.time() >= end_s:
-                    raise
-            await asyncio.sleep(self._rng.uniform(0.05, 1.0))
-
-    async def _follow(self, operation: OperationView) -> str:
-        """Wait for the end as ``?wait`` does; whoever cannot tell any more is not asked again."""
-        loop = asyncio.get_running_loop()
-        end_s = loop.time() + FOLLOW_S
-        while loop.time() < end_s:
-            try:
-                seen = await self._once(
-                    lambda context, who: get_operation(context, who, operation.id, 10.0)
-                )
-            except (Unavailable, OutcomeUnknown, NotFound):
-                await asyncio.sleep(1.0)
-                continue
-            if seen.state in OPERATION_ENDS:
-                return seen.state.value
-        return "open"
-
-    async def _once(self, work: Callable[[Context, Principal], Awaitable[T]]) -> T:
-        """Call a replica; one that dies meanwhile leaves the outcome unknown."""
-        names = list(self._cluster.replicas)
-        chosen = self._cluster.replicas[self._rng.choice(names)]
-        for replica in self._cluster.replicas.values():
-            if replica.control_plane is not None and replica.control_plane.leader.term is not None:
-                chosen = replica
-        process, control_plane = chosen.process, chosen.control_plane
-        if process is None or control_plane is None:
-            raise Unavailable(f"{chosen.name} does not accept connections")
-
-        async def serve() -> T:
-            return await work(control_plane.context(), self._principal)
-
-        call = process.spawn(serve(), f"{chosen.name}-request")
-        await asyncio.wait({call})
-        if call.cancelled():
-            raise OutcomeUnknown("the connection broke before the answer")
-        return call.result()
 
 
 class Workload:
@@ -178,9 +60,16 @@ class Workload:
         self.client = Client(cluster, ledger, random.Random(rng.getrandbits(64)))
 
     async def run(self) -> None:
+        looking = asyncio.ensure_future(self._look())
         async with asyncio.TaskGroup() as clients:
             for _ in range(CLIENTS):
                 clients.create_task(self._use(self._operations // CLIENTS))
+        looking.cancel()
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self._rng.uniform(*LOOK_S))
+            await self.client.look()
 
     async def delete_what_does_not_fit(self) -> None:
         """As a user would in the end: VMs that wait for room are given up."""
@@ -207,9 +96,13 @@ class Workload:
             self._surprise()
         elif draw < 0.78:
             await self.client.migrate(self._rng.choice(vms))
-        elif draw < 0.84:
+        elif draw < 0.83:
             await self.drain_one()
-        elif draw < 0.88:
+        elif draw < 0.85:
+            await self._leave()
+        elif draw < 0.87:
+            self._join()
+        elif draw < 0.90:
             await self._cancel()
         else:
             await self.client.act(self._rng.choice(vms), self._rng.choice(_ACTIONS))
@@ -225,6 +118,21 @@ class Workload:
         node_name = self._rng.choice(list(self._cluster.nodes))
         await self.client.drain(node_name)
         await self.client.uncordon(node_name)
+
+    def _join(self) -> None:
+        """A node joins that nobody has heard of before."""
+        if len(self._cluster.nodes) < NODES_MAX:
+            self._cluster.add_node().start_agent()
+
+    async def _leave(self) -> None:
+        """A node is emptied, goes away, and comes back."""
+        node = self._cluster.nodes[self._rng.choice(list(self._cluster.nodes))]
+        if await self.client.drain(node.name) == OperationState.SUCCEEDED and node.powered:
+            await node.stop_agent()
+            await asyncio.sleep(self._rng.uniform(*AWAY_S))
+            if node.powered and node.process is None:
+                node.start_agent()
+        await self.client.uncordon(node.name)
 
     async def _cancel(self) -> None:
         sagas = [op.id for op in self._ledger.operations.values() if op.saga is not None]

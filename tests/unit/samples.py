@@ -13,6 +13,12 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import fields
 
+from controlplane.commands.draft import Author
+from controlplane.commands.terms import Expected, RequestKey
+from controlplane.commands.vms import CreateVm
+from controlplane.sessions import peer_messages
+from controlplane.telemetry.progress import Progress, ProgressFrame
+from controlplane.telemetry.windows import Rates, Series
 from shared import model, moves, protocol, restores
 from shared.codec import pack
 from shared.errors import FieldError
@@ -191,6 +197,48 @@ SAMPLE = model.Sample(
     **{name: float(number) for number, name in enumerate(_FIGURES, start=1)},
 )
 
+DESIRED = protocol.Desired(
+    term=TERM,
+    vm_id=VM.id,
+    revision=41,
+    generation=7,
+    permitted=True,
+    boot_id="boot-1",
+    intent=protocol.Intent.RUN,
+    name="web-1",
+    tenant="acme",
+    domain_name=VM.domain_name,
+    domain_uuid=VM.domain_uuid,
+    spec=SPEC,
+    request=REQUEST,
+    migration=protocol.MigrationOrder(
+        operation="op-k3f9q2000000000000000000cc",
+        role=protocol.MigrationRole.SOURCE,
+        stage=moves.MigrationStage.TRANSFER,
+        generation=8,
+        source_generation=7,
+        boot_id="boot-2",
+        peer="kvm2",
+        copied=("root",),
+        purge=True,
+        timeout_s=450.0,
+        target=TARGET,
+    ),
+    has_run=True,
+)
+_RATES = [field.name for field in fields(Rates)]
+RATES = Rates(**{name: float(number) for number, name in enumerate(_RATES, start=1)})
+QUERY = protocol.Query(
+    id="query-1",
+    kind=protocol.QueryKind.CONSOLE_LOG,
+    vm_id=VM.id,
+    domain_name=VM.domain_name,
+    offset=-4096,
+    limit_bytes=4096,
+    payload=b"question",
+)
+AUTHOR = Author("admin", "req-1")
+
 SAMPLES: tuple[Struct, ...] = (
     VM,
     OPERATION,
@@ -251,7 +299,7 @@ SAMPLES: tuple[Struct, ...] = (
     ),
     model.FinishedOperation(seq=920, operation=OPERATION),
     model.Applied(group="group-1", seq=920),
-    model.LeaderKey(replica="r1", incarnation="abc", url="https://10.0.0.1:8443"),
+    model.LeaderKey(replica="r1", incarnation="abc", url="https://10.0.0.1:8443", since=AT),
     model.Replica(
         name="r1",
         incarnation="abc",
@@ -271,10 +319,12 @@ SAMPLES: tuple[Struct, ...] = (
         labels={"zone": "a"},
         inventory=INVENTORY,
         domains=(REPORT,),
+        together=True,
         foreign_domains=("theirs",),
     ),
     protocol.TermAccepted(term=TERM),
     REPORT,
+    protocol.ReportsTogether(reports=(REPORT,)),
     protocol.InventoryReport(inventory=INVENTORY, foreign_domains=("theirs",)),
     protocol.Heartbeat(number=9),
     protocol.Answer(query_id="query-1", data=b"boot", problem=PROBLEM),
@@ -284,38 +334,12 @@ SAMPLES: tuple[Struct, ...] = (
         cluster_id="cluster-1",
         heartbeat_period_s=2.0,
         silence_limit_s=10.0,
+        together=True,
     ),
     protocol.NotLeader(agent_address="10.0.0.2:8444"),
     protocol.Rejected(problem=PROBLEM),
-    protocol.Desired(
-        term=TERM,
-        vm_id=VM.id,
-        revision=41,
-        generation=7,
-        permitted=True,
-        boot_id="boot-1",
-        intent=protocol.Intent.RUN,
-        name="web-1",
-        tenant="acme",
-        domain_name=VM.domain_name,
-        domain_uuid=VM.domain_uuid,
-        spec=SPEC,
-        request=REQUEST,
-        migration=protocol.MigrationOrder(
-            operation="op-k3f9q2000000000000000000cc",
-            role=protocol.MigrationRole.SOURCE,
-            stage=moves.MigrationStage.TRANSFER,
-            generation=8,
-            source_generation=7,
-            boot_id="boot-2",
-            peer="kvm2",
-            copied=("root",),
-            purge=True,
-            timeout_s=450.0,
-            target=TARGET,
-        ),
-        has_run=True,
-    ),
+    DESIRED,
+    protocol.DesiredTogether(desired=(DESIRED,)),
     protocol.Survey(
         boot_id="boot-1",
         epoch=2,
@@ -330,15 +354,7 @@ SAMPLES: tuple[Struct, ...] = (
         ),
     ),
     protocol.InSync(term=TERM, vm_ids=(VM.id,)),
-    protocol.Query(
-        id="query-1",
-        kind=protocol.QueryKind.CONSOLE_LOG,
-        vm_id=VM.id,
-        domain_name=VM.domain_name,
-        offset=-4096,
-        limit_bytes=4096,
-        payload=b"question",
-    ),
+    QUERY,
     protocol.SourceCheck(
         blockers=(FieldError("", "host_device", "it holds a device"),),
         machine="pc-q35-7.2",
@@ -365,6 +381,36 @@ SAMPLES: tuple[Struct, ...] = (
     protocol.Batch(number=4, samples=(SAMPLE,), dropped=2),
     protocol.BatchSeen(number=4),
     protocol.TelemetryRefused(problem=PROBLEM),
+    peer_messages.Submit(
+        command=CreateVm(
+            name="web-1", tenant="default", labels={"tier": "gold"}, spec=SPEC, by=AUTHOR
+        ),
+        key=RequestKey(id="hash", principal="admin", fingerprint="what"),
+        expected=Expected(object=VM.id, revisions=(7,), whatever=True),
+        limit_s=5.5,
+    ),
+    peer_messages.AskNode(node_id="node-1", query=QUERY),
+    peer_messages.Exchange(replica="r2", copied_seq=918, agents_seen="1.7/3"),
+    peer_messages.ReadFigures(objects=(VM.id,), whole=True),
+    peer_messages.ReadHistory(after=10, until=20),
+    peer_messages.Submitted(result=VM.id, replayed=True, revision=918),
+    peer_messages.NodeAnswered(data=b"guest says hello"),
+    peer_messages.Exchanged(
+        progress=(
+            ProgressFrame(
+                operation="op-1",
+                progress=Progress(percent=12.5, eta_s=3.0, as_of=AT, bytes_done=1, bytes_total=8),
+                detail="memory",
+            ),
+        ),
+        agents=peer_messages.AgentList(name="1.7/3", versions={"node-1": "0.2.0"}),
+    ),
+    peer_messages.FiguresRead(
+        latest={VM.id: RATES},
+        series={VM.id: Series(object=VM.id, as_of=5.0, period_s=5.0, points=(RATES,))},
+    ),
+    peer_messages.Segment(packed=b"entries", sha256=b"digest"),
+    peer_messages.PeerRefused(problem=PROBLEM, revision=7),
 )
 
 

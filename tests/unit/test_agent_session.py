@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+from msgspec.structs import replace
+
 from agent.app import Agent, AgentPorts
 from agent.append_log import MemoryLog
 from agent.inventory import NodeFacts
@@ -21,6 +23,7 @@ from shared.offload import inline
 from shared.problems import problem_of
 from shared.protocol import (
     Answer,
+    DesiredTogether,
     DestinationCheck,
     DestinationQuestion,
     Heartbeat,
@@ -32,6 +35,7 @@ from shared.protocol import (
     Query,
     QueryKind,
     Rejected,
+    ReportsTogether,
     SourceCheck,
     TermAccepted,
     VmReport,
@@ -88,7 +92,7 @@ class Site:
             return await self.streams.get()
 
     async def welcome(
-        self, term: Term = FIRST, silence_limit_s: float = 1000.0
+        self, term: Term = FIRST, silence_limit_s: float = 1000.0, *, together: bool = False
     ) -> tuple[PipeEnd, Hello]:
         """Greet the agent as a leader does; streams that it gave up are left out."""
         stream = await self.accept()
@@ -102,6 +106,7 @@ class Site:
                 cluster_id="cluster-1",
                 heartbeat_period_s=2,
                 silence_limit_s=silence_limit_s,
+                together=together,
             )
         )
         accepted = await stream.receive()
@@ -140,6 +145,21 @@ def test_a_greeting_and_what_follows() -> None:
             assert (report.vm_id, report.power) == (VM, ObservedPower.RUNNING)
             first, second = await leader.expect(Heartbeat), await leader.expect(Heartbeat)
             assert second.number == first.number + 1
+
+    virtual(main())
+
+
+def test_several_vms_are_told_of_in_one_message_to_a_leader_that_takes_it() -> None:
+    async def main() -> None:
+        async with site() as it:
+            leader, hello = await it.welcome(together=True)
+            assert hello.together
+            other = replace(desired(), vm_id="vm-2", name="b", domain_name="vm-2")
+            await leader.send(DesiredTogether(desired=(desired(), other)))
+            told = await leader.expect(ReportsTogether)
+            assert {each.vm_id for each in told.reports} == {VM, "vm-2"}
+            await asyncio.sleep(60)
+            assert sorted(it.state.domains) == [VM, "vm-2"]
 
     virtual(main())
 
@@ -329,10 +349,12 @@ async def test_waiting_reports_are_the_newest_of_each_vm_in_order() -> None:
 
     for vm_id, revision in (("a", 1), ("b", 1), ("a", 2)):
         waiting.put(report(vm_id, revision))
-    unsent = await waiting.take()
-    assert isinstance(unsent, VmReport)
-    waiting.put_back(unsent)
-    assert [await waiting.take(), await waiting.take()] == [report("b", 1), report("a", 2)]
+    unsent = await waiting.take(1)
+    assert isinstance(unsent, tuple)
+    waiting.put_back(unsent[0])
+    assert await waiting.take(5) == (report("b", 1), report("a", 2))
     waiting.put(report("b", 2))
     waiting.put_back(report("b", 1))
-    assert await waiting.take() == report("b", 2)
+    waiting.put(report("c", 1))
+    assert await waiting.take(1) == (report("b", 2),)
+    assert await waiting.take(1) == (report("c", 1),)

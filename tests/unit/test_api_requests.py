@@ -174,7 +174,12 @@ async def test_cluster_view(world: World) -> None:
     async with world.client() as client:
         cluster = (await client.get("/api/v1/cluster")).json()
     assert cluster["cell"] == "abc123"
-    assert cluster["leader"] == {"replica": "r1", "url": "https://127.0.0.1:8443", "term": "1.7"}
+    assert cluster["leader"] == {
+        "replica": "r1",
+        "url": "https://127.0.0.1:8443",
+        "term": "1.7",
+        "since": "2026-11-01T12:00:00Z",
+    }
     assert cluster["replicas"][0]["name"] == "r1"
     assert cluster["members"][0]["alarms"] == ["NOSPACE"]
     assert cluster["nodes"] == {"ready": 1, "silent": 0}
@@ -254,6 +259,16 @@ async def test_a_read_waits_for_the_revision_that_its_client_has_seen(
         late = await client.get("/api/v1/vms", headers=ahead)
     assert (late.status_code, late.json()["code"]) == (503, "unavailable")
     assert late.headers["retry-after"]
+
+
+async def test_a_replica_that_has_read_nothing_calls_no_token_wrong(world: World) -> None:
+    for kind, record_id in list(world.state.record_ids()):
+        world.state.remove(kind, record_id)
+    async with world.client() as client:
+        for answer in (await client.get("/api/v1/vms"), await client.delete("/api/v1/vms/web")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    async with world.client(token="nonsense") as client:
+        assert (await client.get("/api/v1/vms")).status_code == 401
 
 
 async def test_an_expired_key_stops_working(world: World) -> None:

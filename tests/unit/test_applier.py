@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 from msgspec import Struct
@@ -14,7 +14,12 @@ from msgspec import Struct
 from controlplane.commands.draft import Command, Draft
 from controlplane.state import ClusterState
 from controlplane.store import keys
-from controlplane.store.applier import GROUP_WRITES_MAX, WAITING_COMMANDS_MAX, Applier
+from controlplane.store.applier import (
+    GROUP_WRITES_MAX,
+    WAITING_COMMANDS_MAX,
+    Applier,
+    TermOver,
+)
 from controlplane.store.informer import Informer
 from controlplane.store.model_etcd import ModelEtcd
 from controlplane.store.port import Fence, KeyValue, Put, Store
@@ -22,9 +27,11 @@ from shared.codec import pack, unpack
 from shared.errors import (
     ChangeTooLarge,
     LeadershipLost,
+    NameTaken,
     OutcomeUnknown,
     Overloaded,
     StateConflict,
+    StoreFull,
     StoreUnavailable,
 )
 from shared.ids import IdSource
@@ -32,6 +39,8 @@ from shared.model import ApiKey, Applied, Term
 from tests.contract.store_worlds import ModelCluster, World, model_world
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.core_world import BORN, LEADER, CoreWorld
+
+R = TypeVar("R")
 
 
 class PutKeys(Struct):
@@ -49,6 +58,27 @@ class PutKeys(Struct):
         if self.refused:
             raise StateConflict("not this one")
         return len(self.names)
+
+
+class Take(Struct):
+    """Writes one record, unless it is there already."""
+
+    name: str
+
+    def decide(self, draft: Draft) -> int:
+        if draft.find(ApiKey, self.name) is not None:
+            raise NameTaken(self.name)
+        draft.put(ApiKey(id=self.name, sha256="", principal="p", role="admin", created_at=BORN))
+        return 1
+
+
+class Look(Struct):
+    """Writes nothing, and tells whether a record is there."""
+
+    name: str
+
+    def decide(self, draft: Draft) -> bool:
+        return draft.find(ApiKey, self.name) is not None
 
 
 class Unwritable(Struct):
@@ -83,7 +113,10 @@ class Writer:
         await self.writable.wait()
 
     def submit(self, *names: str, **how: Any) -> asyncio.Future[int]:
-        return asyncio.ensure_future(self.applier.submit(PutKeys(names, **how)))
+        return self.ask(PutKeys(names, **how))
+
+    def ask(self, command: Command[R]) -> asyncio.Future[R]:
+        return asyncio.ensure_future(self.applier.submit(command))
 
     async def listed(self) -> ClusterState:
         state = ClusterState()
@@ -202,6 +235,26 @@ def test_a_lost_answer_is_read_back_and_nothing_is_applied_twice() -> None:
     virtual(main())
 
 
+def test_what_uses_the_quota_up_is_acknowledged_when_it_was_written() -> None:
+    """etcd refuses the write that fills it, and may have applied it all the same."""
+
+    async def main() -> None:
+        async with writer() as it:
+            await it.submit("a")
+            it.model.quota_bytes = it.model.size_bytes + 500
+            assert await it.submit("b", filling="x" * 1000) == 1
+            with pytest.raises(StoreFull):
+                await it.submit("c")
+            await it.assert_memory_is_etcd()
+            assert sorted(it.state.api_keys) == ["a", "b"]
+            it.model.quota_bytes = 0
+            it.model.disarm()
+            assert await it.submit("c") == 1
+            await it.assert_memory_is_etcd()
+
+    run_virtual(main())
+
+
 def test_nothing_happened_when_no_member_could_be_reached() -> None:
     async def main() -> None:
         async with writer() as it:
@@ -267,6 +320,71 @@ def test_a_group_that_may_have_been_written_before_the_term_ended_is_unknown(
     virtual(main())
 
 
+def test_a_refusal_is_told_when_what_it_rests_on_is_committed() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            it.writable.clear()
+            taker, late, reader = it.ask(Take("key")), it.ask(Take("key")), it.ask(Look("key"))
+            await asyncio.sleep(1)
+            assert not any(each.done() for each in (taker, late, reader))
+            it.writable.set()
+            with pytest.raises(NameTaken):
+                await late
+            assert (await taker, await reader) == (1, True)
+            await it.assert_memory_is_etcd()
+
+    virtual(main())
+
+
+def test_nobody_is_refused_for_what_was_never_committed() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            await it.world.store.resign(it.fence.leader_revision)
+            await it.world.lead()
+            ends = await asyncio.gather(
+                it.ask(Take("key")), it.ask(Take("key")), return_exceptions=True
+            )
+            assert [type(end) for end in ends] == [TermOver, TermOver]
+            assert not (await it.listed()).api_keys
+
+    virtual(main())
+
+
+def test_what_is_refused_beside_an_unknown_outcome_has_changed_nothing() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            for index in range(3):
+                it.cluster.stop(index)
+            unknown, refused = it.ask(Take("key")), it.ask(Take("key"))
+            await asyncio.sleep(0.2)
+            it.running.cancel()
+            with pytest.raises(OutcomeUnknown):
+                await unknown
+            with pytest.raises(LeadershipLost):
+                await refused
+            for index in range(3):
+                it.cluster.resume(index)
+
+    virtual(main())
+
+
+def test_a_leader_that_may_lead_no_more_tells_nothing_from_memory() -> None:
+    """It was suspended, and another may have written what makes this refusal wrong."""
+
+    async def main() -> None:
+        async with writer() as it:
+            await it.ask(Take("key"))
+            it.writable.clear()
+            refused, looking = it.ask(Take("key")), it.ask(Look("key"))
+            await asyncio.sleep(1)
+            assert not any(each.done() for each in (refused, looking))
+            it.running.cancel()
+            ends = await asyncio.gather(refused, looking, return_exceptions=True)
+            assert [type(end) for end in ends] == [LeadershipLost, LeadershipLost]
+
+    virtual(main())
+
+
 def test_a_suspended_leader_decides_but_does_not_write() -> None:
     async def main() -> None:
         async with writer() as it:
@@ -299,6 +417,26 @@ def test_a_stop_in_the_middle_of_a_commit_is_unknown_to_who_waits() -> None:
                 await later
             for index in range(3):
                 it.cluster.resume(index)
+
+    virtual(main())
+
+
+def test_a_stop_lets_the_commit_under_way_come_to_its_end() -> None:
+    async def main() -> None:
+        async with writer() as it:
+            for index in range(3):
+                it.cluster.stop(index)
+            waiting = it.submit("key-a")
+            await asyncio.sleep(0.1)
+            it.running.cancel()
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            for index in range(3):
+                it.cluster.resume(index)
+            assert await waiting == 1
+            with pytest.raises(asyncio.CancelledError):
+                await it.running
+            await it.assert_memory_is_etcd()
 
     virtual(main())
 

@@ -26,7 +26,12 @@ CLUSTER = {
     "epoch": 1,
     "version": "0.1.0",
     "schema_level": 1,
-    "leader": {"replica": "r1", "url": "https://10.88.0.1:8443", "term": "1.44"},
+    "leader": {
+        "replica": "r1",
+        "url": "https://10.88.0.1:8443",
+        "term": "1.44",
+        "since": "2026-11-20T11:59:00Z",
+    },
     "replicas": [{"name": "r1", "url": "https://10.88.0.1:8443", "version": "0.1.0"}],
     "members": [
         {
@@ -34,10 +39,14 @@ CLUSTER = {
             "reachable": True,
             "version": "3.4.23",
             "is_leader": True,
+            "raft_term": 9,
+            "revision": 4711,
             "db_size_bytes": 1536 * 1024,
+            "db_in_use_bytes": 512 * 1024,
             "alarms": ["NOSPACE"],
+            "problem": "",
         },
-        {"endpoint": "127.0.0.1:2381", "reachable": False},
+        {"endpoint": "127.0.0.1:2381", "reachable": False, "problem": "not connected"},
     ],
     "nodes": {"ready": 3, "silent": 0},
     "vms": 6,
@@ -160,9 +169,33 @@ def test_members_are_listed(cli: Cli, api: FakeApi) -> None:
     api.on("GET", "cluster", CLUSTER)
 
     assert cli.run("cluster", "members") == 0
-    assert "1.5 MiB" in cli.stdout
+    _, first, second = cli.stdout.splitlines()
+    for part in ("leader", "3.4.23", "1.5 MiB", "512 KiB", " 9 ", "4711", "NOSPACE"):
+        assert part in first
+    assert "not connected" in second
     assert cli.run("cluster", "members", "-o", "name") == 0
     assert cli.stdout == "127.0.0.1:2379\n127.0.0.1:2381\n"
+
+
+def test_the_leader_is_shown_with_its_term(cli: Cli, api: FakeApi) -> None:
+    api.on("GET", "cluster", CLUSTER, CLUSTER, {**CLUSTER, "leader": None})
+
+    assert cli.run("cluster", "leader") == 0
+    for part in ("r1", "https://10.88.0.1:8443", "1.44", "2026-11-20T11:59:00Z"):
+        assert part in cli.stdout
+    assert cli.run("cluster", "leader", "-o", "name") == 0
+    assert cli.stdout == "r1\n"
+    assert cli.run("cluster", "leader") == 0
+    assert "nobody leads" in cli.stdout
+
+
+def test_the_leader_is_asked_to_step_down(cli: Cli, api: FakeApi) -> None:
+    refused = problem(503, "no_leader", "nobody leads at present")
+    api.on("POST", "cluster/actions/step-down", CLUSTER, refused)
+
+    assert cli.run("cluster", "step-down") == 0
+    assert "r1 gives up its term 1.44" in cli.stdout
+    assert cli.run("cluster", "step-down") == 8
 
 
 def test_events_are_read_to_their_end(cli: Cli, api: FakeApi) -> None:

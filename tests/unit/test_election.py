@@ -10,8 +10,16 @@ from datetime import datetime
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
-from controlplane.election import Election, ElectionSettings, Reign
+from controlplane.election import (
+    STAND_BACK_S,
+    Election,
+    ElectionSettings,
+    Reign,
+    SteppedDown,
+)
+from controlplane.state import Changes
 from controlplane.store import keys
 from controlplane.store.port import Store
 from shared.codec import pack, unpack
@@ -42,14 +50,20 @@ class LoopClock:
 class Candidate:
     """A replica that stands for election and notes its terms."""
 
-    def __init__(self, store: Store, name: str, incarnation: str, seed: int = 1) -> None:
+    def __init__(
+        self, store: Store, name: str, incarnation: str, seed: int, settings: ElectionSettings
+    ) -> None:
         self.store = store
         self.clock = LoopClock()
         self.me = LeaderKey(replica=name, incarnation=incarnation)
-        self.election = Election(store, self.me, SETTINGS, self.clock, random.Random(seed))
+        self.key_changes = Changes()
+        self.election = Election(
+            store, self.me, settings, self.clock, random.Random(seed), self.key_changes.next
+        )
         self.terms: list[int] = []
         self.reign: Reign | None = None
         self.fails_with: Exception | None = None
+        self.ended = asyncio.get_running_loop().create_future()
         self.unfit = ""
         self.running = asyncio.ensure_future(self.election.run(self._lead, lambda: self.unfit))
 
@@ -65,9 +79,14 @@ class Candidate:
                 error, self.fails_with = self.fails_with, None
                 self.unfit = str(error) if isinstance(error, ReleaseTooOld) else ""
                 raise error
-            await asyncio.Event().wait()
+            await asyncio.shield(self.ended)
         finally:
             self.reign = None
+
+    def end_with(self, error: Exception) -> None:
+        """End the term under way; the next ones go on."""
+        ended, self.ended = self.ended, asyncio.get_running_loop().create_future()
+        ended.set_exception(error)
 
     async def stop(self) -> None:
         self.running.cancel()
@@ -79,10 +98,11 @@ class Cluster:
         self.world, self.model = world, model
         self.candidates: list[Candidate] = []
 
-    def stand(self, name: str, incarnation: str = "1") -> Candidate:
-        made = Candidate(
-            cast(Store, self.world.new_store()), name, incarnation, len(self.candidates)
-        )
+    def stand(
+        self, name: str, incarnation: str = "1", settings: ElectionSettings = SETTINGS
+    ) -> Candidate:
+        store = cast(Store, self.world.new_store())
+        made = Candidate(store, name, incarnation, len(self.candidates), settings)
         self.candidates.append(made)
         return made
 
@@ -129,7 +149,10 @@ def test_one_leads_and_the_other_knows_who() -> None:
             assert [first.leads, second.leads].count(True) == 1
             leader, other = (first, second) if first.leads else (second, first)
             assert len(leader.terms) == 1
-            assert other.election.leader == leader.election.leader == leader.me
+            known = other.election.leader
+            assert known is not None
+            assert known == leader.election.leader == replace(leader.me, since=BORN)
+            assert other.election.leader_revision == leader.terms[0]
             assert await writable(leader)
 
     virtual(main())
@@ -142,6 +165,80 @@ def test_when_a_leader_stops_the_term_is_given_back_at_once() -> None:
             await asyncio.sleep(3)
             await first.stop()
             assert await it.key() is None
+
+    virtual(main())
+
+
+def test_a_term_of_an_earlier_process_is_given_back_before_the_first_campaign() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            lease = await it.world.store.grant_lease(60)
+            await it.world.store.campaign(pack(LeaderKey(replica="r1", incarnation="1")), lease)
+            await _newly_started(it, "r2").give_back()
+            assert await it.key() is not None, "another replica's term is not ours to give back"
+            await _newly_started(it, "r1").give_back()
+            assert await it.key() is None
+
+    virtual(main())
+
+
+def _newly_started(it: Cluster, name: str) -> Election:
+    me = LeaderKey(replica=name, incarnation="2")
+    store = cast(Store, it.world.store)
+    return Election(store, me, SETTINGS, LoopClock(), random.Random(1), Changes().next)
+
+
+def test_who_follows_stands_as_soon_as_the_watch_shows_that_the_key_is_gone() -> None:
+    seldom = replace(SETTINGS, follower_look_s=3600.0)
+
+    async def main() -> None:
+        async with cluster() as it:
+            first = it.stand("r1")
+            await asyncio.sleep(3)
+            second = it.stand("r2", settings=seldom)
+            await asyncio.sleep(3)
+            await first.stop()
+            await asyncio.sleep(60)
+            assert not second.leads, "nothing has told it"
+            second.key_changes.notify()
+            await asyncio.sleep(1)
+            assert second.leads
+
+    virtual(main())
+
+
+def test_a_leader_that_stepped_down_leaves_the_key_to_the_others() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            first = it.stand("r1")
+            await asyncio.sleep(3)
+            second = it.stand("r2")
+            first.end_with(SteppedDown("asked to"))
+            await asyncio.sleep(STAND_BACK_S)
+            assert second.leads
+            assert first.terms[1:] == []
+            await asyncio.sleep(60)
+            assert first.election.leader == second.election.leader
+            await second.stop()
+            await asyncio.sleep(TAKEOVER_S)
+            assert first.leads, "it stands again when it is needed"
+
+    virtual(main())
+
+
+def test_a_leader_that_stepped_down_leads_again_where_nobody_else_does() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            alone = it.stand("r1")
+            await asyncio.sleep(3)
+            alone.end_with(SteppedDown("asked to"))
+            await asyncio.sleep(0.05)
+            assert await it.key() is None, "it did not wait for the lease"
+            await asyncio.sleep(STAND_BACK_S / 2)
+            assert not alone.leads
+            await asyncio.sleep(STAND_BACK_S)
+            assert alone.leads
+            assert len(alone.terms) == 2
 
     virtual(main())
 
@@ -273,7 +370,7 @@ def test_one_that_is_unfit_never_stands_and_still_knows_who_leads(
             new = it.stand("r2")
             await asyncio.sleep(TAKEOVER_S)
             assert new.leads
-            assert old.election.leader == new.me
+            assert old.election.leader == new.election.leader
             old.unfit = ""
             await new.stop()
             await asyncio.sleep(TAKEOVER_S)

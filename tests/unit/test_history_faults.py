@@ -22,6 +22,7 @@ from shared.offload import inline
 from tests.integration.replica_process import ROOT, Cell, ReplicaProcess, replica_command
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.api_world import World
+from tests.unit.lone_replica import NO_PEERS
 from tests.unit.test_history import event
 
 EVERYTHING = EntryFilter(tenant="default")
@@ -107,7 +108,7 @@ def test_the_copy_is_tried_again_until_there_is_room(file: Path) -> None:
         for seq in range(1, 500):
             state.put_history(event(seq))
         let_grow(history, pages=0)
-        copy = CopyHistory(state, history)
+        copy = CopyHistory(state, history, NO_PEERS)
         running = asyncio.ensure_future(loop.run(copy, state.changes))
         await asyncio.sleep(60)
         assert not running.done()

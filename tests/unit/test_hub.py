@@ -17,6 +17,7 @@ from controlplane.sessions.hub import (
     GREETING_TIMEOUT_S,
     QUERIES_PER_NODE_MAX,
     QUERY_TIMEOUT_S,
+    STORE_FULL_PAUSE_S,
     Hub,
     HubSettings,
 )
@@ -28,6 +29,7 @@ from shared.protocol import (
     PROTOCOL_LEVEL,
     Answer,
     Desired,
+    DesiredTogether,
     Heartbeat,
     HeartbeatSeen,
     Hello,
@@ -37,6 +39,7 @@ from shared.protocol import (
     Query,
     QueryKind,
     Rejected,
+    ReportsTogether,
     TermAccepted,
     VmReport,
     Welcome,
@@ -93,10 +96,10 @@ class Site:
         assert found is not None
         return found
 
-    async def permitted_vm(self) -> str:
+    async def permitted_vm(self, name: str = "web-1") -> str:
         """Return a VM that is bound to n1 and has a start permit."""
-        await self.submit(CreateVm(name="web-1", tenant="default", labels={}, spec=spec(), by=USER))
-        vm_id = self.state.vm_id_by_name("default", "web-1")
+        await self.submit(CreateVm(name=name, tenant="default", labels={}, spec=spec(), by=USER))
+        vm_id = self.state.vm_id_by_name("default", name)
         assert vm_id is not None
         await self.submit(BindVm(vm_id=vm_id, node_id=self.node_id, by=LEADER, check=no_check))
         await self.submit(PermitStart(vm_id=vm_id, by=LEADER, check=no_check))
@@ -141,6 +144,29 @@ def virtual(main: Coroutine[Any, Any, None]) -> None:
     run_virtual(main)
 
 
+def test_a_full_store_costs_no_node_its_session_and_nothing_that_was_said() -> None:
+    async def main() -> None:
+        async with site() as it:
+            stream = await it.joined()
+            vm_id = await it.permitted_vm()
+            it.writer.model.full = True
+            for power in (ObservedPower.PAUSED, ObservedPower.RUNNING):
+                await stream.send(
+                    VmReport(vm_id=vm_id, generation=1, power=power, permit_used=True)
+                )
+                await asyncio.sleep(A_WHILE_S)
+            await stream.send(Heartbeat(number=7))
+            assert (await stream.expect(HeartbeatSeen)).number == 7
+            assert it.seen(vm_id) is not ObservedPower.RUNNING
+            await asyncio.sleep(10 * STORE_FULL_PAUSE_S)
+            assert it.hub.agents().versions != {}
+            it.writer.model.disarm()
+            await asyncio.sleep(2 * STORE_FULL_PAUSE_S)
+            assert it.seen(vm_id) is ObservedPower.RUNNING, "the newest of what was said"
+
+    virtual(main())
+
+
 def test_a_greeted_node_is_trusted_and_told_everything_then_the_mark() -> None:
     async def main() -> None:
         async with site() as it:
@@ -159,6 +185,30 @@ def test_a_greeted_node_is_trusted_and_told_everything_then_the_mark() -> None:
             again = await it.joined()
             assert (await again.expect(Desired)).permitted
             assert (await again.expect(InSync)).vm_ids == (vm_id,)
+
+    virtual(main())
+
+
+def test_several_vms_are_told_of_in_one_message_to_an_agent_that_takes_it() -> None:
+    async def main() -> None:
+        async with site() as it:
+            await it.joined()
+            vm_ids = tuple(sorted([await it.permitted_vm("a"), await it.permitted_vm("b")]))
+            plain = await it.joined()
+            assert [(await plain.expect(Desired)).vm_id for _ in vm_ids] == list(vm_ids)
+            await plain.expect(InSync)
+
+            stream = await it.joined(together=True)
+            told = await stream.expect(DesiredTogether)
+            assert tuple(each.vm_id for each in told.desired) == vm_ids
+            assert (await stream.expect(InSync)).vm_ids == vm_ids
+            running = [
+                VmReport(vm_id=vm_id, generation=1, power=ObservedPower.RUNNING, permit_used=True)
+                for vm_id in vm_ids
+            ]
+            await stream.send(ReportsTogether(reports=tuple(running)))
+            await asyncio.sleep(1)
+            assert {it.seen(vm_id) for vm_id in vm_ids} == {ObservedPower.RUNNING}
 
     virtual(main())
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import pytest
+from msgspec.structs import replace
+
 from controlplane.state import ClusterState
+from controlplane.store import informer as informer_module
 from controlplane.store import keys
 from controlplane.store.informer import Informer
-from controlplane.store.port import Delete, Fence, Listing, Put, Store, Write
+from controlplane.store.port import Delete, Fence, KeyValue, Listing, Put, Store, Write
 from shared.codec import pack
 from shared.errors import StoreUnavailable
 from shared.model import ApiKey, Event, Replica
@@ -36,6 +40,9 @@ def event(seq: int) -> Put:
     return Put(keys.history_key(seq), pack(entry))
 
 
+async def _nothing() -> None: ...
+
+
 class GatedStore:
     """The store, whose listings a test can hold up after etcd has answered, or make fail."""
 
@@ -45,15 +52,22 @@ class GatedStore:
         self.answers_pass.set()
         self.failures = 0
         self.listings = 0
+        self.reads: list[str] = []
+        self.before_read: Callable[[], Awaitable[None]] = _nothing
 
-    async def list(self, prefix: str, *, revision_min: int = 0) -> Listing:
+    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         self.listings += 1
         if self.failures:
             self.failures -= 1
             raise StoreUnavailable("no member answers")
-        listing = await self._store.list(prefix, revision_min=revision_min)
+        listing = await self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
         await self.answers_pass.wait()
         return listing
+
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
+        self.reads.append(key)
+        await self.before_read()
+        return await self._store.get(key, revision=revision)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -133,6 +147,42 @@ def test_after_a_compaction_it_lists_again_and_finds_what_was_deleted() -> None:
     virtual(main())
 
 
+def test_what_memory_has_already_is_not_read_again() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(put("key-b"), put("key-c"), event(2))
+            await it.seen()
+            known, whole = it.state.api_keys["key-b"], it.store.listings
+            it.store.reads.clear()
+            # As if the watch had lost two changes and a deletion, and brought one twice.
+            it.state.remove(ApiKey, "key-c")
+            it.state.put(known.record, 1)
+            it.state.put(replace(known.record, id="key-z"), known.revision)
+            it.state.remove_history(2)
+            await it.informer.load(it.fence.mark_revision)
+            assert sorted(it.state.api_keys) == ["key-a", "key-b", "key-c"]
+            assert it.state.api_keys["key-b"] == known
+            assert sorted(it.state.history) == [1, 2]
+            assert it.store.listings == whole + 1
+            assert it.store.reads == [event(2).key, put("key-b").key, put("key-c").key]
+
+    virtual(main())
+
+
+def test_what_is_over_is_found_beside_a_record_that_cannot_be_read() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(Put(put("key-b").key, b"poison"))
+            await it.seen()
+            # As many as are listed, and one of them is not there any more.
+            it.state.put(api_key("key-z"), 1)
+            await it.informer.load(it.fence.mark_revision)
+            assert sorted(it.state.api_keys) == ["key-a"]
+            assert it.informer.unreadable == {put("key-b").key}
+
+    virtual(main())
+
+
 def test_a_poisoned_record_is_set_aside_and_stops_nothing() -> None:
     async def main() -> None:
         async with following() as it:
@@ -195,6 +245,75 @@ def test_replicas_are_known_while_they_are_registered() -> None:
             await it.world.store.revoke_lease(lease)
             await asyncio.sleep(A_WHILE_S)
             assert it.informer.replicas == {}
+
+    virtual(main())
+
+
+def test_whoever_waits_for_the_leader_key_is_woken_when_it_comes_or_goes() -> None:
+    async def main() -> None:
+        async with following() as it:
+            changed = it.informer.leader_key.next()
+            await it.commit(put("key-b"))
+            await asyncio.sleep(A_WHILE_S)
+            assert not changed.done(), "another key"
+            await it.world.store.resign(it.fence.leader_revision)
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
+            changed = it.informer.leader_key.next()
+            await it.world.lead()
+            await asyncio.sleep(A_WHILE_S)
+            assert changed.done()
+
+    virtual(main())
+
+
+def test_what_changes_while_it_is_read_is_not_taken_before_its_time() -> None:
+    """Memory says at which revision it is: nothing in it may be newer."""
+
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(put("key-b"))
+            state = ClusterState()
+            informer = Informer(cast(Store, it.store), state)
+
+            async def change() -> None:
+                it.store.before_read = _nothing
+                await it.commit(put("key-a", "other"), put("key-b", "other"))
+
+            listed = it.fence.mark_revision
+            it.store.before_read = change
+            await informer.load(0)
+            assert state.revision == listed
+            assert [kept.record.role for kept in state.api_keys.values()] == ["admin", "admin"]
+
+    virtual(main())
+
+
+def test_a_later_listing_is_never_seen_half_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first one is, by nobody who reads: the revision is 0 until it is whole."""
+    monkeypatch.setattr(informer_module, "TAKEN_AT_ONCE", 1)
+
+    async def main() -> None:
+        async with following() as it:
+            state = ClusterState()
+            informer = Informer(cast(Store, it.store), state)
+            seen: set[tuple[int, frozenset[str]]] = set()
+
+            async def look() -> None:
+                while True:
+                    seen.add((state.revision, frozenset(state.api_keys)))
+                    await asyncio.sleep(0)
+
+            looking = asyncio.ensure_future(look())
+            await it.commit(put("key-a"), put("key-b"))
+            await informer.load(0)
+            await it.commit(put("key-c"), put("key-d"))
+            await informer.load(0)
+            await asyncio.sleep(0)
+            looking.cancel()
+            shown = {at: [len(found) for when, found in seen if when == at] for at, _ in seen}
+            assert len(shown.pop(0)) > 1
+            assert list(shown.values()) == [[2], [4]]
 
     virtual(main())
 

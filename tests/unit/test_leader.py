@@ -17,7 +17,6 @@ from controlplane.commands.migrations import MigrationLimits
 from controlplane.commands.vms import CreateVm
 from controlplane.election import Reign
 from controlplane.leader import Founding, Leader, LeaderParts
-from controlplane.reconcilers.history import CopyHistory
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.state import ClusterState
@@ -52,6 +51,9 @@ class PutCluster(Struct, frozen=True, kw_only=True):
         draft.put(self.cluster)
 
 
+LIMIT_S = 5.0
+
+
 class Replica:
     def __init__(self, world: World) -> None:
         self.world = world
@@ -65,7 +67,6 @@ class Replica:
                 store=self.store,
                 state=self.state,
                 informer=self.informer,
-                copy=CopyHistory(self.state, self.history),
                 ids=IdSource("abc123", self.clock, random.Random(1)),
                 clock=self.clock,
                 founding=FOUNDING,
@@ -75,6 +76,7 @@ class Replica:
                 limits=MigrationLimits(),
                 offload=inline,
                 progress=lambda told: None,
+                copied=lambda: 0,
             )
         )
         self.following = asyncio.ensure_future(self.informer.run(lambda: None))
@@ -89,7 +91,7 @@ class Replica:
 
     async def create(self, name: str) -> None:
         await self.leader.submit(
-            CreateVm(name=name, tenant="default", labels={}, spec=spec(), by=USER)
+            CreateVm(name=name, tenant="default", labels={}, spec=spec(), by=USER), LIMIT_S
         )
 
     def names(self) -> set[str]:
@@ -177,7 +179,7 @@ def test_a_cluster_above_our_level_is_not_led_and_nothing_of_it_is_touched() -> 
             assert it.leader.unfit() == ""
             # As a leader of the next release raises it, while this one follows.
             newer = replace(FOUNDING.cluster, schema_level=SCHEMA_LEVEL + 1)
-            await it.leader.submit(PutCluster(cluster=newer))
+            await it.leader.submit(PutCluster(cluster=newer), LIMIT_S)
             term = it.leader.term
             assert term is not None
             leading.cancel()

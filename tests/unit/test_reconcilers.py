@@ -51,6 +51,7 @@ from shared.offload import inline
 from shared.states import VmAction, vm_phase
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.core_world import BORN, INVENTORY, LEADER, CoreWorld, HandClock
+from tests.unit.lone_replica import NO_PEERS
 
 R = TypeVar("R")
 SETTINGS = SchedulerSettings()
@@ -299,18 +300,38 @@ def test_silence_starts_nothing_elsewhere() -> None:
     run_virtual(main())
 
 
+async def fresh_snapshot(term: Term) -> KeptSnapshot:
+    made = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    await made.build(inline)
+    return made
+
+
+async def test_what_changes_while_the_snapshot_is_built_is_in_it() -> None:
+    term = Term()
+    built = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+
+    async def slowly(work: Callable[[], Any]) -> Any:
+        found = work()
+        term.world.running("a", memory_mib=9000)
+        return found
+
+    await built.build(slowly)
+    assert built.current() == (await fresh_snapshot(term)).current()
+    assert built.current().nodes[term.world.node_id].allocated_memory_mib > 9000
+
+
 async def test_the_kept_snapshot_is_what_a_fresh_one_would_be() -> None:
     term = Term()
     vm_id = term.world.running("a", memory_mib=9000)
     term.world.create("b")
     await term.place.reconcile()
-    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    fresh = await fresh_snapshot(term)
     assert term.capacity.current() == fresh.current()
 
     term.world.act(vm_id, VmAction.STOP)
     term.world.report(vm_id, ObservedPower.STOPPED)
     term.sessions.disconnect(term.world.node_id)
-    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    fresh = await fresh_snapshot(term)
     assert term.capacity.current() == fresh.current()
     term.capacity.close()
     fresh.close()
@@ -385,7 +406,7 @@ def test_the_capacity_check_goes_by_who_shares_the_pool_in_the_same_transaction(
         bind(term, second, two).decide(draft)
 
 
-def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> None:
+async def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> None:
     term, one, two = two_sharing()
     vm_id = on_san(term, "mover")
     term.world.apply(bind(term, vm_id, two))
@@ -394,7 +415,7 @@ def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> Non
     term.state.put(replace(vm, status=replace(vm.status, leftovers=(left,))), term.state.revision)
     for node_id, shared in ((two, False), (one, False), (two, True), (one, True)):
         sharing(term, node_id, shared=shared)
-        fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+        fresh = await fresh_snapshot(term)
         assert term.capacity.current() == fresh.current()
     term.sessions.disconnect(one)
     assert term.capacity.current().nodes[one].state is NodeState.SILENT
@@ -404,8 +425,8 @@ def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> Non
 async def test_history_is_copied_and_trimmed_behind_the_copy() -> None:
     term = Term()
     history = History(None, inline)
-    copy = CopyHistory(term.state, history)
-    trim = TrimCopiedHistory(cast(Any, term), term.state, copy)
+    copy = CopyHistory(term.state, history, NO_PEERS)
+    trim = TrimCopiedHistory(cast(Any, term), term.state, lambda: copy.copied_seq)
     last = KEPT_IN_ETCD + 3 * TRIM_MAX
     for seq in range(1, last + 1):
         term.state.put_history(
@@ -427,7 +448,7 @@ async def test_a_copy_goes_on_where_the_file_ends() -> None:
     term = Term()
     history = History(None, inline)
     await history.append(list(term.state.history.values()))
-    copy = CopyHistory(term.state, history)
+    copy = CopyHistory(term.state, history, NO_PEERS)
     await copy.reconcile()
     assert copy.copied_seq == term.state.last_seq
     await history.close()
@@ -443,7 +464,7 @@ def test_history_is_forgotten_after_its_time_and_never_what_etcd_has() -> None:
             state.put_history(
                 Event(seq=seq, id=f"event-{seq}", kind="k", object="o", at=BORN, by="b")
             )
-        await CopyHistory(state, history).reconcile()
+        await CopyHistory(state, history, NO_PEERS).reconcile()
         for seq in range(1, last - in_etcd + 1):
             state.remove_history(seq)
 

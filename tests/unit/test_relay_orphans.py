@@ -107,7 +107,8 @@ class Agents:
 
     def _start(self, part: Part) -> Told:
         process = subprocess.Popen(
-            ["sh", "-c", self._shell, sys.executable, encode(part)],
+            # A suite in a shell's background ignores interrupts, and so would the agent.
+            ["env", "--default-signal=INT", "sh", "-c", self._shell, sys.executable, encode(part)],
             env=self.world.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

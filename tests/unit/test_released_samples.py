@@ -11,6 +11,7 @@ import pytest
 from msgspec import NODEFAULT, Struct
 from msgspec.structs import fields
 
+from controlplane.sessions import peer_messages
 from shared import model, protocol
 from shared.codec import pack, unpack
 from tests.unit.samples import SAMPLES
@@ -22,7 +23,7 @@ INSIDE_OTHERS = frozenset(
     | {"MigrationSpec", "VmSpec", "Condition", "GuestRequest", "Attempt", "Problem", "VmStatus"}
     | {"CpuFacts", "NumaCell", "PoolFacts", "VersionFacts", "Inventory", "OperationStep", "Sample"}
     | {"MigrationFacts", "DestinationLayout", "MigrationTarget", "MigrationOrder"}
-    | {"MigrationReport", "Sighting"}
+    | {"MigrationReport", "Sighting", "AgentList"}
 )
 KINDS = {type(sample).__name__: type(sample) for sample in SAMPLES}
 
@@ -34,7 +35,7 @@ def released() -> list[Path]:
 def test_there_is_a_sample_of_everything_that_is_stored_or_sent() -> None:
     defined = {
         name
-        for module in (model, protocol)
+        for module in (model, protocol, peer_messages)
         for name, kind in vars(module).items()
         if inspect.isclass(kind) and issubclass(kind, Struct) and kind.__module__ == module.__name__
     }

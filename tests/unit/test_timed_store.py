@@ -16,11 +16,11 @@ FOUND = KeyValue("/novacron/leader", b"r1", 3, 3)
 
 
 class SlowStore:
-    async def get(self, key: str) -> KeyValue:
+    async def get(self, key: str, *, revision: int = 0) -> KeyValue:
         await asyncio.sleep(0.25)
         return FOUND
 
-    async def compact(self, revision: int) -> None:
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
         await asyncio.sleep(2)
         raise StoreUnavailable("no member answers")
 
