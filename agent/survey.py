@@ -1,7 +1,7 @@
 """All domains of ours on this node, for a leader that has only a restored backup to go by.
 
 Reads, and nothing else. What it says of a domain is what the domain is, not what it should be: the
-leader compares the nodes, and decides (docs/decisions/0017-backup-and-restore.md).
+leader compares the nodes, and decides (docs/decisions/0016-backup-and-restore.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What records say after a restore of etcd: whose word is still missing about what runs where.
 
-``shared/model.py`` puts these into the records; docs/decisions/0017-backup-and-restore.md says why.
+``shared/model.py`` puts these into the records; docs/decisions/0016-backup-and-restore.md says why.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import datetime
 from msgspec import Struct
 
 
-class Restored(Struct, frozen=True, kw_only=True):
+class Restored(Struct, frozen=True, kw_only=True, gc=False):
     """The last restore of etcd, and of when its backup is.
 
     ``recovering``: until every node has told what it has, nothing is started, bound or moved.
@@ -21,7 +21,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     recovering: bool = True
 
 
-class Unproven(Struct, frozen=True, kw_only=True):
+class Unproven(Struct, frozen=True, kw_only=True, gc=False):
     """A VM of which only a backup says where it is: nothing happens to it until nodes have told.
 
     ``nodes`` may have it, as far as is known. ``why`` it stays so although all of them were asked.
@@ -31,7 +31,7 @@ class Unproven(Struct, frozen=True, kw_only=True):
     why: str = ""
 
 
-class NodeRecovery(Struct, frozen=True, kw_only=True):
+class NodeRecovery(Struct, frozen=True, kw_only=True, gc=False):
     """``told``: the last epoch in which the node has told all that it has.
 
     ``gone``: an operator has said in this epoch that nothing runs there. ``unrecorded`` are the ids

@@ -1,4 +1,4 @@
-"""`novacron cluster`: the control plane, its leader, its store, its backups, and upgrades' ends."""
+"""`novacron cluster`: the control plane, its leader, store and backups, the end of an upgrade."""
 
 from __future__ import annotations
 
@@ -180,6 +180,17 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
     ]
 
 
+def _leader_fields(seen: LeaderView) -> list[tuple[str, str]]:
+    if not seen.replica:
+        return [("Leader", NOBODY)]
+    return [
+        ("Leader", seen.replica),
+        ("URL", seen.url),
+        ("Term", str(seen.term)),
+        ("Since", out.stamp(seen.since)),
+    ]
+
+
 def _restore_fields(restore: RestoreView) -> list[tuple[str, str]]:
     """Return what a restored cluster waits for, and what nobody but an operator can decide."""
     fields = [("Restored", f"{out.stamp(restore.at)}, to {out.stamp(restore.backup_at)}")]
@@ -206,17 +217,6 @@ def _recovery(restore: RestoreView) -> str:
         f"{', '.join(restore.waits_for)}\n"
         "(if one of them will never come back: novacron node declare-gone NODE)"
     )
-
-
-def _leader_fields(seen: LeaderView) -> list[tuple[str, str]]:
-    if not seen.replica:
-        return [("Leader", NOBODY)]
-    return [
-        ("Leader", seen.replica),
-        ("URL", seen.url),
-        ("Term", str(seen.term)),
-        ("Since", out.stamp(seen.since)),
-    ]
 
 
 def _upgrade(seen: ClusterView) -> str:

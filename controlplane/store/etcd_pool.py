@@ -98,7 +98,7 @@ class EtcdStore:
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
 
     async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
-        async for page in self._pages(prefix):
+        async for page in self._pages(prefix, 0):
             yield page
 
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
@@ -227,13 +227,13 @@ class EtcdStore:
     async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
         items: builtins.list[KeyValue] = []
         revision = 0
-        async for page in self._pages(prefix, revision_min, keys_only):
+        async for page in self._pages(prefix, revision_min, keys_only=keys_only):
             revision = page.revision
             items += page.items
         return Listing(revision, tuple(items))
 
     async def _pages(
-        self, prefix: str, revision_min: int = 0, keys_only: bool = False
+        self, prefix: str, revision_min: int, *, keys_only: bool = False
     ) -> AsyncGenerator[Listing]:
         end, start, revision = prefix_end(prefix), prefix, 0
         while True:

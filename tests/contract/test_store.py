@@ -485,11 +485,11 @@ async def test_a_stopped_member_is_told_and_worked_around(three: World) -> None:
     assert listing.revision >= fence.mark_revision
 
 
-async def test_without_a_quorum_nothing_happened_or_nobody_knows(three: World) -> None:
-    fence = await three.commit(await three.lead())
-    store = three.new_store(limits=BRIEF)
-    for index in range(3):
-        three.broken.stop(index)
+async def test_without_a_quorum_nothing_happened_or_nobody_knows(world: World) -> None:
+    fence = await world.commit(await world.lead())
+    store = world.new_store(limits=BRIEF)
+    for index in range(len(world.spies)):
+        world.broken.stop(index)
     try:
         with pytest.raises(StoreUnavailable):
             await store.list(keys.ROOT)
@@ -497,9 +497,9 @@ async def test_without_a_quorum_nothing_happened_or_nobody_knows(three: World) -
             await store.commit(fence, [Put(keys.MARK, b"")])
         assert not any(member.reachable for member in await store.members())
     finally:
-        for index in range(3):
-            three.broken.resume(index)
-    await _commit_surely(three.store, fence)
+        for index in range(len(world.spies)):
+            world.broken.resume(index)
+    await _commit_surely(world.store, fence)
 
 
 def _puts(count: int) -> list[Put]:

@@ -173,11 +173,6 @@ class Lab:
         for replica in others:
             self._start_replica(replica, "/healthz")
 
-    def start_replica(self, name: str) -> None:
-        """Start a replica that was stopped, and return once it answers."""
-        replica = next(r for r in self.replicas if r.name == name)
-        self._start_replica(replica, "/healthz")
-
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
         api = self.api()
