@@ -9,6 +9,7 @@ from controlplane.commands.cluster import RecordStoreRepair, StepDown
 from controlplane.commands.drains import RequestDrain
 from controlplane.commands.migrations import RequestMigration
 from controlplane.commands.nodes import SetCordon
+from controlplane.commands.recovery import DeclareGone
 from controlplane.commands.sagas import CancelOperation
 from controlplane.commands.upgrade import FinalizeUpgrade
 from controlplane.commands.vm_patch import ChangeVm
@@ -22,6 +23,7 @@ Forwardable = (
     | RequestMigration
     | RequestDrain
     | SetCordon
+    | DeclareGone
     | CancelOperation
     | FinalizeUpgrade
     | StepDown

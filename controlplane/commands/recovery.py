@@ -263,7 +263,7 @@ class EndRecovery(Struct, frozen=True, kw_only=True):
         draft.event("cluster.recovered", cluster.id, self.by, epoch=cluster.epoch)
 
 
-class DeclareGone(Struct, frozen=True, kw_only=True):
+class DeclareGone(Struct, frozen=True, kw_only=True, tag="declare_gone"):
     """Takes an operator's word that nothing runs on a node any more. Returns the node's id.
 
     Raises NotFound, StateConflict when nobody waits for the node's own word, or it is heard.

@@ -21,7 +21,7 @@ from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store, WatchBatch
 from shared.codec import unpack
 from shared.errors import Compacted, NovacronError, RecordUnreadable
-from shared.model import HistoryEntry, Record, Replica
+from shared.model import Cluster, HistoryEntry, Record, Replica
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ class Informer:
         """Make the state what etcd lists at a revision not below ``revision_min``.
 
         What memory has at the revision that etcd has it at is not read again: the watch may have
-        missed changes, but no key has two values at one revision. A first listing of many records
-        is taken in steps, which leave the event loop to others in between: nobody reads before it
-        is whole (``ClusterState.revision``). Later ones are taken at once, since somebody may.
+        missed changes, but no key has two values at one revision, unless it is another epoch's. A
+        first listing of many records is taken in steps, which leave the event loop to others in
+        between: nobody reads before it is whole (``ClusterState.revision``). Later ones are taken
+        at once, since somebody may.
         """
         is_first = self._state.revision == 0
         changes = await self._read(revision_min)
@@ -162,6 +163,11 @@ class Informer:
     async def _read(self, revision_min: int) -> _Changes:
         """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
         listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
+        if await self._began_anew(listing.revision):
+            log.warning("etcd was restored from a backup: all that it holds is read again")
+            listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
+            listed = frozenset(item.key for item in listing.items)
+            return _Changes(listing.revision, listed, listing.items)
         wanted: list[str] = []
         for start in range(0, len(listing.items), COMPARED_AT_ONCE):
             part = listing.items[start : start + COMPARED_AT_ONCE]
@@ -174,6 +180,17 @@ class Informer:
             return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
         found = [await self._store.get(key, revision=listing.revision) for key in wanted]
         return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
+
+    async def _began_anew(self, revision: int) -> bool:
+        """Whether memory is of an earlier epoch: its revisions say nothing about this etcd's.
+
+        So it is in a replica that could not reach etcd, and was not stopped, during a restore.
+        """
+        known = self._state.cluster()
+        if known is None:
+            return False
+        found = await self._store.get(keys.CLUSTER, revision=revision)
+        return found is None or unpack(found.value, Cluster).epoch != known.epoch
 
     def _differs(self, item: KeyValue) -> bool:
         """Whether memory lacks a key, or has it at another revision."""

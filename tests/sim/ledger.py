@@ -177,6 +177,8 @@ SimEvent = (
     | Died
 )
 Attempts = tuple[str, int]
+# What may be done ("end", "pause", "remove"), to which VM, and its generation or the node's id.
+Right = tuple[str, str, int | str]
 
 
 class Ledger:
@@ -203,9 +205,6 @@ class Ledger:
         self.set_out: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
-        # From a loss of etcd's data until a restore has let go of the leader key.
-        self.restoring = False
-        self.earlier: dict[tuple[str, int | str], None] = {}
         self.delete_asked: dict[str, None] = {}
         self.deleted: dict[str, None] = {}
         # On which nodes the state that a VM's guest has come to is whole: where it ran last, and
@@ -221,6 +220,9 @@ class Ledger:
         # What a request under an idempotency key became: by the key's record, by the client's key.
         self.keys: dict[str, str] = {}
         self.answers: dict[str, str] = {}
+        # From a loss of etcd's data until a restore has let go of the leader key.
+        self.restoring = False
+        self._earlier: dict[Right, None] = {}
 
     def take(self, event: SimEvent) -> None:
         if isinstance(event, Committed):
@@ -244,6 +246,41 @@ class Ledger:
         elif isinstance(event, RecordsLost):
             self._lose()
 
+    def _lose(self) -> None:
+        """Forget what records said; what has happened on nodes stays, and what they were told."""
+        for records in (self.vms, self.nodes, self.operations, self.finished, self.acknowledged):
+            records.clear()
+        for told in (self.deleted, self.written, self.keys, self.answers):
+            told.clear()
+        self.leader = None
+        self.restoring = True
+
+    def _begin_anew(self) -> None:
+        """From the end of a restore on, what its records say entitles, and nothing of before."""
+        self.restoring = False
+        self._earlier = {
+            **{("end", *attempt): None for attempt in self.stoppable},
+            **{("pause", *attempt): None for attempt in self.pausable},
+            **{("remove", *part): None for part in self.removable},
+        }
+        for rights in (self.stoppable, self.pausable, self.removable):
+            rights.clear()
+        for vm in self.vms.values():
+            self._note_rights(vm)
+
+    @property
+    def ends_wanted_earlier(self) -> set[Attempts]:
+        """Return the attempts that somebody had wanted to end when the records were lost."""
+        return {(vm, int(which)) for right, vm, which in self._earlier if right == "end"}
+
+    def has_earlier(self, node_name: str, *rights: Right) -> bool:
+        """Tell whether records of before a restore gave a node one of these rights.
+
+        They hold for one that has not told since: its agent may not have heard of the restore.
+        """
+        told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
+        return not told and any(right in self._earlier for right in rights)
+
     def _guest(self, event: Started | Resumed | Left | Ended) -> None:
         attempt = (event.vm_id, event.generation)
         if isinstance(event, Started | Resumed):
@@ -263,32 +300,6 @@ class Ledger:
             self.seats.setdefault(event.vm_id, {})[event.node] = None
         elif not isinstance(event, Ended) and not returned:
             self.seats[event.vm_id] = {event.node: None}
-
-    def _lose(self) -> None:
-        """Forget what records said; what has happened on nodes stays, and what they were told."""
-        records = (self.vms, self.nodes, self.operations, self.finished, self.acknowledged)
-        told = (self.deleted, self.written, self.keys, self.answers)
-        for table in (*records, *told):
-            table.clear()
-        self.leader = None
-        self.restoring = True
-
-    def _begin_anew(self) -> None:
-        """From the end of a restore on, what its records say entitles, and nothing of before."""
-        self.restoring = False
-        self.earlier = dict.fromkeys([*self.stoppable, *self.removable])
-        self.stoppable.clear()
-        self.removable.clear()
-        for vm in self.vms.values():
-            self._note_rights(vm)
-
-    def earlier_rights(self, node_name: str) -> dict[tuple[str, int | str], None]:
-        """Return what records of before a restore entitled to, for a node that has not told since.
-
-        Its agent may not have heard of the restore.
-        """
-        told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
-        return {} if told else self.earlier
 
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision

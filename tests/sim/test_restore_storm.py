@@ -144,12 +144,12 @@ async def story(it: Storm) -> None:
 
 def check(it: Storm, before: dict[str, dict[str, int]]) -> None:
     """Complain about guests that the disaster has cost."""
-    vms, now, told = it.judge.ledger.vms, it.guests(), it.judge.ledger.earlier
+    vms, now, wanted = it.judge.ledger.vms, it.guests(), it.judge.ledger.ends_wanted_earlier
     for vm_id, where in before.items():
         vm = vms.get(vm_id)
         deleted = vm is not None and vm.deleting
         # Somebody had asked for its end, and an agent that had not heard of the restore yet did it.
-        asked = any((vm_id, generation) in told for generation in where.values())
+        asked = any((vm_id, generation) in wanted for generation in where.values())
         if deleted or asked or vm_id in it.excused:
             continue
         if vm_id not in now and not ended_by_itself(it, vm_id):

@@ -22,14 +22,16 @@ from controlplane.commands.nodes import JoinNode, SetNodeState
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
 from controlplane.state import ClusterState
+from controlplane.store import keys
 from controlplane.store.applier import take_writes
 from controlplane.store.history import History
-from controlplane.store.port import Listing, MemberStatus, Room, Store
+from controlplane.store.port import KeyValue, Listing, MemberStatus, Room, Store
 from controlplane.store.space import Repaired
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import Windows
 from controlplane.tokens import Token, digest
+from shared.codec import pack
 from shared.errors import NodeUnreachable
 from shared.ids import IdSource
 from shared.model import (
@@ -75,7 +77,14 @@ class SteppedClock:
 
 
 class OneMember:
-    """As much of a store as the API asks of it."""
+    """As much of a store as the API asks of it; of its keys only the cluster's record."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        record = pack(self._state.cluster())
+        yield Listing(self._state.revision, (KeyValue(keys.CLUSTER, record, 1, 1),))
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return (
@@ -88,9 +97,6 @@ class OneMember:
                 alarms=("NOSPACE",),
             ),
         )
-
-    async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
-        yield Listing(1, ())
 
 
 class HandSpace:
@@ -141,7 +147,7 @@ class World:
             history=self.history,
             figures=own_reads(self.windows),
             progress=self.progress,
-            store=cast(Store, OneMember()),
+            store=cast(Store, OneMember(self.state)),
             space=self.space,
             clock=self.clock,
             scheduler=SchedulerSettings(),

@@ -76,7 +76,8 @@ def test_nothing_happens_to_a_vm_whose_nodes_have_not_told() -> None:
         assert isinstance(world.refused(command), StateConflict)
     assert world.state.vms[vm_id] is before
     assert world.state.vm_ids_to_start() == world.state.vm_ids_to_place() == []
-    assert world.state._open_attempts == {}
+    world.join("n1", boot_id="boot-2")
+    assert world.state.lost_attempts() == []
     assert world.state.unproven_vm_ids() == [vm_id]
 
 

@@ -17,7 +17,7 @@ from controlplane.store.informer import Informer
 from controlplane.store.port import Delete, Fence, KeyValue, Listing, Put, Store, Write
 from shared.codec import pack
 from shared.errors import StoreUnavailable
-from shared.model import ApiKey, Event, Replica
+from shared.model import ApiKey, Cluster, Event, Replica
 from tests.contract.store_worlds import ModelCluster, World, model_world
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.core_world import BORN
@@ -378,6 +378,31 @@ def test_a_listing_that_comes_late_never_takes_the_leaders_memory_back() -> None
 
             assert it.state.api_keys["key-a"].record.role == "newer"
             assert it.state.api_keys["key-a"].revision == it.fence.mark_revision
+
+    virtual(main())
+
+
+def test_memory_of_before_a_restore_is_read_again_although_its_revisions_are_the_same() -> None:
+    """A replica that was cut off, and not stopped, meets an etcd that has counted up to it."""
+
+    async def main() -> None:
+        state = ClusterState()
+        for epoch, role in ((1, "before"), (1_800_000_000, "restored")):
+            async with model_world() as (world, _):
+                cluster = Cluster(id="cluster-1", cell="abc123", epoch=epoch, created_at=BORN)
+                fence = await world.commit(
+                    await world.lead(), Put(keys.CLUSTER, pack(cluster)), put("key-a", role)
+                )
+                if epoch == 1:
+                    await world.commit(fence, put("key-b"))
+                else:
+                    await world.commit(fence, put("key-c"))
+                await Informer(world.store, state).load(0)
+        assert state.api_keys["key-a"].record.role == "restored"
+        assert sorted(state.api_keys) == ["key-a", "key-c"]
+        known = state.cluster()
+        assert known is not None
+        assert known.epoch == 1_800_000_000
 
     virtual(main())
 
