@@ -11,6 +11,7 @@ from tests.sim.ledger import (
     Erased,
     Ledger,
     Left,
+    Pausing,
     Restarting,
     Resumed,
     SimEvent,
@@ -121,7 +122,10 @@ def last_copy_is_kept(before: Ledger, event: SimEvent) -> Iterator[str]:
 
 def pause_was_wanted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """I15: A guest stands still only when a user has paused it, or while it is on the move."""
-    if isinstance(event, Left) and (event.vm_id, event.generation) not in before.pausable:
+    if not isinstance(event, Left | Pausing):
+        return
+    allowed = before.movable if isinstance(event, Left) else before.pausable
+    if (event.vm_id, event.generation) not in allowed:
         yield f"nobody wanted generation {event.generation} of {event.vm_id} to stand still"
 
 
