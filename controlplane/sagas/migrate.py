@@ -158,7 +158,7 @@ async def _transfer(context: StepContext) -> Outcome:
 async def _undo_transfer(context: StepContext) -> Outcome:
     """End the transfer; what has switched meanwhile is no longer undone."""
     vm, claim = _claimed(context)
-    if verdict(*_ends(context, vm, claim)) is Verdict.SWITCHED:
+    if _has_switched(context, vm, claim):
         return Turned(unchanged)
     stage, source, destination = claim.stage, claim.source, claim.destination
     if stage is MigrationStage.TRANSFER:
@@ -348,6 +348,19 @@ def _ends(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[EndState
         EndState.UNKNOWN if source is None else source.end,
         EndState.UNKNOWN if destination is None else destination.end,
     )
+
+
+def _has_switched(context: StepContext, vm: Vm, claim: MigrationClaim) -> bool:
+    """Whether the guest is the destination's, although its migration is being undone.
+
+    Once the destination was told to leave nothing of what never ran there, what it told before that
+    may be gone: then it has the guest only if it says that the guest has run.
+    """
+    source, destination = _ends(context, vm, claim)
+    cleans = claim.stage in (MigrationStage.CLEAN, MigrationStage.RESUME)
+    if cleans and destination not in (EndState.RUNNING, EndState.DOWN):
+        return False
+    return verdict(source, destination) is Verdict.SWITCHED
 
 
 def _fresh_ends(context: StepContext, vm: Vm, claim: MigrationClaim) -> tuple[EndState, EndState]:

@@ -26,7 +26,7 @@ from shared.errors import FieldError
 from shared.model import Sample
 from shared.moves import MigrationFigures
 from shared.protocol import DestinationLayout, DestinationQuestion, SourceCheck
-from tests.sim.ledger import SetOut
+from tests.sim.ledger import Pausing, Restarting, SetOut
 from tests.sim.libvirtd import Libvirtd, Observer
 from tests.sim.process import Process, never_mind, outside
 
@@ -66,17 +66,18 @@ class ProcessHypervisor:
         await self._slow_command(lambda driver: self._libvirtd.stop(driver, name, generation))
 
     async def pause(self, name: str, generation: int) -> None:
+        self._tell(Pausing, name, generation)
         await self._command(lambda driver: driver.pause(name, generation))
 
     async def resume(self, name: str, generation: int) -> None:
         await self._command(lambda driver: driver.resume(name, generation))
 
     async def reboot(self, name: str, generation: int) -> None:
-        self._restarting(name, generation)
+        self._tell(Restarting, name, generation)
         await self._command(lambda driver: driver.reboot(name, generation))
 
     async def reset(self, name: str, generation: int) -> None:
-        self._restarting(name, generation)
+        self._tell(Restarting, name, generation)
         await self._command(lambda driver: driver.reset(name, generation))
 
     async def undefine(self, name: str, generation: int, *, keep_log: bool = False) -> None:
@@ -152,9 +153,9 @@ class ProcessHypervisor:
     def listen(self, listener: DomainListener) -> None:
         self._libvirtd.listen(self._process, listener)
 
-    def _restarting(self, name: str, generation: int) -> None:
+    def _tell(self, kind: type[Restarting] | type[Pausing], name: str, generation: int) -> None:
         self._process.check()
-        self._libvirtd.restarting(name, generation)
+        self._libvirtd.told(kind, name, generation)
 
     async def _quick(self, work: Callable[[Hypervisor], Awaitable[Result]]) -> Result:
         return await self._call(self._libvirtd.call(work, QUICK_S))

@@ -117,6 +117,14 @@ class Restarting(Struct, frozen=True):
     generation: int
 
 
+class Pausing(Struct, frozen=True):
+    """An agent asks libvirt to have a guest stand still until it is told otherwise."""
+
+    node: str
+    vm_id: str
+    generation: int
+
+
 class DeleteAsked(Struct, frozen=True):
     """A client is about to ask for a VM's deletion; from now on it may go."""
 
@@ -169,6 +177,7 @@ SimEvent = (
     | Ended
     | Erased
     | Restarting
+    | Pausing
     | DeleteAsked
     | Acknowledged
     | Viewed
@@ -210,8 +219,9 @@ class Ledger:
         # On which nodes the state that a VM's guest has come to is whole: where it ran last, and
         # where it stands still on arrival. Empty for one that has never run.
         self.seats: dict[str, dict[str, None]] = {}
-        # Attempts that may stand still: a user has paused the VM, or it is on the move.
+        # Attempts that a user has paused; and those on the move, which libvirt has stand still.
         self.pausable: dict[Attempts, None] = {}
+        self.movable: dict[Attempts, None] = {}
         # The numbers of the requests to restart a guest, and how often agents have done so.
         self.restarts_asked: dict[Attempts, dict[int, None]] = {}
         self.restarts_made: dict[Attempts, int] = {}
@@ -260,10 +270,10 @@ class Ledger:
         self.restoring = False
         self._earlier = {
             **{("end", *attempt): None for attempt in self.stoppable},
-            **{("pause", *attempt): None for attempt in self.pausable},
+            **{("pause", *attempt): None for attempt in (*self.pausable, *self.movable)},
             **{("remove", *part): None for part in self.removable},
         }
-        for rights in (self.stoppable, self.pausable, self.removable):
+        for rights in (self.stoppable, self.pausable, self.movable, self.removable):
             rights.clear()
         for vm in self.vms.values():
             self._note_rights(vm)
@@ -368,8 +378,8 @@ class Ledger:
             self.removable[vm.id, left.node] = None
         claim = vm.status.migration
         if claim is not None:
-            self.pausable[vm.id, claim.source_generation] = None
-            self.pausable[vm.id, claim.generation] = None
+            self.movable[vm.id, claim.source_generation] = None
+            self.movable[vm.id, claim.generation] = None
         if claim is None or claim.destination is None or not claim.generation:
             return
         self.permits.setdefault((vm.id, claim.generation), (claim.destination, claim.boot_id))

@@ -21,6 +21,7 @@ from tests.sim.ledger import (
     Ended,
     Erased,
     Left,
+    Pausing,
     Restarting,
     Resumed,
     SimEvent,
@@ -207,10 +208,11 @@ class Libvirtd:
         shared = any(each.name == pool and each.shared for each in self._state.facts.pools)
         self._observe(Erased(self.node, volume.rpartition("-")[0], volume, shared))
 
-    def restarting(self, name: str, generation: int) -> None:
+    def told(self, kind: type[Restarting] | type[Pausing], name: str, generation: int) -> None:
+        """Note that an agent has a guest do something."""
         domain = self._state.domains.get(name)
         if domain is not None and domain.vm_id is not None:
-            self._observe(Restarting(self.node, domain.vm_id, generation))
+            self._observe(kind(self.node, domain.vm_id, generation))
 
     def witness(self) -> None:
         """Compare which guests run with what was seen last."""

@@ -21,7 +21,7 @@ from tests.sim.faults.healing import heal
 from tests.sim.faults.injector import Faults, Pair
 from tests.sim.invariants import (
     INVARIANTS,
-    Invariant,
+    Check,
     Judge,
     Violation,
     everything_settles,
@@ -81,11 +81,12 @@ def simulate(
     settings: SimulationSettings | None = None,
     *,
     tell: Tell | None = None,
-    only: Invariant | None = None,
+    only: Check | None = None,
 ) -> Outcome:
     """Run one seed to its end or to its first violation.
 
-    ``tell`` is given what happens, line by line; ``only`` judges by one invariant.
+    ``tell`` is given what happens, line by line; ``only`` judges by one invariant, or by what must
+    hold at rest.
     """
     run = _Run(seed, settings or SimulationSettings(), tell, only)
     return run_virtual(run.main(), adopt_by_context)
@@ -93,12 +94,15 @@ def simulate(
 
 class _Run:
     def __init__(
-        self, seed: int, settings: SimulationSettings, tell: Tell | None, only: Invariant | None
+        self, seed: int, settings: SimulationSettings, tell: Tell | None, only: Check | None
     ) -> None:
         self._seed = seed
         self._settings = settings
-        self._judge = Judge(INVARIANTS if only is None else (only,))
-        self._must_settle = only is None
+        if only is None:
+            self._judge = Judge()
+        else:
+            self._judge = Judge(each for each in INVARIANTS if each is only)
+        self._must_settle = only in (None, everything_settles)
         self._trace = Trace(tell)
         self._violation: Violation | None = None
         self._stopped = asyncio.Event()

@@ -56,6 +56,7 @@ from tests.sim.ledger import (
     Ledger,
     Left,
     Measured,
+    Pausing,
     Restarting,
     Resumed,
     SetOut,
@@ -210,7 +211,7 @@ CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
         (),
         commit(3, replace(VM, status=replace(VM.status, generation=0, attempt=None))),
     ),
-    "pause_was_wanted": ((RUNS,), Left("a", "vm-a", 1)),
+    "pause_was_wanted": ((RUNS, *CLAIMED, Left("a", "vm-a", 1)), Pausing("a", "vm-a", 1)),
     "restarted_once": ((commit(3, REBOOTED), RESTARTING), RESTARTING),
     "deleted_is_gone": ((DeleteAsked("vm-a"), gone(3, VM)), RUNS),
     "last_copy_is_kept": ((RUNS, commit(3, LEFT)), Erased("a", "vm-a", "vm-a-root.qcow2")),
@@ -324,6 +325,16 @@ def test_an_audit_record_stands_for_a_change(bad: Committed, complaint: str) -> 
         judge.take(good)
     with pytest.raises(Violation, match=complaint):
         judge.take(replace(bad, history=(replace(bad.history[0], seq=4),)))
+
+
+def test_a_guest_stands_still_for_a_reason() -> None:
+    judge = Judge()
+    for good in (*GOOD, RUNS):
+        judge.take(good)
+    with pytest.raises(Violation, match="pause_was_wanted"):
+        judge.take(Left("a", "vm-a", 1))
+    judge.take(commit(3, replace(VM, spec=replace(SPEC, power=Power.PAUSED))))
+    judge.take(Pausing("a", "vm-a", 1))
 
 
 def test_one_key_has_one_answer() -> None:

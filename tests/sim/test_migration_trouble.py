@@ -21,6 +21,7 @@ from shared.errors import HypervisorError
 from shared.model import (
     BootSpec,
     DiskSpec,
+    MigrationSpec,
     ObservedPower,
     OperationState,
     Power,
@@ -195,6 +196,45 @@ def test_a_destination_that_cannot_delete_a_copy_does_not_keep_the_guest_paused(
         assert bench.cluster.nodes[away].state.pools["default"] == {}
 
     run(story)
+
+
+def test_a_guest_that_dies_while_its_copy_is_removed_keeps_its_own_disks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was whole on both nodes; once one has been told to remove it, the other's counts."""
+
+    async def story(bench: Bench) -> None:
+        await bench.start(disks=LOCAL, migration=MigrationSpec(strict=True))
+        home, away = await ends_of(bench)
+        delete, may_go_on = driver(bench, away).delete_volume, asyncio.Event()
+
+        async def slow(pool: str, volume: str) -> None:
+            await may_go_on.wait()
+            await delete(pool, volume)
+
+        monkeypatch.setattr(driver(bench, away), "delete_volume", slow)
+        operation = await bench.migrate()
+        await bench.until(lambda: _has_arrived(bench), look_s=0.001)
+        for relay in bench.cluster.fabric.relays.values():
+            relay.end()
+        domains = bench.cluster.nodes[away].state.domains
+        await bench.until(lambda: stage_of(bench) is MigrationStage.CLEAN and not domains)
+        guest(bench, home, vm_of(bench)).end(ObservedPower.CRASHED)
+        await asyncio.sleep(20)
+        may_go_on.set()
+        assert (await bench.ended(operation)).state is OperationState.FAILED
+        await bench.settled()
+        assert await bench.where() == home
+        assert vm_phase(vm_of(bench)) is VmPhase.RUNNING
+        assert len(bench.cluster.nodes[home].state.pools["default"]) == 1
+        assert bench.cluster.nodes[away].state.pools["default"] == {}
+
+    run(story)
+
+
+def _has_arrived(bench: Bench) -> bool:
+    travels = [relay.travel for relay in bench.cluster.fabric.relays.values()]
+    return any(travel is not None and travel.switched for travel in travels)
 
 
 def test_a_source_that_cannot_delete_a_disk_keeps_no_guest_from_starting_again(

@@ -10,7 +10,15 @@ import asyncio
 import random
 
 from controlplane.commands.migrations import MOVABLE_PHASES
-from shared.model import BootSpec, DiskSpec, MigrationSpec, OperationState, Power, VmSpec
+from shared.model import (
+    BootSpec,
+    DiskSpec,
+    MigrationSpec,
+    ObservedPower,
+    OperationState,
+    Power,
+    VmSpec,
+)
 from shared.states import VmAction, vm_phase
 from tests.sim.client import Client
 from tests.sim.cluster import SimCluster
@@ -154,16 +162,16 @@ class Workload:
         )
 
     def _surprise(self) -> None:
-        """A guest ends by itself, somewhere."""
-        running = [
-            (node, name)
+        """A guest ends by itself, somewhere; one that stands still can only crash."""
+        active = [
+            (node, name, domain.power is ObservedPower.RUNNING)
             for node in self._cluster.nodes.values()
             for name, domain in sorted(node.state.domains.items())
             if domain.is_active()
         ]
-        if not running:
+        if not active:
             return
-        node, name = self._rng.choice(running)
-        crashes = self._rng.random() < 0.5
+        node, name, runs = self._rng.choice(active)
+        crashes = self._rng.random() < 0.5 or not runs
         self._cluster.trace.note(f"guest {name} {'crashes' if crashes else 'powers off'}")
         (node.state.guest_crashes if crashes else node.state.guest_powers_off)(name)

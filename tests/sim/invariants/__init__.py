@@ -43,6 +43,8 @@ from tests.sim.ledger import Committed, Ledger, SimEvent
 __all__ = ["INVARIANTS", "Found", "Judge", "Violation", "everything_settles", "replicas_agree"]
 
 Invariant = Callable[[Ledger, SimEvent], Iterator[str]]
+# One of these, or one of those that are looked at when all has come to rest.
+Check = Callable[..., Iterator[str]]
 
 
 class Violation(AssertionError):

@@ -11,6 +11,7 @@ from tests.sim.ledger import (
     Erased,
     Ledger,
     Left,
+    Pausing,
     Restarting,
     Resumed,
     SimEvent,
@@ -123,10 +124,11 @@ def last_copy_is_kept(before: Ledger, event: SimEvent) -> Iterator[str]:
 
 def pause_was_wanted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """I15: A guest stands still only when a user has paused it, or while it is on the move."""
-    if not isinstance(event, Left):
+    if not isinstance(event, Left | Pausing):
         return
     attempt = (event.vm_id, event.generation)
-    if attempt not in before.pausable and not before.has_earlier(event.node, ("pause", *attempt)):
+    allowed = before.movable if isinstance(event, Left) else before.pausable
+    if attempt not in allowed and not before.has_earlier(event.node, ("pause", *attempt)):
         yield f"nobody wanted generation {event.generation} of {event.vm_id} to stand still"
 
 

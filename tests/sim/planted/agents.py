@@ -7,9 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from agent import reconciler as agent_reconciler
-from agent import simulated_driver
 from agent.fence import Fence
-from agent.reconciler import VmReconciler
 from agent.session import Session
 from agent.steps import Step, next_step
 from shared.protocol import Desired, Intent
@@ -47,20 +45,13 @@ def strays_are_stopped() -> AbstractContextManager[Any]:
     return patch.object(agent_reconciler.VmReconciler, "drop_all_but", tidy)
 
 
-def restarts_are_answered_late() -> AbstractContextManager[Any]:
-    """A guest is restarted first, and that it was is remembered afterwards."""
+def answers_are_forgotten() -> AbstractContextManager[Any]:
+    """An agent does not know which request it has answered, and does what is asked again."""
 
-    async def hasty(self: VmReconciler, step: Step, desired: Desired) -> None:
-        act = self._hypervisor.reboot if step is Step.REBOOT else self._hypervisor.reset
-        await act(desired.domain_name, desired.generation)
-        await self._answer(desired)
+    async def forget(self: Fence, vm_id: str, number: int) -> None:
+        return None
 
-    return patch.object(VmReconciler, "_restart_guest", hasty)
-
-
-def generations_are_not_compared() -> AbstractContextManager[Any]:
-    """What was meant for one attempt is done to whatever is there."""
-    return patch.object(simulated_driver, "_check_generation", lambda domain, generation: None)
+    return patch.object(Fence, "answer_request", forget)
 
 
 def cut_off_agents_pause_guests() -> AbstractContextManager[Any]:

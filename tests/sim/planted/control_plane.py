@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.commands.attempts import PermitStart
+from controlplane.commands.attempts import ObserveVm, PermitStart
 from controlplane.commands.draft import Draft, SealedDraft
 from controlplane.commands.operations import put_vm
 from controlplane.commands.terms import OnTerms
@@ -27,7 +27,7 @@ from controlplane.store.port import Committed, NotCommitted, Write
 from controlplane.store.port import Fence as StoreFence
 from shared.errors import OutcomeUnknown
 from shared.ids import IdSource
-from shared.model import AttemptState, IdempotencyRecord, Vm
+from shared.model import AttemptState, IdempotencyRecord, Vm, attempt_generation
 
 # So many ids of a kind are given out before they begin anew.
 IDS_IN_ALL = 12
@@ -136,6 +136,19 @@ def leftovers_are_no_rivals() -> Iterator[None]:
 
 def _without_leftovers(vm: Vm) -> Vm:
     return replace(vm, status=replace(vm.status, leftovers=()))
+
+
+def reports_of_any_attempt_count() -> AbstractContextManager[Any]:
+    """What a node says of an earlier attempt is taken for the present one's."""
+    decide = ObserveVm.decide
+
+    def mixed_up(self: ObserveVm, draft: Draft) -> None:
+        vm = draft.find(Vm, self.report.vm_id)
+        generation = 0 if vm is None else attempt_generation(vm)
+        report = replace(self.report, generation=generation, permit_used=True)
+        decide(replace(self, report=report) if generation else self, draft)
+
+    return patch.object(ObserveVm, "decide", mixed_up)
 
 
 def commits_without_the_mark() -> AbstractContextManager[Any]:
