@@ -13,6 +13,8 @@ from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.store.port import ETCD_QUOTA_BYTES
 
+DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
+
 
 class ApiConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``advertise`` is the URL that clients and other replicas use."""

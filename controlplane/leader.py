@@ -26,6 +26,7 @@ from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
+from controlplane.reconcilers.recovery import Recover
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
 from controlplane.sagas.context import SagaParts
@@ -214,6 +215,7 @@ class Leader:
             TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
             ForgetOldKeys(applier, parts.state, parts.clock),
+            Recover(applier, parts.state, hub),
         ]
 
 

@@ -126,6 +126,7 @@ class ClusterState:
         self._operations_on: dict[str, set[str]] = {}
         self._sagas: set[str] = set()
         self._claimed: set[str] = set()
+        self._unproven: set[str] = set()
 
     def vm_id_by_name(self, tenant: str, name: str) -> str | None:
         return self._vm_names.get((tenant, name))
@@ -140,6 +141,10 @@ class ClusterState:
     def claimed_vm_ids(self) -> Iterable[str]:
         """Return the VMs with an open migration, in no order."""
         return self._claimed
+
+    def unproven_vm_ids(self) -> list[str]:
+        """Return the VMs of which only a restored backup says where they are, oldest first."""
+        return sorted(self._unproven)
 
     def saga_ids(self) -> list[str]:
         """Return the open operations that are sagas, oldest first."""
@@ -260,14 +265,17 @@ class ClusterState:
     def _index_vm(self, vm: Vm) -> None:
         attempt = vm.status.attempt
         over = attempt is None or attempt.state is AttemptState.ENDED
-        if attempt is not None and not over:
+        unproven = vm.status.unproven is not None
+        if attempt is not None and not over and not unproven:
             key = (attempt.node, attempt.boot_id)
             self._open_attempts.setdefault(key, set()).add(vm.id)
         for node_id in nodes_of(vm):
             self._vms_on.setdefault(node_id, set()).add(vm.id)
         if vm.status.migration is not None:
             self._claimed.add(vm.id)
-        held = vm.status.migration is not None or has_rivals(vm)
+        if unproven:
+            self._unproven.add(vm.id)
+        held = vm.status.migration is not None or has_rivals(vm) or unproven
         if vm.spec.power is Power.STOPPED or vm.deleting or not over or held:
             return
         (self._unbound if vm.status.node is None else self._to_start).add(vm.id)
@@ -277,6 +285,7 @@ class ClusterState:
             self._unbound.discard(record.id)
             self._to_start.discard(record.id)
             self._claimed.discard(record.id)
+            self._unproven.discard(record.id)
             for node_id in nodes_of(record):
                 _discard(self._vms_on, node_id, record.id)
             if record.status.attempt is not None:

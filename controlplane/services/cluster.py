@@ -11,6 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.commands.cluster import RecordStoreRepair, StepDown
+from controlplane.commands.restored import must_tell
 from controlplane.commands.upgrade import FinalizeUpgrade, still_behind, why_too_old
 from controlplane.services.context import Context, Leadership, Permission, Principal
 from controlplane.services.revisions import cluster_revision
@@ -21,9 +22,11 @@ from controlplane.services.views import (
     MemberView,
     NodeCounts,
     ReplicaView,
+    RestoreView,
     StoreView,
 )
 from controlplane.services.vms import author
+from controlplane.state import ClusterState
 from controlplane.store.port import MemberStatus, Room
 from shared.errors import FieldError, NoLeader, NovacronError, Unavailable
 from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
@@ -32,6 +35,7 @@ from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 MEMBERS_TIMEOUT_S = 5.0
 # Nearly all of 10,000 nodes are in the way when an upgrade begins; a page shows the first.
 BLOCKERS_SHOWN_MAX = 100
+NAMES_SHOWN_MAX = 100
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -133,6 +137,7 @@ async def show_cluster(context: Context, principal: Principal) -> ClusterView:
             ready=states.count(NodeState.READY), silent=states.count(NodeState.SILENT)
         ),
         vms=sum(stored.record.tenant == tenant for stored in state.vms.values()),
+        restore=_restore(state, cluster),
         revision=cluster_revision(state),
     )
 
@@ -181,6 +186,23 @@ def _blockers(context: Context, cluster: Cluster) -> tuple[FieldError, ...]:
     if not more:
         return shown
     return (*shown, FieldError("", "more", f"and {more} more"))
+
+
+def _restore(state: ClusterState, cluster: Cluster) -> RestoreView | None:
+    restored = cluster.restored
+    if restored is None:
+        return None
+    nodes = [stored.record for stored in state.nodes.values()]
+    untold = [node for node in nodes if must_tell(cluster, node) and not node.recovery.gone]
+    return RestoreView(
+        backup_at=restored.backup_at,
+        at=restored.at,
+        recovering=restored.recovering,
+        waits_for=tuple(sorted(node.name for node in untold))[:NAMES_SHOWN_MAX],
+        gone=tuple(sorted(node.name for node in nodes if node.recovery.gone))[:NAMES_SHOWN_MAX],
+        unproven=len(state.unproven_vm_ids()),
+        unrecorded=sum(len(node.recovery.unrecorded) for node in nodes),
+    )
 
 
 async def _members(context: Context) -> tuple[MemberStatus, ...]:

@@ -36,6 +36,7 @@ class Permission(enum.StrEnum):
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
     CLUSTER_WRITE = "cluster:write"
+    CLUSTER_BACKUP = "cluster:backup"
     METRICS_READ = "metrics:read"
     AUDIT_READ = "audit:read"
 

@@ -83,6 +83,12 @@ class Allocated(Struct, frozen=True, kw_only=True):
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
+    """``must_tell``: nothing new goes there before it has told, after a restore, what it has.
+
+    ``gone``: an operator has said so. ``unrecorded_vms`` run or rest there, and no record is of
+    them.
+    """
+
     id: str
     name: str
     labels: Labels
@@ -97,6 +103,9 @@ class NodeView(Struct, frozen=True, kw_only=True):
     boot_id: str
     inventory: Inventory | None
     foreign_domains: tuple[str, ...]
+    must_tell: bool
+    gone: bool
+    unrecorded_vms: tuple[str, ...]
     allocated: Allocated
 
 
@@ -320,6 +329,23 @@ class NodeCounts(Struct, frozen=True, kw_only=True):
     silent: int
 
 
+class RestoreView(Struct, frozen=True, kw_only=True):
+    """The last restore from a backup, and how far the cluster has recovered from it.
+
+    While ``recovering`` nothing is started, bound or moved: ``waits_for`` names nodes that have to
+    tell what they have (100 at most), ``gone`` those that nobody waits for any more. ``unproven``
+    VMs are left alone until it is known where they are; ``unrecorded`` ones no record is of.
+    """
+
+    backup_at: datetime
+    at: datetime
+    recovering: bool
+    waits_for: tuple[str, ...]
+    gone: tuple[str, ...]
+    unproven: int
+    unrecorded: int
+
+
 class ClusterView(Struct, frozen=True, kw_only=True):
     """``vms`` counts those of the asker's tenant; ``leader`` is null while nobody leads.
 
@@ -340,6 +366,7 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     store: StoreView
     nodes: NodeCounts
     vms: int
+    restore: RestoreView | None
     revision: str
 
 

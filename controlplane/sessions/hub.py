@@ -19,6 +19,7 @@ from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
 from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
+from controlplane.commands.restored import must_tell
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.peer_messages import AgentList
 from controlplane.sessions.session import AgentChannel, AgentSession
@@ -118,14 +119,28 @@ class Hub:
             session.displaced.set()
 
     def trusts(self, node_id: str) -> bool:
-        """Whether the node has accepted this term and is connected."""
+        """Whether the node has accepted this term and is connected.
+
+        After a restore of etcd also, whether it has told what it has: it is given nothing new
+        before.
+        """
+        node = self._state.nodes.get(node_id)
+        told = node is not None and not must_tell(self._state.cluster(), node.record)
+        return told and self.greeted(node_id)
+
+    def greeted(self, node_id: str) -> bool:
+        """Whether the node has accepted this term and is connected, whatever it has to tell yet."""
         session = self._sessions.get(node_id)
-        return session is not None and session.trusted
+        return session is not None and session.greeted
+
+    def connected(self) -> tuple[str, ...]:
+        """Return the ids of the nodes that have accepted this term and are connected, sorted."""
+        return tuple(sorted(node_id for node_id in self._sessions if self.greeted(node_id)))
 
     def silent_for_s(self, node_id: str) -> float | None:
         """Return how long a connected node has not been heard; None when it is not connected."""
         session = self._sessions.get(node_id)
-        if session is None or not session.trusted:
+        if session is None or not session.greeted:
             return None
         return asyncio.get_running_loop().time() - session.heard_s
 
@@ -149,7 +164,7 @@ class Hub:
     async def ask(self, node_id: str, query: Query) -> bytes:
         """Return an agent's answer. Raises NodeUnreachable, Overloaded, or the agent's problem."""
         session = self._sessions.get(node_id)
-        if session is None or not session.trusted:
+        if session is None or not session.greeted:
             raise NodeUnreachable("the node's agent is not connected")
         if len(session.queries) >= QUERIES_PER_NODE_MAX:
             raise Overloaded(f"{session.node_name} has {QUERIES_PER_NODE_MAX} queries to answer")
@@ -238,7 +253,7 @@ class Hub:
         """Take what the agent found; only then is the node trusted with anything new."""
         # Together: fifty VMs are one group of the applier, not fifty.
         await asyncio.gather(*(self._observe(session, report) for report in hello.domains))
-        session.trusted = True
+        session.greeted = True
         self._tell_trust(session.node_id)
         await self._applier.submit(
             SetNodeState(node_id=session.node_id, state=NodeState.READY, by=Author("leader"))

@@ -25,7 +25,7 @@ AgentChannel = Channel[LeaderMessage, AgentMessage]
 
 
 class AgentSession:
-    """``heard_s`` is on the loop's clock; ``trusted`` once the node has accepted the term."""
+    """``heard_s`` is on the loop's clock; ``greeted`` once the node has accepted the term."""
 
     def __init__(self, node_id: str, hello: Hello, channel: AgentChannel, now_s: float) -> None:
         self.node_id = node_id
@@ -36,7 +36,7 @@ class AgentSession:
         self.together_max = TOGETHER_MAX if hello.together else 1
         self.channel = channel
         self.heard_s = now_s
-        self.trusted = False
+        self.greeted = False
         self.sent: dict[str, Desired] = {}
         self.dirty: dict[str, None] = {}
         self.wake = asyncio.Event()

@@ -97,6 +97,10 @@ class EtcdStore:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
 
+    async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        async for page in self._pages(prefix, 0):
+            yield page
+
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
         wanted = RangeOp(key, revision=revision)
         answer = await self._members.call(
@@ -221,16 +225,25 @@ class EtcdStore:
         await self._members.close()
 
     async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
-        end, start, revision = prefix_end(prefix), prefix, 0
         items: builtins.list[KeyValue] = []
+        revision = 0
+        async for page in self._pages(prefix, revision_min, keys_only=keys_only):
+            revision = page.revision
+            items += page.items
+        return Listing(revision, tuple(items))
+
+    async def _pages(
+        self, prefix: str, revision_min: int, *, keys_only: bool = False
+    ) -> AsyncGenerator[Listing]:
+        end, start, revision = prefix_end(prefix), prefix, 0
         while True:
             page = RangeOp(start, end, self._page_keys, revision, keys_only)
             answer = await self._page(page, revision_min)
             revision = revision or answer.header.revision
-            items += answer.items
+            yield Listing(revision, answer.items)
             if not answer.more:
-                return Listing(revision, tuple(items))
-            start = items[-1].key + "\0"
+                return
+            start = answer.items[-1].key + "\0"
 
     async def _page(self, page: RangeOp, revision_min: int) -> Ranged:
         return await self._members.call(

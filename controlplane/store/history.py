@@ -178,6 +178,16 @@ class History:
         entries = await self._in_file(lambda: self._operations(wanted))
         return [entry.operation for entry in entries if isinstance(entry, FinishedOperation)]
 
+    async def bodies(self, after: int, until: int) -> list[tuple[int, bytes]]:
+        """Return entries of ``seq`` in (``after``, ``until``] as they were packed, oldest first.
+
+        At most ``PAGE_MAX`` of them.
+        """
+        query = "SELECT seq, body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        return await self._in_file(
+            lambda: self._database.execute(query, (after, until, PAGE_MAX)).fetchall()
+        )
+
     async def close(self) -> None:
         await self._offload(self._database.close)
 

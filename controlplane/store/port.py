@@ -120,6 +120,13 @@ class Store(Protocol):
         """
         ...
 
+    def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        """Yield the same listing page by page: at one revision, none of it held in memory.
+
+        Raises Compacted when the revision is gone before the last page.
+        """
+        ...
+
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
         """Return one key, linearizably, or as it was at a revision. Raises Compacted."""
         ...
@@ -138,7 +145,10 @@ class Store(Protocol):
     # Not fenced, each for a reason of its own.
 
     async def campaign(self, value: bytes, lease: int) -> Campaign:
-        """Put the leader key under the lease unless it exists; return the key as it then is."""
+        """Put the leader key under the lease unless it exists; return the key as it then is.
+
+        Under no lease (0) it stays until somebody resigns it: only a restore holds it so.
+        """
         ...
 
     async def resign(self, leader_revision: int) -> bool:

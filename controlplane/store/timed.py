@@ -26,7 +26,7 @@ Observe = Callable[[str, float], None]
 
 
 class TimedStore:
-    """Passes everything on; a watch has no end that could be timed."""
+    """Passes everything on; a watch has no end that could be timed, a scan its reader's pace."""
 
     def __init__(self, store: Store, observe: Observe) -> None:
         self._store = store
@@ -35,6 +35,9 @@ class TimedStore:
     async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
         return await self._timed("list", listing)
+
+    def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        return self._store.scan(prefix)
 
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
         return await self._timed("get", self._store.get(key, revision=revision))

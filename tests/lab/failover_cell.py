@@ -196,8 +196,7 @@ class FailoverCell:
         for replica in self.lab.replicas:
             self.lab.link.stop(replica.name)
         asyncio.run(self._put([node_ids[node_name(n)] for n in range(self._agents)]))
-        for replica in self.lab.replicas:
-            self.lab.start_replica(replica.name)
+        self.lab.start_replicas()
         self._nodes_back()
 
     def _nodes_back(self) -> None:

@@ -148,6 +148,10 @@ class Measured(Struct, frozen=True):
     limit: int
 
 
+class RecordsLost(Struct, frozen=True):
+    """etcd's data are gone, and with them every right that a record gave; guests and disks stay."""
+
+
 class Died(Struct, frozen=True):
     """A process ended, or a callback failed, by an error of its own."""
 
@@ -169,6 +173,7 @@ SimEvent = (
     | Acknowledged
     | Viewed
     | Measured
+    | RecordsLost
     | Died
 )
 Attempts = tuple[str, int]
@@ -182,6 +187,8 @@ class Ledger:
         self.leader: LeaderKey | None = None
         self.vms: dict[str, Vm] = {}
         self.nodes: dict[str, Node] = {}
+        # The name of every node there ever was, by id: it outlives a loss of its record.
+        self.names: dict[str, str] = {}
         self.operations: dict[str, Operation] = {}
         self.finished: dict[str, Operation] = {}
         self.last_seq = 0
@@ -196,6 +203,9 @@ class Ledger:
         self.set_out: dict[Attempts, str] = {}
         self.running: dict[tuple[str, str], int] = {}
         self.acknowledged: dict[str, str] = {}
+        # From a loss of etcd's data until a restore has let go of the leader key.
+        self.restoring = False
+        self.earlier: dict[tuple[str, int | str], None] = {}
         self.delete_asked: dict[str, None] = {}
         self.deleted: dict[str, None] = {}
         # On which nodes the state that a VM's guest has come to is whole: where it ran last, and
@@ -231,6 +241,8 @@ class Ledger:
             self.acknowledged[event.operation_id] = event.vm_id
             if event.key:
                 self.answers[event.key] = event.operation_id
+        elif isinstance(event, RecordsLost):
+            self._lose()
 
     def _guest(self, event: Started | Resumed | Left | Ended) -> None:
         attempt = (event.vm_id, event.generation)
@@ -252,6 +264,32 @@ class Ledger:
         elif not isinstance(event, Ended) and not returned:
             self.seats[event.vm_id] = {event.node: None}
 
+    def _lose(self) -> None:
+        """Forget what records said; what has happened on nodes stays, and what they were told."""
+        records = (self.vms, self.nodes, self.operations, self.finished, self.acknowledged)
+        told = (self.deleted, self.written, self.keys, self.answers)
+        for table in (*records, *told):
+            table.clear()
+        self.leader = None
+        self.restoring = True
+
+    def _begin_anew(self) -> None:
+        """From the end of a restore on, what its records say entitles, and nothing of before."""
+        self.restoring = False
+        self.earlier = dict.fromkeys([*self.stoppable, *self.removable])
+        self.stoppable.clear()
+        self.removable.clear()
+        for vm in self.vms.values():
+            self._note_rights(vm)
+
+    def earlier_rights(self, node_name: str) -> dict[tuple[str, int | str], None]:
+        """Return what records of before a restore entitled to, for a node that has not told since.
+
+        Its agent may not have heard of the restore.
+        """
+        told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
+        return {} if told else self.earlier
+
     def _commit(self, commit: Committed) -> None:
         self.revision = commit.revision
         if not isinstance(commit.leader, str):
@@ -264,6 +302,8 @@ class Ledger:
             self.last_seq = max(self.last_seq, entry.seq)
             if isinstance(entry, FinishedOperation):
                 self.finished.setdefault(entry.operation.id, entry.operation)
+        if self.restoring and commit.leader is None:
+            self._begin_anew()
 
     def _record(self, kind: type[Record], record_id: str, record: Record | None) -> None:
         if isinstance(record, Vm):
@@ -271,6 +311,7 @@ class Ledger:
             self._note_rights(record)
         elif isinstance(record, Node):
             self.nodes[record_id] = record
+            self.names[record_id] = record.name
         elif isinstance(record, Operation):
             self.operations[record_id] = record
         elif isinstance(record, IdempotencyRecord):

@@ -19,7 +19,7 @@ from tests.previous_release import VERSION
 from tests.sim.agent_ports import LogOfProcess, ProcessHypervisor
 from tests.sim.etcd_link import EtcdLink
 from tests.sim.network import Serve, Stream
-from tests.sim.previous import Translated, load, to_present, to_previous
+from tests.sim.previous import Translated, load, to_previous
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -120,16 +120,18 @@ def make_agent(
 async def serve_use_case(
     use_case: Callable[..., Awaitable[Any]], context: Any, *arguments: Any, **named: Any
 ) -> Any:
-    """Do what the previous release does for the same request. Raises NotFound for what it lacks."""
+    """Do what the previous release does for the same request, and return its own answer.
+
+    Raises NotFound for what it lacks.
+    """
     module = use_case.__module__
     try:
         found = getattr(load(module), use_case.__name__)
     except (ModuleNotFoundError, AttributeError):
         raise NotFound(f"0.1 has no {module}.{use_case.__name__}") from None
-    result = await found(
+    return await found(
         context, *map(to_previous, arguments), **{k: to_previous(v) for k, v in named.items()}
     )
-    return to_present(result)
 
 
 def _history(disk: History, offload: Offload) -> Any:

@@ -92,10 +92,15 @@ class SimReplica:
 
     async def _run(self, process: Process) -> None:
         rng = random.Random(self._rng.getrandbits(64))
-        run = self._run_previous if self.is_previous else self._run_present
-        await run(process, rng)
+        make = self._make_previous if self.is_previous else self._make_present
+        try:
+            control_plane, store = make(process, rng)
+        except Exception as error:
+            self._cluster.observe(Died(process.incarnation, repr(error)))
+            raise
+        await self._run_to_its_end(process, control_plane, store)
 
-    async def _run_previous(self, process: Process, rng: random.Random) -> None:
+    def _make_previous(self, process: Process, rng: random.Random) -> tuple[Any, Any]:
         cluster = self._cluster
         disk = _HistoryOfProcess(self._disk, process, self._disk_delay_s)
         self.previous, store = make_replica(
@@ -103,9 +108,9 @@ class SimReplica:
         )
         serve = serve_as(self.previous, cluster.founding.cluster.cell)
         cluster.network.listen(process, self.address, serve, replica_kinds())
-        await self._run_to_its_end(process, self.previous, store)
+        return self.previous, store
 
-    async def _run_present(self, process: Process, rng: random.Random) -> None:
+    def _make_present(self, process: Process, rng: random.Random) -> tuple[Any, Any]:
         cluster = self._cluster
         links = [EtcdLink(cluster.network, process, each) for each in cluster.etcd.members]
         store = EtcdStore(links, rng, cluster.settings.store)
@@ -139,7 +144,7 @@ class SimReplica:
             await _serve(control_plane, cluster.founding.cluster.cell, method, stream, host)
 
         cluster.network.listen(process, self.address, serve)
-        await self._run_to_its_end(process, control_plane, store)
+        return control_plane, store
 
     async def _run_to_its_end(self, process: Process, control_plane: Any, store: Any) -> None:
         try:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from tests.sim.faults.injector import Pair
+from tests.sim.replica import leaves
 from tests.sim.simulation import Outcome, simulate
 
 
@@ -81,7 +82,11 @@ def _run(seeds: Sequence[int], jobs: int) -> Iterator[Ran]:
 
 
 def _run_one(seed: int) -> Ran:
-    return ran_as(simulate(seed))
+    try:
+        return ran_as(simulate(seed))
+    except Exception as error:  # of the simulation's own: the other seeds are run all the same
+        why = "; ".join(repr(leaf) for leaf in leaves(error))
+        return Ran(seed=seed, complaint=f"not judged: {why}", virtual_s=0, outcomes={}, coverage=[])
 
 
 def _read(kept: Path | None, seeds: set[int]) -> list[Ran]:

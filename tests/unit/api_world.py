@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar, cast
 
@@ -23,7 +24,7 @@ from controlplane.services.context import Context, Leadership
 from controlplane.state import ClusterState
 from controlplane.store.applier import take_writes
 from controlplane.store.history import History
-from controlplane.store.port import MemberStatus, Room, Store
+from controlplane.store.port import Listing, MemberStatus, Room, Store
 from controlplane.store.space import Repaired
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
@@ -87,6 +88,9 @@ class OneMember:
                 alarms=("NOSPACE",),
             ),
         )
+
+    async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        yield Listing(1, ())
 
 
 class HandSpace:

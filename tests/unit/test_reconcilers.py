@@ -67,6 +67,9 @@ class Sessions:
     def trusts(self, node_id: str) -> bool:
         return node_id in self.silent
 
+    def greeted(self, node_id: str) -> bool:
+        return node_id in self.silent
+
     def silent_for_s(self, node_id: str) -> float | None:
         return self.silent.get(node_id)
 

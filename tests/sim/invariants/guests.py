@@ -49,8 +49,7 @@ def start_was_permitted(before: Ledger, event: SimEvent) -> Iterator[str]:
         yield f"generation {event.generation} of {event.vm_id} was never given out"
         return
     node_id, boot_id = permit
-    node = before.nodes.get(node_id)
-    if node is None or node.name != event.node:
+    if before.names.get(node_id) != event.node:
         yield f"{event.vm_id} starts on {event.node}, its permit is for {node_id}"
     if boot_id != event.boot_id:
         yield f"{event.vm_id} starts in boot {event.boot_id}, its permit is for {boot_id}"
@@ -69,7 +68,8 @@ def end_was_wanted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """I15: An agent ends a guest only after a record said that this attempt shall not run."""
     if not isinstance(event, Ended) or not event.by_agent:
         return
-    if (event.vm_id, event.generation) not in before.stoppable:
+    right = (event.vm_id, event.generation)
+    if right not in before.stoppable and right not in before.earlier_rights(event.node):
         yield f"nobody wanted generation {event.generation} of {event.vm_id} to end"
 
 
@@ -77,9 +77,10 @@ def erased_was_deleted(before: Ledger, event: SimEvent) -> Iterator[str]:
     """I17: A VM's domain and volumes go only once its deletion was committed."""
     if not isinstance(event, Erased):
         return
-    node_id = next((n.id for n in before.nodes.values() if n.name == event.node), "")
-    allowed = before.removable.keys() & {(event.vm_id, ""), (event.vm_id, node_id)}
-    if not allowed:
+    here = [node_id for node_id, name in before.names.items() if name == event.node]
+    allowed = {(event.vm_id, node_id) for node_id in ("", *here)}
+    rights = before.removable.keys() | before.earlier_rights(event.node).keys()
+    if not rights & allowed:
         yield f"a part of {event.vm_id} was removed from {event.node} without a deletion"
 
 
