@@ -13,7 +13,9 @@ from shared.errors import StoreFull
 from shared.model import VmPhase
 from tests.contract.store_worlds import CALL_S
 from tests.integration.replica_api import Api, Refused, until
+from tests.integration.replica_process import ReplicaProcess
 from tests.integration.simulated_agent import WitnessNode
+from tests.integration.test_two_replicas import follower
 from tests.integration.world import SHORT_LEASE, World, new_world
 
 pytestmark = pytest.mark.etcd
@@ -103,3 +105,33 @@ async def test_a_full_store_is_told_harms_no_guest_and_is_repaired() -> None:
         await api.done(await api.delete("web"))
         await api.done(await api.create("db"))
         await world.agrees()
+
+
+async def test_a_follower_repairs_what_lets_nobody_lead() -> None:
+    quota = f"--quota-backend-bytes={QUOTA_BYTES}"
+    async with (
+        new_world(SHORT_LEASE, etcd_options=(quota,)) as world,
+        follower(world) as (second, api),
+    ):
+        await fill_up(world)
+        world.replica.kill()
+
+        async def nobody_leads() -> bool:
+            return (await api.get(ClusterView, "/cluster")).leader is None
+
+        await until(nobody_leads, "the end of the lease")
+        assert (await api.vms()) == ()
+        # Without room there is no lease to lead under.
+        await until(lambda: _says(second, "the campaign failed"), "a campaign in vain")
+        await remove_filler(world)
+        repaired = await api.send("POST", REPAIR)
+        assert repaired.status_code == 200, repaired.text
+        leader = (await api.get(ClusterView, "/cluster")).leader
+        assert leader is not None
+        assert leader.replica == "r2"
+        await api.create("web", power="stopped")
+        world.api = api
+
+
+async def _says(replica: ReplicaProcess, text: str) -> bool:
+    return text in replica.log_text()
