@@ -1,7 +1,8 @@
 """What the agent must never forget: the highest term, and per VM what it was told and has used.
 
 Everything here is durable before it is acted upon. Lower terms and revisions are refused; a
-generation is started at most once, whatever crashes in between.
+generation is started at most once, whatever crashes in between. Revisions begin anew with each
+epoch, after a restore of etcd: they are compared together with theirs.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class VmFacts(Struct, frozen=True, kw_only=True, tag="vm"):
 
     A generation is used up when a start under it was begun, or when it was revoked. ``arrival`` is
     the last one for which disks were made here: what was here before is not that claim's to delete.
+    ``epoch`` is the revision's; 0 in files of agents that did not write it (see ``Fence._take``).
     """
 
     vm_id: str
+    epoch: int = 0
     revision: int = 0
     used_generation: int = 0
     answered_request: int = 0
@@ -87,8 +90,8 @@ class Fence:
         """Persist a VM's revision before it is acted on. Raises StaleTerm, StaleRevision."""
         self.check(term, vm_id, revision)
         facts = self.facts(vm_id)
-        if revision > facts.revision:
-            await self._write(replace(facts, revision=revision))
+        if (term.epoch, revision) > (facts.epoch, facts.revision):
+            await self._write(replace(facts, epoch=term.epoch, revision=revision))
 
     async def use_generation(self, vm_id: str, generation: int) -> None:
         """Persist that a generation will never be started from now on (again)."""
@@ -138,9 +141,12 @@ class Fence:
     def check(self, term: Term, vm_id: str, revision: int) -> None:
         """Raise StaleTerm or StaleRevision unless this is at least what was last accepted."""
         self.check_term(term)
-        known = self.facts(vm_id).revision
-        if revision < known:
-            raise StaleRevision(f"revision {revision} of {vm_id} is below {known}")
+        known = self.facts(vm_id)
+        if (term.epoch, revision) < (known.epoch, known.revision):
+            raise StaleRevision(
+                f"revision {term.epoch}.{revision} of {vm_id} is below "
+                f"{known.epoch}.{known.revision}"
+            )
 
     async def _write(self, record: FenceRecord) -> None:
         # One at a time: a rewrite must not lose what was appended but is not in memory yet.
@@ -158,5 +164,8 @@ class Fence:
             self.term = max(self.term, record.term)
         elif isinstance(record, VmForgotten):
             self._vms.pop(record.vm_id, None)
+        elif record.epoch == 0 and record.revision:
+            # Of an agent that wrote no epoch: it accepted the revision under the term before it.
+            self._vms[record.vm_id] = replace(record, epoch=self.term.epoch)
         else:
             self._vms[record.vm_id] = record

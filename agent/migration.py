@@ -82,6 +82,11 @@ class Migrations:
         assert desired.migration is not None, "there is an order"
         return await self._look(desired, desired.migration, fault=error)
 
+    def is_under_way(self, vm_id: str) -> bool:
+        """Whether a transfer away from here is being followed."""
+        journey = self._journeys.get(vm_id)
+        return journey is not None and journey.under_way
+
     async def settle(self, vm_id: str) -> None:
         """Take note that a VM has no open migration here (any more)."""
         await self._arrivals.forget(vm_id)
@@ -253,8 +258,7 @@ class Migrations:
 
     async def _is_under_way(self, desired: Desired, order: MigrationOrder) -> bool:
         await self._follow_again(desired, order)
-        journey = self._journeys.get(desired.vm_id)
-        return journey is not None and journey.under_way
+        return self.is_under_way(desired.vm_id)
 
     # The destination.
 
@@ -319,9 +323,8 @@ class Migrations:
         return await end_of(self._hypervisor, desired, order)
 
     def _is_over(self, desired: Desired, order: MigrationOrder, end: MigrationEnd) -> bool:
-        journey = self._journeys.get(desired.vm_id)
-        under_way = journey is not None and journey.under_way
         begun = self._departure(desired, order) is not None
+        under_way = self.is_under_way(desired.vm_id)
         return begun and not under_way and end.state is not EndState.MOVING
 
     def _departure(self, desired: Desired, order: MigrationOrder) -> Departure | None:

@@ -10,7 +10,7 @@ from shared.moves import EndState
 from shared.protocol import Desired, MigrationOrder, MigrationRole
 
 # The same state of a domain means another thing on the node that it comes to.
-_ON_DESTINATION: dict[EndState, EndState] = {
+AS_DESTINATION: dict[EndState, EndState] = {
     EndState.MOVING: EndState.INCOMING,
     EndState.AWAY: EndState.INCOMING,
 }
@@ -45,7 +45,7 @@ async def end_of(hypervisor: Hypervisor, desired: Desired, order: MigrationOrder
         # libvirt has the same word for one that has run already, and was paused since.
         waits = arrives_paused(desired)
         return replace(end, state=EndState.READY if waits else EndState.RUNNING)
-    return replace(end, state=_ON_DESTINATION.get(end.state, end.state))
+    return replace(end, state=AS_DESTINATION.get(end.state, end.state))
 
 
 def arrives_paused(desired: Desired) -> bool:

@@ -21,6 +21,7 @@ from agent.inventory import NodeFacts
 from agent.migration import Migrations
 from agent.orders import definition_of
 from agent.steps import ShutdownState, Step, next_step
+from agent.survey import sighting_of
 from agent.workqueue import WorkQueue
 from shared.errors import (
     DiskMissing,
@@ -33,7 +34,7 @@ from shared.errors import (
 )
 from shared.model import DiskSpec, ObservedPower, Problem, RequestKind
 from shared.problems import problem_of
-from shared.protocol import Desired, Intent, MigrationReport, VmReport
+from shared.protocol import Desired, Intent, MigrationReport, Sighting, Survey, VmReport
 from shared.retry import Backoff
 from shared.states import RUNNING_POWERS
 
@@ -49,6 +50,8 @@ LOOK_AGAIN_BACKOFF = Backoff(first_s=0.5, cap_s=5.0)
 RESUME_PERIOD_S = 10.0
 # Events can be lost; every VM is looked at this often anyway.
 RESYNC_PERIOD_S = 30.0
+# What is under way ends within this, or libvirt hangs: the leader asks again.
+SURVEY_LIMIT_S = 8.0
 
 
 class KnownVm(Struct, frozen=True):
@@ -121,6 +124,7 @@ class VmReconciler:
 
         What was worked on while libvirt was asked is left out: its start may have come between.
         """
+        epoch = self._fence.term.epoch
         with self._queue.touched() as touched:
             domains = await self._hypervisor.domains()
         reports: list[VmReport] = []
@@ -129,8 +133,38 @@ class VmReconciler:
             if domain.vm_id is None:
                 foreign.append(domain.name)
             elif domain.vm_id not in touched:
-                reports.append(self._seen(domain.vm_id, domain.generation, domain, 0))
+                report = self._seen(domain.vm_id, domain.generation, domain, 0)
+                reports.append(replace(report, epoch=epoch))
         return tuple(reports), tuple(foreign)
+
+    async def survey(self) -> Survey:
+        """Return every domain of ours, once nothing of an earlier epoch is under way any more.
+
+        What an earlier epoch wanted is forgotten first: none of it would be done. What libvirt
+        moves by itself goes on, and is told. Raises HypervisorUnavailable.
+        """
+        epoch = self._fence.term.epoch
+        for vm_id, desired in list(self._desired.items()):
+            if desired.term.epoch < epoch:
+                self._drop(vm_id)
+        try:
+            async with asyncio.timeout(SURVEY_LIMIT_S):
+                await self._queue.finished()
+                domains = await self._look_at_all()
+        except TimeoutError:
+            raise HypervisorUnavailable(
+                f"what is under way on {self._node.name} has not ended in {SURVEY_LIMIT_S:g} s"
+            ) from None
+        return Survey(boot_id=self._node.boot_id, epoch=epoch, domains=domains)
+
+    async def _look_at_all(self) -> tuple[Sighting, ...]:
+        found: list[Sighting] = []
+        for domain in await self._hypervisor.domains():
+            if domain.vm_id is not None:
+                facts = self._fence.facts(domain.vm_id)
+                seen = await sighting_of(self._hypervisor, self._migrations, facts, domain)
+                found += [] if seen is None else [seen]
+        return tuple(found)
 
     async def drop_all_but(self, vm_ids: tuple[str, ...]) -> None:
         """Stop working on VMs that the leader does not bind here; their domains are left alone."""
@@ -230,7 +264,7 @@ class VmReconciler:
 
     async def _tell_part(self, desired: Desired, part: MigrationReport) -> None:
         domain = await self._hypervisor.domain(desired.domain_name)
-        report = self._seen(desired.vm_id, desired.generation, domain, desired.revision)
+        report = self._seen_for(desired, desired.generation, domain)
         left = desired.intent is Intent.LEAVE and part.settled
         if left and self._desired.get(desired.vm_id) is desired:
             # What is told of it must outlast it: nobody works on the VM here any more.
@@ -351,6 +385,7 @@ class VmReconciler:
                 power=ObservedPower.ABSENT,
                 permit_used=True,
                 revision=desired.revision,
+                epoch=desired.term.epoch,
                 removed=True,
             )
         )
@@ -370,7 +405,7 @@ class VmReconciler:
             )
             log.error("%s: %s", desired.name, mismatch)
             generation, fault = domain.generation, problem_of(mismatch)
-        report = self._seen(desired.vm_id, generation, domain, desired.revision, fault)
+        report = self._seen_for(desired, generation, domain, fault)
         self._powers[desired.vm_id] = report.power
         self._report(report)
 
@@ -380,11 +415,20 @@ class VmReconciler:
         if domain is None or domain.generation != desired.generation:
             return
         if domain.power in RUNNING_POWERS:
-            report = self._seen(
-                desired.vm_id, desired.generation, domain, desired.revision, problem_of(error)
-            )
+            report = self._seen_for(desired, desired.generation, domain, problem_of(error))
             self._powers[desired.vm_id] = report.power
             self._report(report)
+
+    def _seen_for(
+        self,
+        desired: Desired,
+        generation: int,
+        domain: DomainInfo | None,
+        fault: Problem | None = None,
+    ) -> VmReport:
+        """Return a report that answers a desired state."""
+        report = self._seen(desired.vm_id, generation, domain, desired.revision, fault)
+        return replace(report, epoch=desired.term.epoch)
 
     def _seen(
         self,

@@ -299,6 +299,8 @@ class Session:
             question = unpack(query.payload, DestinationQuestion)
             blockers = await self._hypervisor.check_destination(query.domain_name, question)
             return pack(DestinationCheck(blockers=blockers))
+        if query.kind is QueryKind.SURVEY:
+            return pack(await self._reconciler.survey())
         raise Disconnected(f"this agent does not know the query {query.kind.value!r}")
 
     async def _check_source(self, query: Query) -> SourceCheck:

@@ -21,6 +21,7 @@ class WorkQueue:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._available = asyncio.Event()
         self._observed: list[set[str]] = []
+        self._awaited: list[tuple[set[str], asyncio.Event]] = []
 
     def add(self, key: str) -> None:
         if key in self._working:
@@ -54,9 +55,25 @@ class WorkQueue:
 
     def done(self, key: str) -> None:
         self._working.discard(key)
+        for left, ended in self._awaited:
+            left.discard(key)
+            if not left:
+                ended.set()
         if key in self._again:
             self._again.discard(key)
             self.add(key)
+
+    async def finished(self) -> None:
+        """Return once all that is worked on at this moment has been put down."""
+        left, ended = set(self._working), asyncio.Event()
+        if not left:
+            return
+        waiting = (left, ended)
+        self._awaited.append(waiting)
+        try:
+            await ended.wait()
+        finally:
+            self._awaited = [other for other in self._awaited if other is not waiting]
 
     @contextmanager
     def touched(self) -> Iterator[Set[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import gc
 import logging
 import os
@@ -12,19 +11,16 @@ import random
 import sys
 import uuid
 from pathlib import Path
-from typing import IO, TypeVar
 
-import msgspec
 from prometheus_client import CollectorRegistry
 
 from controlplane.api.app import build_app
 from controlplane.api.server import ApiServer, ApiServerSettings
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
-from controlplane.config import BootstrapConfig, ControlPlaneConfig, TlsConfig
-from controlplane.leader import Founding
+from controlplane.config import DEFAULT_CONFIG, ControlPlaneConfig
+from controlplane.replica_files import etcd_tls, history_file, only_process, read_founding
 from controlplane.sessions.grpc_server import AgentServer
 from controlplane.sessions.peer_grpc import PeerDialler
-from controlplane.store.etcd_grpc import EtcdTls
 from controlplane.store.etcd_pool import connect
 from controlplane.store.history import History
 from controlplane.store.timed import TimedStore
@@ -34,19 +30,14 @@ from controlplane.telemetry.windows import Windows
 from shared.addresses import host_and_port
 from shared.clock import SystemClock
 from shared.config import load_config
-from shared.errors import ConfigInvalid, FieldError, NovacronError
+from shared.errors import NovacronError
 from shared.lifetime import run_until_asked_to_stop
 from shared.log import set_up_logging
-from shared.model import ApiKey, Cluster
 from shared.offload import ThreadOffload
 from shared.tls import load_material
 from shared.version import VERSION
 
 log = logging.getLogger(__name__)
-
-R = TypeVar("R", Cluster, ApiKey)
-
-DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
 
 
 def main() -> None:
@@ -56,7 +47,7 @@ def main() -> None:
     try:
         config = load_config(arguments.config, ControlPlaneConfig, os.environ)
         set_up_logging(config.log_level)
-        with _only_process(config.data_dir):
+        with only_process(config.data_dir):
             asyncio.run(serve(config))
     except NovacronError as error:
         sys.exit(f"novacron-controlplane: {error}")
@@ -65,13 +56,13 @@ def main() -> None:
 async def serve(config: ControlPlaneConfig) -> None:
     """Serve until a signal asks to stop."""
     tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
-    founding = _founding(config.bootstrap)
+    founding = read_founding(config.bootstrap)
     history_thread, planning_thread = ThreadOffload("history"), ThreadOffload("planning")
-    history = History(config.data_dir / "history.sqlite", history_thread)
+    history = History(history_file(config.data_dir), history_thread)
     windows = Windows()
     metrics = Metrics(CollectorRegistry(), replica=config.name, version=VERSION, windows=windows)
     store = TimedStore(
-        connect(config.etcd.endpoints, _etcd_tls(config.etcd.tls)), metrics.etcd_request
+        connect(config.etcd.endpoints, etcd_tls(config.etcd.tls)), metrics.etcd_request
     )
     peers = PeerDialler(tls)
     ports = Ports(
@@ -131,46 +122,8 @@ def _settings(config: ControlPlaneConfig) -> ReplicaSettings:
         sessions=config.sessions,
         scheduler=config.scheduler,
         migrations=config.migrations,
+        store_quota_bytes=config.etcd.quota_bytes,
     )
-
-
-def _founding(config: BootstrapConfig) -> Founding:
-    """Read what ``novacron init`` made. Raises ConfigInvalid with every fault."""
-    faults: list[FieldError] = []
-    cluster = _record(config.cluster_file, Cluster, faults)
-    admin_key = _record(config.admin_key_file, ApiKey, faults)
-    if cluster is None or admin_key is None:
-        raise ConfigInvalid("bootstrap", tuple(faults))
-    return Founding(cluster, admin_key)
-
-
-def _record(path: Path, kind: type[R], faults: list[FieldError]) -> R | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
-        faults.append(FieldError(str(path), "unreadable", str(error)))
-        return None
-
-
-def _etcd_tls(config: TlsConfig | None) -> EtcdTls | None:
-    if config is None:
-        return None
-    material = load_material(config.ca, config.certificate, config.key)
-    return EtcdTls(ca=material.ca, certificate=material.certificate, key=material.key)
-
-
-def _only_process(data_dir: Path) -> IO[bytes]:
-    """Lock the data directory: a leader key that names this replica is then of a dead process."""
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = (data_dir / "lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigInvalid(
-            str(data_dir),
-            (FieldError("/data_dir", "in_use", "another process of this replica is running"),),
-        ) from error
-    return lock
 
 
 if __name__ == "__main__":

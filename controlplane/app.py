@@ -32,7 +32,8 @@ from controlplane.store import comparison
 from controlplane.store.comparison import Comparison
 from controlplane.store.history import History
 from controlplane.store.informer import Informer
-from controlplane.store.port import Store
+from controlplane.store.port import ETCD_QUOTA_BYTES, Store
+from controlplane.store.space import StoreSpace
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
@@ -77,6 +78,7 @@ class ReplicaSettings(Struct, frozen=True, kw_only=True):
     migrations: MigrationLimits = MigrationLimits()
     exchange_period_s: float = following.PERIOD_S
     comparison_period_s: float = comparison.PERIOD_S
+    store_quota_bytes: int = ETCD_QUOTA_BYTES
 
 
 class Ports(Struct, frozen=True):
@@ -108,6 +110,7 @@ class ControlPlane:
         self._comparison = Comparison(
             ports.store, self.state, self.informer, settings.comparison_period_s
         )
+        self._space = StoreSpace(ports.store, settings.store_quota_bytes, ports.metrics.store_space)
         self.windows = ports.windows
         self.progress = ProgressBoard(ports.clock)
         self.telemetry = TelemetryServer(self.state, self.windows)
@@ -184,6 +187,7 @@ class ControlPlane:
             tasks.create_task(loop.run(self._copy, self.state.changes))
             tasks.create_task(loop.run_periodically(self._forget))
             tasks.create_task(self._comparison.run())
+            tasks.create_task(loop.run_periodically(self._space))
             tasks.create_task(self._expire_windows())
             tasks.create_task(self._forget_past())
             tasks.create_task(self._election.run(self.leader.lead, self.leader.unfit))
@@ -224,6 +228,7 @@ class ControlPlane:
             figures=self._reads,
             progress=self.progress,
             store=self._ports.store,
+            space=self._space,
             clock=self._ports.clock,
             scheduler=self._settings.scheduler,
             leadership=self.leadership,

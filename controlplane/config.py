@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import ElectionSettings
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
+from controlplane.store.port import ETCD_QUOTA_BYTES
+
+DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,9 +35,14 @@ class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class EtcdConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Without ``tls`` etcd is spoken to in the clear: for loopback only."""
+    """Without ``tls`` etcd is spoken to in the clear: for loopback only.
+
+    ``quota_bytes`` is what its members are started with (--quota-backend-bytes); etcd does not
+    tell, and new VMs are refused before it is used up.
+    """
 
     endpoints: tuple[str, ...]
+    quota_bytes: Annotated[int, Meta(ge=1)] = ETCD_QUOTA_BYTES
     tls: TlsConfig | None = None
 
 

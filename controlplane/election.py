@@ -108,6 +108,7 @@ class Election:
         self._stands_back_until_s = 0.0
         self._lease = 0
         self._unfit = ""
+        self._failure = ""
         self.leader: LeaderKey | None = None
         self.leader_revision = 0
 
@@ -120,6 +121,7 @@ class Election:
         while True:
             try:
                 reign = await self._campaign(unfit())
+                self._failure = ""
                 if reign is None:
                     continue
                 await self._rule_and_resign(reign, lead)
@@ -131,7 +133,7 @@ class Election:
             except ReleaseTooOld as too_old:
                 log.error("giving the term back: %s", too_old)
             except NovacronError as error:
-                log.warning("the campaign failed: %s", error)
+                self._tell_failure(str(error))
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
 
@@ -158,10 +160,11 @@ class Election:
                 current = None
             if current is not None:
                 self._note_leader(current)
-            elif self._may_stand(unfit):
-                return await self._stand()
             else:
+                # Whoever stands may fail at it: until somebody leads, nobody does.
                 self.leader = None
+                if self._may_stand(unfit):
+                    return await self._stand()
             await asyncio.wait([changed], timeout=self._settings.follower_look_s)
             return None
         finally:
@@ -188,6 +191,15 @@ class Election:
         if unfit and unfit != self._unfit:
             log.error("not standing for election: %s", unfit)
         self._unfit = unfit
+
+    def _tell_failure(self, problem: str) -> None:
+        """Tell why a campaign failed, once: while the store is full, say, each one does."""
+        told, self._failure = self._failure, problem
+        log.log(
+            logging.DEBUG if told == problem else logging.WARNING,
+            "the campaign failed: %s",
+            problem,
+        )
 
     async def _resign_dead_self(self, current: KeyValue) -> bool:
         leader = _read_leader(current)

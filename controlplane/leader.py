@@ -26,6 +26,7 @@ from controlplane.reconcilers.deadlines import ExpireOperations
 from controlplane.reconcilers.history import TrimCopiedHistory
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.reconcilers.placement import PlaceVms
+from controlplane.reconcilers.recovery import Recover
 from controlplane.reconcilers.silence import NoteSilence
 from controlplane.reconcilers.starts import PermitStarts
 from controlplane.sagas.context import SagaParts
@@ -132,18 +133,20 @@ class Leader:
                     parts.ids,
                     parts.progress,
                 )
+                # From here on it leads; what it does by itself begins when all is counted.
+                self._applier, self.hub = applier, hub
+                self.terms_led += 1
+                parts.metrics.leading(True)
+                log.info("the term %s has begun", applier.term)
                 capacity = KeptSnapshot(parts.state, hub, parts.scheduler)
+                await capacity.build(parts.offload)
                 sagas = self._sagas(applier, hub, capacity)
                 hub.on_migration_report(sagas.wake)
                 tasks.create_task(sagas.run())
                 for reconciler in self._reconcilers(applier, hub, capacity):
                     tasks.create_task(loop.run(reconciler, parts.state.changes))
-                old_keys = ForgetOldKeys(applier, parts.state, parts.clock)
-                tasks.create_task(loop.run_periodically(old_keys))
-                self._applier, self.hub = applier, hub
-                self.terms_led += 1
-                parts.metrics.leading(True)
-                log.info("the term %s has begun", applier.term)
+                for chore in self._chores(applier, hub):
+                    tasks.create_task(loop.run_periodically(chore))
         except BaseExceptionGroup as group:
             raise _plain(group) from group
         finally:
@@ -195,15 +198,24 @@ class Leader:
     def _reconcilers(
         self, applier: Applier, hub: Hub, capacity: KeptSnapshot
     ) -> list[loop.Reconciler]:
+        """Return the loops that every change may give something to do: a pass costs little."""
         parts = self._parts
         return [
             PlaceVms(applier, parts.state, capacity, parts.metrics),
             PermitStarts(applier, parts.state, hub, capacity, parts.clock),
             EndLostAttempts(applier, parts.state),
+        ]
+
+    def _chores(self, applier: Applier, hub: Hub) -> list[loop.Reconciler]:
+        """Return the loops that only time gives something to do."""
+        parts = self._parts
+        return [
             NoteSilence(applier, parts.state, hub, parts.hub_settings),
             ExpireOperations(applier, parts.state, parts.clock),
             TrimCopiedHistory(applier, parts.state, parts.copied),
             CompactStore(parts.store, parts.state),
+            ForgetOldKeys(applier, parts.state, parts.clock),
+            Recover(applier, parts.state, hub),
         ]
 
 

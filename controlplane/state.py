@@ -90,7 +90,10 @@ class Changes:
 
 
 class ClusterState:
-    """All records, and the part of history that etcd still holds."""
+    """All records, and the part of history that etcd still holds.
+
+    ``revision`` is the moment that they show; 0 until the first listing is whole.
+    """
 
     def __init__(self) -> None:
         self.revision = 0
@@ -123,6 +126,7 @@ class ClusterState:
         self._operations_on: dict[str, set[str]] = {}
         self._sagas: set[str] = set()
         self._claimed: set[str] = set()
+        self._unproven: set[str] = set()
 
     def vm_id_by_name(self, tenant: str, name: str) -> str | None:
         return self._vm_names.get((tenant, name))
@@ -138,6 +142,10 @@ class ClusterState:
         """Return the VMs with an open migration, in no order."""
         return self._claimed
 
+    def unproven_vm_ids(self) -> list[str]:
+        """Return the VMs of which only a restored backup says where they are, oldest first."""
+        return sorted(self._unproven)
+
     def saga_ids(self) -> list[str]:
         """Return the open operations that are sagas, oldest first."""
         return sorted(self._sagas)
@@ -150,9 +158,14 @@ class ClusterState:
         """Return the VMs that should run, have a node and no attempt under way, oldest first."""
         return sorted(self._to_start)
 
-    def open_attempts(self) -> list[tuple[str, str, list[str]]]:
-        """Return (node id, boot id, VM ids) of all attempts that have not ended."""
-        return [(node, boot, sorted(ids)) for (node, boot), ids in self._open_attempts.items()]
+    def lost_attempts(self) -> list[str]:
+        """Return the VMs whose node has booted since their open attempt began, oldest first."""
+        lost: list[str] = []
+        for (node_id, boot_id), vm_ids in self._open_attempts.items():
+            node = self.nodes.get(node_id)
+            if node is not None and node.record.boot_id != boot_id:
+                lost += vm_ids
+        return sorted(lost)
 
     def observe(self, observer: Observer) -> None:
         """Call ``observer(before, after)`` for every record that is put or removed from now on."""
@@ -179,6 +192,9 @@ class ClusterState:
 
     def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
         return self._table(kind).get(record_id)
+
+    def record_count(self) -> int:
+        return sum(map(len, self._tables.values()))
 
     def count(self, kind: type[Record]) -> int:
         return len(self._table(kind))
@@ -249,14 +265,17 @@ class ClusterState:
     def _index_vm(self, vm: Vm) -> None:
         attempt = vm.status.attempt
         over = attempt is None or attempt.state is AttemptState.ENDED
-        if attempt is not None and not over:
+        unproven = vm.status.unproven is not None
+        if attempt is not None and not over and not unproven:
             key = (attempt.node, attempt.boot_id)
             self._open_attempts.setdefault(key, set()).add(vm.id)
         for node_id in nodes_of(vm):
             self._vms_on.setdefault(node_id, set()).add(vm.id)
         if vm.status.migration is not None:
             self._claimed.add(vm.id)
-        held = vm.status.migration is not None or has_rivals(vm)
+        if unproven:
+            self._unproven.add(vm.id)
+        held = vm.status.migration is not None or has_rivals(vm) or unproven
         if vm.spec.power is Power.STOPPED or vm.deleting or not over or held:
             return
         (self._unbound if vm.status.node is None else self._to_start).add(vm.id)
@@ -266,6 +285,7 @@ class ClusterState:
             self._unbound.discard(record.id)
             self._to_start.discard(record.id)
             self._claimed.discard(record.id)
+            self._unproven.discard(record.id)
             for node_id in nodes_of(record):
                 _discard(self._vms_on, node_id, record.id)
             if record.status.attempt is not None:

@@ -10,6 +10,7 @@ to do with an error logs it, once.
     ├── Unauthenticated           401
     ├── Forbidden                 403
     ├── NotFound                  404
+    │   └── DeletedSince               the change was made, and what it was made to is gone since
     ├── MethodNotAllowed          405
     ├── PayloadTooLarge           413
     ├── Conflict                  409
@@ -19,6 +20,7 @@ to do with an error logs it, once.
     │   ├── ChangeTooLarge             more writes than one transaction may hold
     │   └── UpgradeUnfinished          it needs a schema level that the cluster has not reached
     ├── UpgradeBlocked            409  every replica and agent that is still of an older release
+    ├── RestoreRefused            409  everything that stands against restoring a backup
     ├── CursorExpired             410  the walk's moment is too long ago: start again
     ├── HistoryGone               410  what came after that is not all here: list again
     ├── PreconditionFailed        412  the object is not the one that If-Match names
@@ -112,6 +114,10 @@ class NotFound(NovacronError):
     http_status = 404
 
 
+class DeletedSince(NotFound):
+    code = "deleted_since"
+
+
 class MethodNotAllowed(NovacronError):
     code = "method_not_allowed"
     http_status = 405
@@ -153,6 +159,14 @@ class UpgradeBlocked(FieldErrors):
 
     def __init__(self, errors: tuple[FieldError, ...]) -> None:
         super().__init__("the upgrade cannot be finalized yet", errors)
+
+
+class RestoreRefused(FieldErrors):
+    code = "restore_refused"
+    http_status = 409
+
+    def __init__(self, errors: tuple[FieldError, ...]) -> None:
+        super().__init__("the backup cannot be restored", errors)
 
 
 class CursorExpired(NovacronError):

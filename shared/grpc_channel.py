@@ -56,17 +56,25 @@ class GrpcChannel(Generic[Sent, Received]):
             raise Disconnected(f"the stream broke while sending: {_why(error)}") from error
 
     async def receive(self) -> Received:
+        message: Received = unpack(await self._read(), self._received)
+        return message
+
+    async def skip(self) -> None:
+        """Take a message without looking at it. Raises Disconnected."""
+        await self._read()
+
+    async def close(self) -> None:
+        await self._end()
+
+    async def _read(self) -> bytes:
         try:
             data = await self._stream.read()
         except _BROKEN as error:
             raise Disconnected(f"the stream broke: {_why(error)}") from error
         if data is grpc.aio.EOF:
             raise Disconnected("the peer ended the stream")
-        message: Received = unpack(data, self._received)
+        message: bytes = data
         return message
-
-    async def close(self) -> None:
-        await self._end()
 
 
 def _why(error: Exception) -> str:

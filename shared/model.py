@@ -23,6 +23,7 @@ from shared.moves import (
     MigrationStage,
 )
 from shared.open_enum import OpenEnum
+from shared.restores import NodeRecovery, Restored, Unproven
 
 # Level 2 (0.2.0): sagas, migration claims, leftovers. Older readers would drop them unseen.
 SCHEMA_LEVEL = 2
@@ -295,6 +296,7 @@ class VmStatus(Struct, frozen=True, kw_only=True, gc=False):
     leftovers: tuple[Leftover, ...] = ()
     logs_on: tuple[str, ...] = ()
     has_run: bool | None = None
+    unproven: Unproven | None = None
 
 
 class Vm(Record, frozen=True, kw_only=True):
@@ -389,6 +391,7 @@ class Node(Record, frozen=True, kw_only=True):
     boot_id: str = ""
     inventory: Inventory | None = None
     foreign_domains: tuple[str, ...] = ()
+    recovery: NodeRecovery = NodeRecovery()
 
 
 class OperationStep(Struct, frozen=True, kw_only=True, gc=False):
@@ -492,6 +495,7 @@ class Cluster(Record, frozen=True, kw_only=True):
     epoch: int = 1
     schema_level: int = SCHEMA_LEVEL
     created_at: datetime
+    restored: Restored | None = None
 
 
 class Applied(Struct, frozen=True, kw_only=True):
@@ -590,4 +594,6 @@ def nodes_of(vm: Vm) -> tuple[str, ...]:
     nodes = [status.node, *(leftover.node for leftover in status.leftovers)]
     if claim is not None and claim.stage is not MigrationStage.REQUESTED:
         nodes += [claim.source, claim.destination]
+    if status.unproven is not None:
+        nodes += status.unproven.nodes
     return tuple(dict.fromkeys(node for node in nodes if node is not None))

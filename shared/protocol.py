@@ -51,6 +51,7 @@ class QueryKind(OpenEnum):
     CONSOLE_SIZE = "console_size"
     MIGRATION_SOURCE = "migration_source"
     MIGRATION_DESTINATION = "migration_destination"
+    SURVEY = "survey"
     UNKNOWN = "unknown"
 
 
@@ -129,8 +130,9 @@ class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
     ``generation`` is the attempt this is about; ``permit_used`` says that the agent will never
     start that generation (again), so that "not running" is the end of the attempt; nor will it
     start any up to ``highest_used``. ``revision`` is the desired state's that this answers, 0 when
-    the agent has not been told any since it started. ``removed`` says that nothing of the VM is
-    left on the node.
+    the agent has not been told any since it started; ``epoch`` is that revision's, or the one that
+    the agent had accepted when it looked (0 from agents that do not tell). ``removed`` says that
+    nothing of the VM is left on the node.
     """
 
     vm_id: str
@@ -139,6 +141,7 @@ class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
     permit_used: bool
     highest_used: int = 0
     revision: int = 0
+    epoch: int = 0
     answered_request: int = 0
     removed: bool = False
     fault: Problem | None = None
@@ -286,6 +289,27 @@ class DestinationQuestion(Struct, frozen=True, kw_only=True):
 
 class DestinationCheck(Struct, frozen=True, kw_only=True):
     blockers: tuple[FieldError, ...] = ()
+
+
+class Sighting(Struct, frozen=True, kw_only=True):
+    """One domain of ours, as a survey found it.
+
+    ``departing``: the node has begun to move it away, and was never told what became of that.
+    """
+
+    vm_id: str
+    generation: int
+    end: EndState
+    power: ObservedPower
+    departing: bool = False
+
+
+class Survey(Struct, frozen=True, kw_only=True):
+    """All domains of ours on a node, when nothing was under way that an earlier epoch asked for."""
+
+    boot_id: str
+    epoch: int
+    domains: tuple[Sighting, ...]
 
 
 class InSync(Struct, frozen=True, kw_only=True, tag="in_sync"):

@@ -149,7 +149,13 @@ def advance(table: dict[tuple[State, Event], State], state: State, event: Event)
 
 
 def check_action(action: VmAction, vm: Vm) -> None:
-    """Raise StateConflict unless the action fits the VM's phase, and the VM is not on the move."""
+    """Raise StateConflict unless the action fits the phase of a VM that is known to stay put."""
+    if vm.status.unproven is not None:
+        raise StateConflict(
+            f"cannot {action} {vm.name!r}: the cluster was restored from a backup, and where it is "
+            f"is not known yet{vm.status.unproven.why and ': '}{vm.status.unproven.why} (novacron "
+            "cluster status)"
+        )
     if vm.status.migration is not None:
         operation = vm.status.migration.operation
         raise StateConflict(
@@ -166,6 +172,8 @@ def check_action(action: VmAction, vm: Vm) -> None:
 
 def vm_phase(vm: Vm) -> VmPhase:
     """Return the one word for what a VM is doing, from desired power, attempt and last report."""
+    if vm.status.unproven is not None:
+        return VmPhase.UNKNOWN
     if vm.deleting:
         return VmPhase.DELETING
     attempt = vm.status.attempt

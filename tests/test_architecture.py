@@ -34,6 +34,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "controlplane/state.py": ("controlplane.past", "shared.model"),
     "controlplane/commands": ("controlplane.state", "shared"),
     "controlplane/store": ("controlplane.commands", "controlplane.state", "shared"),
+    # The file of a backup, how it is made of a store, and what a restore writes into one.
+    "controlplane/backup": (
+        "controlplane.store.history",
+        "controlplane.store.keys",
+        "controlplane.store.port",
+        "shared",
+    ),
     "controlplane/sessions": (
         "controlplane.commands",
         "controlplane.state",
@@ -50,6 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shared",
     ),
     "controlplane/services": (
+        "controlplane.backup.take",
         "controlplane.commands",
         "controlplane.sagas",
         "controlplane.scheduler",
@@ -93,8 +101,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.tokens",
         "shared",
     ),
-    # The command line is a client: it knows the API and, for ``init``, the files of a new cell.
-    "controlplane/cli": ("controlplane.cell_files", "shared"),
+    # The command line is a client: it knows the API and, for ``init``, the files of a new cell; it
+    # checks the backup that it is sent, and starts the restore of one.
+    "controlplane/cli": (
+        "controlplane.backup.format",
+        "controlplane.cell_files",
+        "controlplane.restore",
+        "shared",
+    ),
 }
 
 # A package, and the files that may import it, each with the reason.

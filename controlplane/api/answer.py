@@ -1,14 +1,20 @@
-"""A finished answer and how it is sent; and what the layers know of one request."""
+"""An answer and how it is sent, whole or as it is made; and what the layers know of one request."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
 from msgspec import Struct
-from starlette.types import Send
+from starlette.types import Receive, Send
 
 from shared.codec import to_json
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
+BYTES = b"application/octet-stream"
 EXCHANGE = "novacron.exchange"
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -19,6 +25,13 @@ class Answer(Struct, frozen=True):
     content_type: bytes
     body: bytes
     headers: Headers = ()
+
+
+class Streamed(Struct, frozen=True):
+    """An answer that is sent as it is made; ``pieces`` may fail, and then it is cut off."""
+
+    content_type: bytes
+    pieces: AsyncGenerator[bytes]
 
 
 class Exchange(Struct):
@@ -49,3 +62,32 @@ async def send_answer(send: Send, answer: Answer, *, with_body: bool = True) -> 
         headers.append((b"content-length", b"%d" % len(answer.body)))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body if with_body else b""})
+
+
+async def send_streamed(
+    send: Send, receive: Receive, streamed: Streamed, *, with_body: bool, piece_limit_s: float
+) -> None:
+    """Send an answer piece by piece, until its client goes away.
+
+    What goes wrong before the first piece is raised before the answer has begun; later, whoever
+    reads sees the answer end before its end. Raises TimeoutError when nothing is taken for so long.
+    """
+    gone: asyncio.Future[Any] = asyncio.ensure_future(until_gone(receive))
+    try:
+        async with aclosing(streamed.pieces) as pieces:
+            piece = await anext(pieces, b"")
+            headers = [(b"content-type", streamed.content_type)]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while piece and with_body and not gone.done():
+                async with asyncio.timeout(piece_limit_s):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                piece = await anext(pieces, b"")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    finally:
+        gone.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return once the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

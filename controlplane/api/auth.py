@@ -30,7 +30,7 @@ def authenticate(
     if scheme.lower() != _SCHEME:
         raise Unauthenticated("the only scheme here is Bearer")
     token = parse_token(text.strip())
-    if state.cluster() is None:
+    if state.revision == 0 or state.cluster() is None:
         raise Unavailable("this replica has not read the cluster's records yet; try again shortly")
     stored = state.api_keys.get(token.id)
     if stored is None or not matches(token.secret, stored.record.sha256):

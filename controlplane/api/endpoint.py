@@ -14,12 +14,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
-from controlplane.api.answer import EXCHANGE, Answer, Exchange, Headers, json_answer, send_answer
+from controlplane.api.answer import (
+    EXCHANGE,
+    Answer,
+    Exchange,
+    Headers,
+    Streamed,
+    json_answer,
+    send_answer,
+    send_streamed,
+)
 from controlplane.api.auth import authenticate
 from controlplane.api.body import Reader, read_body
 from controlplane.api.problems import WrongMethod
 from controlplane.api.routes import BASE, Call, Route
-from controlplane.api.stream import EVENT_STREAM, EventStreams
+from controlplane.api.stream import EVENT_STREAM, SEND_TIMEOUT_S, EventStreams
 from controlplane.api.terms import check_patch_type, preferred_wait_s, request_key
 from controlplane.commands.terms import Expected, RequestKey
 from controlplane.services.context import Context, Principal
@@ -33,7 +42,7 @@ from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
 from controlplane.services.writes import TiedSubmit, answer_again, tied
 from controlplane.telemetry.exporter import Metrics
-from shared.errors import MalformedRequest, Unavailable
+from shared.errors import MalformedRequest, Overloaded, Unavailable
 from shared.states import OPERATION_ENDS
 
 T = TypeVar("T")
@@ -42,6 +51,8 @@ T = TypeVar("T")
 CATCH_UP_S = 2.0
 # Set by the server: cuts the connection without waiting for what is not read.
 ABORT = "novacron.abort"
+# Backups that one replica sends at a time.
+STREAMS_MAX = 2
 REPLAYED = (b"idempotency-replayed", b"true")
 
 
@@ -117,6 +128,7 @@ class Endpoint:
         self._context = context
         self._metrics = metrics
         self._streams = streams
+        self._streaming = 0
         self._methods = {
             route.method: _Prepared(route, Reader(route.query), Reader(route.body, route.immutable))
             for route in routes
@@ -144,12 +156,35 @@ class Endpoint:
             await self._streams.follow(principal, query, receive, send, scope.get(ABORT))
             return
         request = _Request(prepared, principal, scope, query, sent)
+        if route.streams:
+            await self._stream(request, receive, send)
+            return
         if method in ("GET", "HEAD"):
             answer = await self._read(request)
         else:
             raw = await read_body(receive, sent.content_length)
             answer = await self._write(request, raw)
         await send_answer(send, answer, with_body=method != "HEAD")
+
+    async def _stream(self, request: _Request, receive: Receive, send: Send) -> None:
+        """Send an answer as it is made; few at a time, since each reads all there is."""
+        if self._streaming >= STREAMS_MAX:
+            raise Overloaded(f"{STREAMS_MAX} of these are being sent already")
+        self._streaming += 1
+        scope = request.scope
+        try:
+            body = request.prepared.body.body(b"")
+            answer = await request.route.handler(self._call(self._context, request, body))
+            assert isinstance(answer, Streamed), "the route says so"
+            with_body = scope["method"] != "HEAD"
+            await send_streamed(
+                send, receive, answer, with_body=with_body, piece_limit_s=SEND_TIMEOUT_S
+            )
+        except TimeoutError:
+            if (abort := scope.get(ABORT)) is not None:
+                abort()
+        finally:
+            self._streaming -= 1
 
     async def _read(self, request: _Request) -> Answer:
         body = request.prepared.body.body(b"")

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from controlplane.api.answer import Answer
 from shared.codec import to_json
-from shared.errors import MethodNotAllowed, NovacronError, Unauthenticated
+from shared.errors import MethodNotAllowed, NovacronError, StoreFull, Unauthenticated
 from shared.model import Problem
 from shared.problems import problem, problem_of
 
@@ -50,6 +50,8 @@ def _problem(error: Exception, request_id: str) -> Problem:
         told = problem_of(error, request_id)
         if told.status < HTTPStatus.INTERNAL_SERVER_ERROR or told.retryable:
             return told
+        if isinstance(error, StoreFull):
+            return told  # told in the log once, by who looks after the room
         log.error("request %s failed", request_id, exc_info=error)
         return told
     log.error("request %s broke", request_id, exc_info=error)

@@ -12,10 +12,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from controlplane.api.answer import TEXT, Answer, json_answer
+from controlplane.api.answer import BYTES, TEXT, Answer, Streamed, json_answer
 from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
     audit,
+    backups,
     cluster,
     console,
     drains,
@@ -91,7 +92,8 @@ class Route(Struct, frozen=True, kw_only=True):
 
     ``permission`` None: open to everyone. ``view`` is what the handler returns, to be sent as JSON
     with ``status``; a handler of a route without one returns an Answer of type ``text``.
-    ``follows``: the same list also comes as an event stream. ``immutable``: pointers of what an
+    ``follows``: the same list also comes as an event stream. ``streams``: the handler returns what
+    is sent as it is made. ``immutable``: pointers of what an
     object has and its patch may not name.
     """
 
@@ -106,6 +108,7 @@ class Route(Struct, frozen=True, kw_only=True):
     query: type[Struct] = NoQuery
     status: int = 200
     follows: bool = False
+    streams: bool = False
     immutable: frozenset[str] = frozenset()
 
     @property
@@ -131,6 +134,10 @@ async def _scrape(call: Call) -> Answer:
 async def _console_log(call: Call) -> Answer:
     log = await console.console_log(call.context, call.principal, call.path["vm"], call.query)
     return Answer(200, TEXT, log)
+
+
+async def _backup(call: Call) -> Streamed:
+    return Streamed(BYTES, await backups.back_up(call.context, call.principal))
 
 
 def _vm_action(action: VmAction, summary: str) -> Route:
@@ -315,6 +322,14 @@ ROUTES: tuple[Route, ...] = (
     _cordon(cordoned=False, summary="Let new VMs go to a node again"),
     Route(
         method="POST",
+        path=f"{BASE}/nodes/{{node}}/actions/declare-gone",
+        handler=lambda c: nodes.declare_gone(c.context, c.principal, c.path["node"]),
+        permission=Permission.NODES_WRITE,
+        summary="Say that nothing runs on a node any more, which a restored cluster waits for",
+        view=NodeView,
+    ),
+    Route(
+        method="POST",
         path=f"{BASE}/nodes/{{node}}/actions/drain",
         handler=lambda c: (drains.plan_drain if c.query.dry_run else drains.drain_node)(
             c.context, c.principal, c.path["node"], c.body
@@ -418,6 +433,15 @@ ROUTES: tuple[Route, ...] = (
         view=ClusterView,
     ),
     Route(
+        method="GET",
+        path=f"{BASE}/cluster/backup",
+        handler=_backup,
+        permission=Permission.CLUSTER_BACKUP,
+        summary="Read a backup of the control plane (for novacron cluster restore)",
+        text=BYTES.decode(),
+        streams=True,
+    ),
+    Route(
         method="POST",
         path=f"{BASE}/cluster/actions/finalize-upgrade",
         handler=lambda c: cluster.finalize_upgrade(c.context, c.principal),
@@ -432,6 +456,14 @@ ROUTES: tuple[Route, ...] = (
         handler=lambda c: cluster.step_down(c.context, c.principal),
         permission=Permission.CLUSTER_WRITE,
         summary="Let the leader give its term up to another replica",
+        view=ClusterView,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/cluster/actions/repair-store",
+        handler=lambda c: cluster.repair_store(c.context, c.principal),
+        permission=Permission.CLUSTER_WRITE,
+        summary="Make room in the store: compact, defragment, take its alarm back",
         view=ClusterView,
     ),
     Route(

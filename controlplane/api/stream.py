@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from msgspec import Struct
 from starlette.types import Receive, Send
 
+from controlplane.api.answer import until_gone
 from controlplane.services.context import Context, Principal, ProgressReader
 from controlplane.services.events import (
     FOLLOW_STEP,
@@ -106,7 +107,7 @@ class EventStreams:
             raise Overloaded(f"{self._followers} clients follow events here already")
         self._followers += 1
         ends: set[asyncio.Future[Any]] = {
-            asyncio.create_task(_gone(receive), name="event-stream-client"),
+            asyncio.create_task(until_gone(receive), name="event-stream-client"),
             asyncio.create_task(self._closing.wait(), name="event-stream-closing"),
         }
         reader = self._context.progress.subscribe() if query.progress else None
@@ -236,8 +237,3 @@ class _Follower:
 def render(view: EventView) -> bytes:
     """Return one event in the stream's format; JSON has no newline of its own."""
     return b"id: %s\ndata: %s\n\n" % (view.id.encode(), to_json(view))
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

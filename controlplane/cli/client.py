@@ -51,6 +51,8 @@ KEYS_SINCE = (0, 2)
 # A page of 500 objects is below 2 MiB; this stops a server that never ends.
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 EVENT_STREAM = "text/event-stream"
+BYTES = "application/octet-stream"
+PIECE_BYTES = 256 * 1024
 # The API gives a sign of life every 15 s.
 STREAM_SILENCE_S = 45.0
 # An event is below 10 kB.
@@ -168,33 +170,44 @@ class Client:
 
         Raises ApiProblem, Unreachable (also when it breaks or falls silent), UnexpectedAnswer.
         """
+        headers = {"Accept": EVENT_STREAM}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        with self._opened(_with_query(path, query), EVENT_STREAM, headers) as response:
+            yield _while_it_lasts(_lines(response), self._endpoints[0].host)
+
+    @contextlib.contextmanager
+    def download(self, path: str) -> Iterator[Iterator[bytes]]:
+        """Open an answer of any size and hand out its pieces as they come. Raises as ``stream``."""
+        with self._opened(path, BYTES, {"Accept": f"{BYTES}, */*;q=0.5"}) as response:
+            pieces = iter(lambda: response.read(PIECE_BYTES), b"")
+            yield _while_it_lasts(pieces, self._endpoints[0].host)
+
+    @contextlib.contextmanager
+    def _opened(
+        self, target: str, kind: str, more_headers: dict[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a GET on a connection of its own, and hand out the answer while it comes."""
         self.close()
         connection = self._connected()
         assert connection.sock is not None, "a connected connection has a socket"
         connection.sock.settimeout(STREAM_SILENCE_S)
-        headers = self._headers(None) | {"Accept": EVENT_STREAM}
-        if last_event_id:
-            headers["Last-Event-ID"] = last_event_id
         try:
-            connection.request("GET", _with_query(path, query), None, headers)
-            response = connection.getresponse()
-            kind = response.headers.get("content-type", "")
-            if response.status >= HTTPStatus.BAD_REQUEST:
-                answer = Answer(
-                    response.status, {"content-type": kind}, response.read(LINE_BYTES_MAX)
-                )
-                raise ApiProblem(_problem(answer, response.reason))
-            if not kind.startswith(EVENT_STREAM):
-                raise UnexpectedAnswer(f"{path} does not answer with a stream but with {kind!r}")
-            yield _lines(response)
-        except (OSError, http.client.HTTPException) as error:
-            raise _lost("GET", connection.host, error) from error
+            try:
+                connection.request("GET", target, None, self._headers(None) | more_headers)
+                response = connection.getresponse()
+                _check_streamed(target, response, kind)
+            except (OSError, http.client.HTTPException) as error:
+                raise _lost("GET", connection.host, error) from error
+            yield response
         finally:
             self.close()
 
-    def post(self, path: str, body: object = None, query: Query = ()) -> Answer:
+    def post(
+        self, path: str, body: object = None, query: Query = (), extra_timeout_s: float = 0.0
+    ) -> Answer:
         encoded = msgspec.json.encode({} if body is None else body)
-        return self.write("POST", _with_query(path, query), encoded)
+        return self.write("POST", _with_query(path, query), encoded, extra_timeout_s)
 
     def delete(self, path: str, query: Query = ()) -> Answer:
         return self.write("DELETE", _with_query(path, query), None)
@@ -202,7 +215,9 @@ class Client:
     def patch(self, path: str, body: object) -> Answer:
         return self.write("PATCH", path, msgspec.json.encode(body))
 
-    def write(self, method: str, path: str, body: bytes | None) -> Answer:
+    def write(
+        self, method: str, path: str, body: bytes | None, extra_timeout_s: float = 0.0
+    ) -> Answer:
         """Send a change; again, under its one key, where that cannot make it twice.
 
         Raises ApiProblem, Unreachable, UnexpectedAnswer.
@@ -211,7 +226,7 @@ class Client:
 
         def send() -> Answer:
             self.close()
-            return self._exchange(method, path, body, key, 0.0)
+            return self._exchange(method, path, body, key, extra_timeout_s)
 
         return self._repeated(send, self._may_send_again)
 
@@ -314,6 +329,25 @@ class Client:
             connection.close()
             raise
         return connection
+
+
+def _check_streamed(target: str, response: http.client.HTTPResponse, kind: str) -> None:
+    """Raise ApiProblem, UnexpectedAnswer unless what comes is what was asked for."""
+    found = response.headers.get("content-type", "")
+    if response.status >= HTTPStatus.BAD_REQUEST:
+        answer = Answer(response.status, {"content-type": found}, response.read(LINE_BYTES_MAX))
+        raise ApiProblem(_problem(answer, response.reason))
+    if not found.startswith(kind):
+        path = target.partition("?")[0]
+        raise UnexpectedAnswer(f"{path} does not answer with a stream of {kind} but {found!r}")
+
+
+def _while_it_lasts(pieces: Iterator[bytes], host: str) -> Iterator[bytes]:
+    """Yield what comes, and say so when it breaks off; what its reader does is not its business."""
+    try:
+        yield from pieces
+    except (OSError, http.client.HTTPException) as error:
+        raise _lost("GET", host, error) from error
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""`novacron cluster`: the control plane and its store, its leader, and the end of an upgrade."""
+"""`novacron cluster`: the control plane, its leader, store and backups, the end of an upgrade."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import click
 
 from controlplane.cli import output as out
 from controlplane.cli.client import BASE, Answer
+from controlplane.cli.cluster_backup import backup
+from controlplane.cli.cluster_restore import restore
 from controlplane.cli.dry_run import DRY_RUN, dry_run_option
 from controlplane.cli.invocation import (
     Invocation,
@@ -14,10 +16,12 @@ from controlplane.cli.invocation import (
     watch_options,
 )
 from controlplane.cli.output import Format, Output, Table
-from controlplane.cli.views import ClusterView, LeaderView
+from controlplane.cli.views import ClusterView, LeaderView, RestoreView
 from controlplane.cli.watching import show
 
 NOBODY = "nobody leads"
+# A large database is gone through member by member, at most 3 minutes each.
+REPAIR_EXTRA_S = 900.0
 
 
 @click.group()
@@ -95,6 +99,29 @@ def step_down(invocation: Invocation, form: str | None) -> None:
     output.line(f"{seen.replica} gives up its term {seen.term}; see: novacron cluster leader")
 
 
+@cluster.command("repair-store")
+@output_option
+@pass_invocation
+def repair_store(invocation: Invocation, form: str | None) -> None:
+    """Make room in etcd when it is full: compact, defragment, and take its alarm back.
+
+    One member after the other answers nobody for a while, seconds as a rule. Guests are not
+    touched. When all that is stored is more than etcd's quota, start etcd with a larger one.
+    """
+    output = invocation.output(form)
+    path = f"{BASE}/cluster/actions/repair-store"
+    answer = invocation.client.post(path, extra_timeout_s=REPAIR_EXTRA_S)
+    if _shown_otherwise(output, answer):
+        return
+    for each in answer.decode(ClusterView).members:
+        sizes = f"{out.size(each.db_size_bytes)}, {out.size(each.db_in_use_bytes)} in use"
+        output.line(f"{each.endpoint}: {sizes if each.reachable else each.problem}")
+
+
+cluster.add_command(backup)
+cluster.add_command(restore)
+
+
 @cluster.command("finalize-upgrade")
 @dry_run_option
 @output_option
@@ -146,8 +173,10 @@ def _status_fields(seen: ClusterView) -> list[tuple[str, str]]:
         ("Replicas", "\n".join(replicas) or out.NOTHING),
         ("Members", f"{reachable} of {len(seen.members)} reachable"),
         ("Alarms", "\n".join(alarms) or "none"),
+        ("Store", seen.store.detail or out.NOTHING),
         ("Nodes", nodes or "none"),
         ("VMs", str(seen.vms)),
+        *(() if seen.restore is None else _restore_fields(seen.restore)),
     ]
 
 
@@ -160,6 +189,34 @@ def _leader_fields(seen: LeaderView) -> list[tuple[str, str]]:
         ("Term", str(seen.term)),
         ("Since", out.stamp(seen.since)),
     ]
+
+
+def _restore_fields(restore: RestoreView) -> list[tuple[str, str]]:
+    """Return what a restored cluster waits for, and what nobody but an operator can decide."""
+    fields = [("Restored", f"{out.stamp(restore.at)}, to {out.stamp(restore.backup_at)}")]
+    if restore.recovering:
+        fields.append(("Recovery", _recovery(restore)))
+    elif restore.waits_for:
+        fields.append(("Yet to tell", ", ".join(restore.waits_for)))
+    if restore.gone:
+        fields.append(("Gone", ", ".join(restore.gone)))
+    if restore.unproven:
+        told = "novacron vm ls --phase Unknown, and vm show says why"
+        fields.append(("Unproven", f"{restore.unproven} VMs are left alone: {told}"))
+    if restore.unrecorded:
+        told = "novacron node show names them; they go on and are never touched"
+        fields.append(("Unrecorded", f"{restore.unrecorded} VMs that no record is of: {told}"))
+    return fields
+
+
+def _recovery(restore: RestoreView) -> str:
+    if not restore.waits_for:
+        return "nearly done"
+    return (
+        f"nothing is started, bound or moved before these nodes have told what runs on them:\n"
+        f"{', '.join(restore.waits_for)}\n"
+        "(if one of them will never come back: novacron node declare-gone NODE)"
+    )
 
 
 def _upgrade(seen: ClusterView) -> str:

@@ -11,6 +11,7 @@ from controlplane.cli.client import path_of
 from controlplane.cli.events import show_events
 from controlplane.cli.invocation import (
     Invocation,
+    confirm,
     for_each,
     label_option,
     output_option,
@@ -107,6 +108,28 @@ def uncordon(invocation: Invocation, nodes: tuple[str, ...], form: str | None) -
 node.add_command(drain)
 
 
+@node.command("declare-gone")
+@click.argument("name", metavar="NODE")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_option
+@pass_invocation
+def declare_gone(invocation: Invocation, name: str, yes: bool, form: str | None) -> None:
+    """Say that nothing runs on a node any more, and never will again.
+
+    Only after a restore of the cluster, which waits for every node to tell what runs on it. Make
+    sure that the node is off: guests that it still runs may be started a second time elsewhere.
+    """
+    question = f"Is node {name} off, and will no guest on it ever go on?"
+    confirm(invocation, question, yes=yes)
+    output = invocation.output(form)
+    answer = invocation.client.post(path_of("nodes", name, "actions", "declare-gone"))
+    if output.form is Format.JSON:
+        output.json(answer.body)
+    else:
+        gone = answer.decode(NodeView).name or name
+        output.line(gone if output.form is Format.NAME else f"{gone} is given up for gone")
+
+
 @node.command("events")
 @click.argument("name", metavar="NODE")
 @click.option("-f", "--follow", is_flag=True, help="Go on until Ctrl-C.")
@@ -195,6 +218,7 @@ def _node_fields(invocation: Invocation, seen: NodeView) -> list[tuple[str, str]
         ("Id", seen.id),
         ("State", f"{seen.state}, for {out.age(seen.state_since, now)}"),
         ("Cordoned", _cordon(seen)),
+        *_since_restore(seen),
         ("Address", seen.address or out.NOTHING),
         ("VMs", str(taken.vms)),
         ("CPUs", f"{has.cpus}, {taken.vcpus:g} vCPUs allocated"),
@@ -209,6 +233,17 @@ def _node_fields(invocation: Invocation, seen: NodeView) -> list[tuple[str, str]
         ("Boot id", seen.boot_id or out.NOTHING),
         ("Created", f"{out.stamp(seen.created_at)} ({out.age(seen.created_at, now)} ago)"),
     ]
+
+
+def _since_restore(seen: NodeView) -> list[tuple[str, str]]:
+    """Return what is to be known of a node since the cluster was restored."""
+    fields = []
+    if seen.gone or seen.must_tell:
+        told = "given up for gone" if seen.gone else "has not told yet what runs there"
+        fields.append(("Restored", told))
+    if seen.unrecorded_vms:
+        fields.append(("Unrecorded", "\n".join(seen.unrecorded_vms)))
+    return fields
 
 
 def _cordon(seen: NodeView) -> str:

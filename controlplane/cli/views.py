@@ -173,6 +173,9 @@ class NodeView(Struct, frozen=True):
     address: str = ""
     boot_id: str = ""
     inventory: InventoryView | None = None
+    must_tell: bool = False
+    gone: bool = False
+    unrecorded_vms: tuple[str, ...] = ()
     allocated: AllocatedView = AllocatedView()
 
 
@@ -324,6 +327,21 @@ class MemberView(Struct, frozen=True):
     problem: str = ""
 
 
+class StoreView(Struct, frozen=True):
+    room: str = ""
+    detail: str = ""
+
+
+class RestoreView(Struct, frozen=True):
+    backup_at: datetime
+    at: datetime
+    recovering: bool = False
+    waits_for: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+    unproven: int = 0
+    unrecorded: int = 0
+
+
 class ClusterView(Struct, frozen=True):
     id: str
     cell: str = ""
@@ -335,8 +353,10 @@ class ClusterView(Struct, frozen=True):
     leader: LeaderView | None = None
     replicas: tuple[ReplicaView, ...] = ()
     members: tuple[MemberView, ...] = ()
+    store: StoreView = StoreView()
     nodes: dict[str, int] = {}
     vms: int = 0
+    restore: RestoreView | None = None
 
 
 class FiguresView(Struct, frozen=True):

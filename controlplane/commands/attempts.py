@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
+from controlplane.commands.restored import RECOVERED, check_recovered, is_of_before_restore
 from controlplane.commands.upgrade import MOVES_LEVEL, has_level
 from shared.errors import StateConflict
 from shared.model import (
@@ -67,6 +68,7 @@ class BindVm(Struct, frozen=True, kw_only=True):
             raise StateConflict(f"{vm.name!r} is no longer waiting for a node")
         if has_rivals(vm):
             raise StateConflict(f"{vm.name!r} may still run on another node")
+        check_recovered(draft, vm)
         self.check(draft, vm, self.node_id)
         node = draft.node(self.node_id)
         draft.event(
@@ -96,6 +98,7 @@ class PermitStart(Struct, frozen=True, kw_only=True):
             raise StateConflict(f"{vm.name!r} may still run on another node")
         if attempt is not None and attempt.state is not AttemptState.ENDED:
             raise StateConflict(f"generation {attempt.generation} of {vm.name!r} is not over")
+        check_recovered(draft, vm)
         self.check(draft, vm, vm.status.node)
         node = draft.node(vm.status.node)
         generation = vm.status.generation + 1
@@ -112,6 +115,7 @@ class PermitStart(Struct, frozen=True, kw_only=True):
             has_run=may_have_run(vm) if has_level(draft, MOVES_LEVEL) else vm.status.has_run,
         )
         status = with_condition(status, Condition(type=PLACED, status=True, since=draft.now))
+        status = without_condition(status, RECOVERED)
         draft.event("vm.starting", vm.id, self.by, tenant=vm.tenant, generation=generation)
         put_vm(draft, replace(vm, status=status))
         return generation
@@ -129,6 +133,8 @@ class ObserveVm(Struct, frozen=True, kw_only=True):
         # While two nodes may own it, neither end alone says what has become of it: its saga asks
         # both.
         if vm is None or vm.status.node != self.node_id or is_moving(vm):
+            return
+        if vm.status.unproven is not None or is_of_before_restore(draft, self.report):
             return
         if vm.deleting and self.report.removed and _answers(self.report, vm):
             vm_gone_from_node(draft, vm, self.by)
@@ -175,7 +181,7 @@ class EndAttempt(Struct, frozen=True, kw_only=True):
         attempt = vm.status.attempt
         if attempt is None or attempt.state is AttemptState.ENDED:
             return
-        if is_moving(vm):
+        if is_moving(vm) or vm.status.unproven is not None:
             raise StateConflict(f"{vm.name!r} may have moved before its node booted anew")
         node = draft.node(attempt.node)
         if node.boot_id == attempt.boot_id:
@@ -186,8 +192,12 @@ class EndAttempt(Struct, frozen=True, kw_only=True):
 
 
 def with_condition(status: VmStatus, condition: Condition) -> VmStatus:
-    others = tuple(c for c in status.conditions if c.type != condition.type)
+    others = without_condition(status, condition.type).conditions
     return replace(status, conditions=(*others, condition))
+
+
+def without_condition(status: VmStatus, kind: str) -> VmStatus:
+    return replace(status, conditions=tuple(c for c in status.conditions if c.type != kind))
 
 
 def _answers(report: VmReport, vm: Vm) -> bool:

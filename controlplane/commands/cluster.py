@@ -56,6 +56,30 @@ class StepDown(Struct, frozen=True, kw_only=True, tag="step_down"):
         return cluster.id
 
 
+class RecordStoreRepair(Struct, frozen=True, kw_only=True, tag="record_store_repair"):
+    """Writes down who repaired the store, and what that came to; returns the cluster's id."""
+
+    before_bytes: int
+    after_bytes: int
+    skipped: tuple[str, ...]
+    by: Author
+
+    def decide(self, draft: Draft) -> str:
+        cluster = draft.cluster()
+        if cluster is None:
+            raise Unavailable("the cluster's record is not made yet")
+        draft.audit("cluster.repair_store", cluster.id, self.by)
+        draft.event(
+            "cluster.store_repaired",
+            cluster.id,
+            self.by,
+            before_bytes=self.before_bytes,
+            after_bytes=self.after_bytes,
+            skipped=list(self.skipped),
+        )
+        return cluster.id
+
+
 class TrimHistory(Struct, frozen=True, kw_only=True):
     """Deletes history that a majority of the replicas has copied."""
 

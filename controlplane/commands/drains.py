@@ -149,7 +149,7 @@ def release_vm(vm_id: str, new_node: str | None) -> Effect:
         vm = draft.vm(vm_id)
         attempt = vm.status.attempt
         at_rest = attempt is None or attempt.state is AttemptState.ENDED
-        here = vm.status.node == operation.target
+        here = vm.status.node == operation.target and vm.status.unproven is None
         if not (here and at_rest) or vm.deleting or vm.status.migration is not None:
             raise StateConflict(f"{vm.name!r} is not at rest on the node any more")
         assert new_node is not None or not vm.spec.disks, "disks need a node"

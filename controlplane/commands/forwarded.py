@@ -5,10 +5,11 @@ A command that is not listed here never leaves its process. The tag is its name 
 
 from __future__ import annotations
 
-from controlplane.commands.cluster import StepDown
+from controlplane.commands.cluster import RecordStoreRepair, StepDown
 from controlplane.commands.drains import RequestDrain
 from controlplane.commands.migrations import RequestMigration
 from controlplane.commands.nodes import SetCordon
+from controlplane.commands.recovery import DeclareGone
 from controlplane.commands.sagas import CancelOperation
 from controlplane.commands.upgrade import FinalizeUpgrade
 from controlplane.commands.vm_patch import ChangeVm
@@ -22,7 +23,9 @@ Forwardable = (
     | RequestMigration
     | RequestDrain
     | SetCordon
+    | DeclareGone
     | CancelOperation
     | FinalizeUpgrade
     | StepDown
+    | RecordStoreRepair
 )

@@ -9,6 +9,7 @@ from controlplane.commands.draft import Author, Draft
 from shared.errors import StateConflict
 from shared.model import Inventory, Node, NodeState
 from shared.moves import DrainJournal
+from shared.restores import NodeRecovery
 
 
 class JoinNode(Struct, frozen=True, kw_only=True):
@@ -43,6 +44,10 @@ class JoinNode(Struct, frozen=True, kw_only=True):
             inventory=self.inventory,
             foreign_domains=self.foreign_domains,
         )
+        if node.recovery.gone:
+            # It is not: what it has to tell may be news, also if it has told before.
+            joined = replace(joined, recovery=NodeRecovery(unrecorded=node.recovery.unrecorded))
+            draft.event("node.came_back", node.id, self.by, name=self.name)
         if known is None:
             draft.event("node.joined", node.id, self.by, name=self.name)
         elif known.boot_id != self.boot_id:

@@ -18,12 +18,8 @@ class EndLostAttempts:
         self._state = state
 
     async def reconcile(self) -> None:
-        for node_id, boot_id, vm_ids in self._state.open_attempts():
-            node = self._state.nodes.get(node_id)
-            if node is None or node.record.boot_id == boot_id:
-                continue
-            for vm_id in vm_ids:
-                stored = self._state.vms.get(vm_id)
-                if stored is None or is_moving(stored.record):
-                    continue  # whether it has moved before that, its migration finds out
-                await self._applier.submit(EndAttempt(vm_id=vm_id, by=Author("leader")))
+        for vm_id in self._state.lost_attempts():
+            stored = self._state.vms.get(vm_id)
+            if stored is None or is_moving(stored.record):
+                continue  # whether it has moved before that, its migration finds out
+            await self._applier.submit(EndAttempt(vm_id=vm_id, by=Author("leader")))

@@ -16,6 +16,7 @@ from controlplane.sessions.hub import Hub
 from controlplane.state import ClusterState
 from shared.errors import StateConflict
 from shared.model import Node, NodeState, Record, Vm, nodes_of
+from shared.offload import Offload
 
 
 class KeptSnapshot:
@@ -23,12 +24,18 @@ class KeptSnapshot:
         self._state = state
         self._hub = hub
         self._settings = settings
-        self._dirty: set[str] = set()
-        nodes = [self._as_trusted(stored.record) for stored in state.nodes.values()]
-        vms = [stored.record for stored in state.vms.values()]
-        self._snapshot = build_snapshot(nodes, vms, settings)
+        # Until it is built, and for every node whose records have changed since.
+        self._dirty: set[str] = set(state.nodes)
+        self._snapshot = build_snapshot((), (), settings)
         state.observe(self._record_changed)
         hub.on_trust_change(self._dirty.add)
+
+    async def build(self, offload: Offload) -> None:
+        """Read all nodes and VMs off the loop; what changes meanwhile is read again when needed."""
+        self._dirty.clear()
+        nodes = [self._as_trusted(stored.record) for stored in self._state.nodes.values()]
+        vms = [stored.record for stored in self._state.vms.values()]
+        self._snapshot = await offload(lambda: build_snapshot(nodes, vms, self._settings))
 
     def close(self) -> None:
         self._state.unobserve(self._record_changed)

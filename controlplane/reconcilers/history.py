@@ -63,8 +63,8 @@ class CopyHistory:
         """Copy a part of what lies before ``first``, and is not in etcd, from a peer."""
         if self.copied_seq + 1 >= first:
             return False
-        until = min(first - 1, self.copied_seq + COPY_MAX)
-        entries = await self._peers.segment(self.copied_seq, until)
+        # Whatever is next: what peers have may begin far behind, after 30 days or after a restore.
+        entries = await self._peers.segment(self.copied_seq, first - 1)
         await self._append(entries)
         return bool(entries)
 

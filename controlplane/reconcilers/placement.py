@@ -7,6 +7,7 @@ import logging
 
 from controlplane.commands.attempts import BindVm, NotePlacement
 from controlplane.commands.draft import Author
+from controlplane.commands.restored import RECOVERING, is_recovering
 from controlplane.reconcilers.capacity import KeptSnapshot
 from controlplane.scheduler.place import plan
 from controlplane.scheduler.request import request_of
@@ -54,6 +55,9 @@ class PlaceVms:
         return chosen
 
     async def _place(self, vm: Vm) -> None:
+        if is_recovering(self._state.cluster()):
+            await self._applier.submit(NotePlacement(vm_id=vm.id, message=RECOVERING))
+            return
         began_s = asyncio.get_running_loop().time()
         decision = plan(self._capacity.current(), request_of(vm))
         self._metrics.placement(asyncio.get_running_loop().time() - began_s, decision.refusals)

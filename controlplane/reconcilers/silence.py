@@ -46,7 +46,7 @@ class NoteSilence:
 
     async def _hear_again(self, node_id: str) -> None:
         """A session that paused and went on is heard again without a new greeting."""
-        if self._hub.trusts(node_id):
+        if self._hub.greeted(node_id):
             await self._applier.submit(
                 SetNodeState(node_id=node_id, state=NodeState.READY, by=Author("leader"))
             )

@@ -182,6 +182,8 @@ def _judge(context: StepContext, node: Node, vm: Vm, at_rest: Fate | None) -> Fa
     here = vm.status.node == node.id
     if here and vm.id in journal.skip:
         return Fate(FateKind.STAY, "it was to be skipped")
+    if vm.status.unproven is not None:
+        return Fate(FateKind.WAIT, "where it is has not been known since the cluster was restored")
     if vm.deleting:
         return Fate(FateKind.WAIT, "it is being deleted")
     if vm.status.migration is not None:
@@ -195,7 +197,8 @@ def _judge(context: StepContext, node: Node, vm: Vm, at_rest: Fate | None) -> Fa
 
 def fate_at_rest(node: Node, vm: Vm, snapshot: Snapshot, now: datetime) -> Fate | None:
     """Return what becomes of a VM that is not running there; None for one that is to be moved."""
-    if vm.status.node != node.id or vm.status.migration is not None or vm.deleting:
+    elsewhere = vm.status.node != node.id or vm.status.unproven is not None
+    if elsewhere or vm.status.migration is not None or vm.deleting:
         return Fate(FateKind.WAIT)
     if vm_phase(vm) in MOVABLE_PHASES:
         return None

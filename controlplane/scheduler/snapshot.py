@@ -16,6 +16,7 @@ What counts as taken on a node:
 - A VM on the move takes all of that on both of its nodes, from the moment a generation was given
   out for the second one until the first one has nothing left of it; where only files are left of
   it, these.
+- A VM of which only a restored backup tells takes that on every node that may have it.
 - A VM belongs to its groups on a node exactly where it takes CPU and memory.
 """
 
@@ -232,6 +233,8 @@ def loads_of(vm: Vm) -> dict[str, Load]:
     if claim is not None and claim.destination is not None and claim.generation:
         for node_id in (claim.source, claim.destination):
             loads.setdefault(node_id, _running_load(vm, disks_by_pool(vm, claim.copied)))
+    for node_id in () if status.unproven is None else status.unproven.nodes:
+        loads[node_id] = _running_load(vm, disks_by_pool(vm))
     for leftover in status.leftovers:
         disks_gib = disks_by_pool(vm, leftover.disks)
         load = Load(disks_gib=disks_gib) if leftover.empty else _running_load(vm, disks_gib)

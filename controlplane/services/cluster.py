@@ -10,7 +10,8 @@ from itertools import islice
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.commands.cluster import StepDown
+from controlplane.commands.cluster import RecordStoreRepair, StepDown
+from controlplane.commands.restored import must_tell
 from controlplane.commands.upgrade import FinalizeUpgrade, still_behind, why_too_old
 from controlplane.services.context import Context, Leadership, Permission, Principal
 from controlplane.services.revisions import cluster_revision
@@ -21,9 +22,12 @@ from controlplane.services.views import (
     MemberView,
     NodeCounts,
     ReplicaView,
+    RestoreView,
+    StoreView,
 )
 from controlplane.services.vms import author
-from controlplane.store.port import MemberStatus
+from controlplane.state import ClusterState
+from controlplane.store.port import MemberStatus, Room
 from shared.errors import FieldError, NoLeader, NovacronError, Unavailable
 from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 
@@ -31,12 +35,16 @@ from shared.model import SCHEMA_LEVEL, Cluster, NodeState, Replica
 MEMBERS_TIMEOUT_S = 5.0
 # Nearly all of 10,000 nodes are in the way when an upgrade begins; a page shows the first.
 BLOCKERS_SHOWN_MAX = 100
+NAMES_SHOWN_MAX = 100
 
 
 class Check(Struct, frozen=True, kw_only=True):
+    """``needed``: without it the replica is not ready; the others are told for who looks."""
+
     name: str
     ok: bool
     detail: str
+    needed: bool = True
 
 
 class Readiness(Struct, frozen=True, kw_only=True):
@@ -85,6 +93,24 @@ async def step_down(context: Context, principal: Principal) -> ClusterView:
     return replace(before, revision=cluster_revision(context.state))
 
 
+async def repair_store(context: Context, principal: Principal) -> ClusterView:
+    """Make room in the store, and return the cluster; takes seconds, or minutes where it is large.
+
+    It is written down once there is room for that. Raises Forbidden, StateConflict, StoreFull when
+    all that is stored is more than the quota, what the store and committing raise.
+    """
+    authorize(principal, Permission.CLUSTER_WRITE)
+    repaired = await context.space.repair()
+    command = RecordStoreRepair(
+        before_bytes=repaired.before_bytes,
+        after_bytes=repaired.after_bytes,
+        skipped=repaired.skipped,
+        by=author(principal),
+    )
+    await context.submit(command)
+    return await show_cluster(context, principal)
+
+
 async def show_cluster(context: Context, principal: Principal) -> ClusterView:
     """Return the cluster to whoever may see it. Raises Unavailable."""
     members = await _members(context)
@@ -106,10 +132,12 @@ async def show_cluster(context: Context, principal: Principal) -> ClusterView:
         leader=_leader(leadership),
         replicas=tuple(_replica(replica) for replica in context.replicas()),
         members=tuple(_member(member) for member in members),
+        store=StoreView(room=context.space.room, detail=context.space.detail),
         nodes=NodeCounts(
             ready=states.count(NodeState.READY), silent=states.count(NodeState.SILENT)
         ),
         vms=sum(stored.record.tenant == tenant for stored in state.vms.values()),
+        restore=_restore(state, cluster),
         revision=cluster_revision(state),
     )
 
@@ -136,8 +164,15 @@ def readiness(context: Context) -> Readiness:
             detail="made" if state.cluster() is not None else "not made yet",
         ),
         Check(name="release", ok=not too_old, detail=too_old or context.version),
+        # Reads go on without room: no reason to send clients elsewhere, where it is no better.
+        Check(
+            name="room",
+            ok=context.space.room is not Room.FULL,
+            detail=context.space.detail,
+            needed=False,
+        ),
     )
-    return Readiness(ready=all(check.ok for check in checks), checks=checks)
+    return Readiness(ready=all(each.ok for each in checks if each.needed), checks=checks)
 
 
 def _blockers(context: Context, cluster: Cluster) -> tuple[FieldError, ...]:
@@ -151,6 +186,23 @@ def _blockers(context: Context, cluster: Cluster) -> tuple[FieldError, ...]:
     if not more:
         return shown
     return (*shown, FieldError("", "more", f"and {more} more"))
+
+
+def _restore(state: ClusterState, cluster: Cluster) -> RestoreView | None:
+    restored = cluster.restored
+    if restored is None:
+        return None
+    nodes = [stored.record for stored in state.nodes.values()]
+    untold = [node for node in nodes if must_tell(cluster, node) and not node.recovery.gone]
+    return RestoreView(
+        backup_at=restored.backup_at,
+        at=restored.at,
+        recovering=restored.recovering,
+        waits_for=tuple(sorted(node.name for node in untold))[:NAMES_SHOWN_MAX],
+        gone=tuple(sorted(node.name for node in nodes if node.recovery.gone))[:NAMES_SHOWN_MAX],
+        unproven=len(state.unproven_vm_ids()),
+        unrecorded=sum(len(node.recovery.unrecorded) for node in nodes),
+    )
 
 
 async def _members(context: Context) -> tuple[MemberStatus, ...]:

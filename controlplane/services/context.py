@@ -13,7 +13,7 @@ from controlplane.commands.draft import Command
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.state import ClusterState
 from controlplane.store.history import History
-from controlplane.store.port import Store
+from controlplane.store.port import Room, Store
 from controlplane.telemetry.progress import Progress, ProgressFrame
 from controlplane.telemetry.windows import Rates, Series
 from shared.clock import Clock
@@ -36,6 +36,7 @@ class Permission(enum.StrEnum):
     EVENTS_READ = "events:read"
     CLUSTER_READ = "cluster:read"
     CLUSTER_WRITE = "cluster:write"
+    CLUSTER_BACKUP = "cluster:backup"
     METRICS_READ = "metrics:read"
     AUDIT_READ = "audit:read"
 
@@ -86,6 +87,33 @@ class Figures(Protocol):
     async def series(self, object_id: str) -> Series | None: ...
 
 
+class Repaired(Protocol):
+    """The largest member of the store before and after, and the members that did not answer."""
+
+    @property
+    def before_bytes(self) -> int: ...
+
+    @property
+    def after_bytes(self) -> int: ...
+
+    @property
+    def skipped(self) -> tuple[str, ...]: ...
+
+
+class Space(Protocol):
+    """How much room the store has, by the last look; ``detail`` says it in words."""
+
+    @property
+    def room(self) -> Room: ...
+
+    @property
+    def detail(self) -> str: ...
+
+    async def repair(self) -> Repaired:
+        """Make room. Raises StateConflict while that is under way, what the store raises."""
+        ...
+
+
 class ProgressReader(Protocol):
     """One follower's view of progress: the latest figure of each operation that moved."""
 
@@ -132,6 +160,7 @@ class Context(Struct, frozen=True):
     figures: Figures
     progress: ProgressFeed
     store: Store
+    space: Space
     clock: Clock
     scheduler: SchedulerSettings
     leadership: Callable[[], Leadership]

@@ -1,4 +1,4 @@
-"""Use cases of nodes: list, read, cordon."""
+"""Use cases of nodes: list, read, cordon, give up for gone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from bisect import bisect_right
 
 from controlplane.commands.nodes import SetCordon
+from controlplane.commands.recovery import DeclareGone
+from controlplane.commands.restored import must_tell
 from controlplane.scheduler.snapshot import loads_of
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.pages import records, walk
@@ -71,6 +73,18 @@ async def set_cordon(
     return node_view(context.state, find_node(context, node_id))
 
 
+async def declare_gone(context: Context, principal: Principal, reference: str) -> NodeView:
+    """Take an operator's word that nothing runs on a node any more, and return the node.
+
+    Raises Forbidden, NotFound, StateConflict when nobody waits for it or it is heard, and what
+    committing raises.
+    """
+    authorize(principal, Permission.NODES_WRITE)
+    node_id = find_node(context, reference).record.id
+    await context.submit(DeclareGone(node_id=node_id, by=author(principal)))
+    return node_view(context.state, find_node(context, node_id))
+
+
 def node_view(state: ClusterState, stored: Stored[Node]) -> NodeView:
     node = stored.record
     return NodeView(
@@ -88,6 +102,9 @@ def node_view(state: ClusterState, stored: Stored[Node]) -> NodeView:
         boot_id=node.boot_id,
         inventory=node.inventory,
         foreign_domains=node.foreign_domains,
+        must_tell=must_tell(state.cluster(), node),
+        gone=node.recovery.gone,
+        unrecorded_vms=node.recovery.unrecorded,
         allocated=allocated(state, node.id),
     )
 

@@ -14,7 +14,7 @@ from controlplane.services.revisions import cluster_revision
 from controlplane.services.scope import authorize, find_vm
 from controlplane.services.validation import check_new_vm
 from controlplane.services.views import PlacementView, PlannedVm, PlanView, ReasonView
-from controlplane.services.vms import author
+from controlplane.services.vms import author, check_room
 from shared.model import Power, Vm
 from shared.states import VmAction
 
@@ -28,6 +28,7 @@ async def plan_create(context: Context, principal: Principal, new: NewVm) -> Pla
     """Return where a VM would go that is created now. Raises what creating it raises."""
     authorize(principal, Permission.VMS_WRITE)
     check_new_vm(context.state, new)
+    check_room(context)
     revision = cluster_revision(context.state)
     command = CreateVm(
         name=new.name,

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from controlplane.services.revisions import event_id, object_revision
 from controlplane.state import Stored
+from controlplane.store.port import Room
 from controlplane.telemetry.progress import Progress as Progress
 from controlplane.telemetry.progress import ProgressFrame
 from shared.errors import FieldError
@@ -82,6 +83,12 @@ class Allocated(Struct, frozen=True, kw_only=True):
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
+    """``must_tell``: nothing new goes there before it has told, after a restore, what it has.
+
+    ``gone``: an operator has said so. ``unrecorded_vms`` run or rest there, and no record is of
+    them.
+    """
+
     id: str
     name: str
     labels: Labels
@@ -96,6 +103,9 @@ class NodeView(Struct, frozen=True, kw_only=True):
     boot_id: str
     inventory: Inventory | None
     foreign_domains: tuple[str, ...]
+    must_tell: bool
+    gone: bool
+    unrecorded_vms: tuple[str, ...]
     allocated: Allocated
 
 
@@ -307,9 +317,33 @@ class MemberView(Struct, frozen=True, kw_only=True):
     problem: str
 
 
+class StoreView(Struct, frozen=True, kw_only=True):
+    """What the store still takes, as the replica that was asked has last seen (10 s at most)."""
+
+    room: Room
+    detail: str
+
+
 class NodeCounts(Struct, frozen=True, kw_only=True):
     ready: int
     silent: int
+
+
+class RestoreView(Struct, frozen=True, kw_only=True):
+    """The last restore from a backup, and how far the cluster has recovered from it.
+
+    While ``recovering`` nothing is started, bound or moved: ``waits_for`` names nodes that have to
+    tell what they have (100 at most), ``gone`` those that nobody waits for any more. ``unproven``
+    VMs are left alone until it is known where they are; ``unrecorded`` ones no record is of.
+    """
+
+    backup_at: datetime
+    at: datetime
+    recovering: bool
+    waits_for: tuple[str, ...]
+    gone: tuple[str, ...]
+    unproven: int
+    unrecorded: int
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):
@@ -329,8 +363,10 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     leader: LeaderView | None
     replicas: tuple[ReplicaView, ...]
     members: tuple[MemberView, ...]
+    store: StoreView
     nodes: NodeCounts
     vms: int
+    restore: RestoreView | None
     revision: str
 
 

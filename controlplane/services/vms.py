@@ -19,7 +19,8 @@ from controlplane.services.selection import carries
 from controlplane.services.validation import check_new_vm
 from controlplane.services.views import OperationView, VmList, VmView, operation_view, vm_view
 from controlplane.state import Stored, Then
-from shared.errors import NotFound
+from controlplane.store.port import Room
+from shared.errors import DeletedSince, NotFound, StoreFull
 from shared.model import Vm
 from shared.states import VmAction, vm_phase
 
@@ -68,10 +69,11 @@ async def list_vms(context: Context, principal: Principal, query: VmQuery) -> Vm
 async def create_vm(context: Context, principal: Principal, new: NewVm) -> OperationView:
     """Accept a VM to make; the operation succeeds when it runs.
 
-    Raises Forbidden, ValidationFailed, NameTaken, and what committing raises.
+    Raises Forbidden, ValidationFailed, NameTaken, StoreFull, and what committing raises.
     """
     authorize(principal, Permission.VMS_WRITE)
     check_new_vm(context.state, new)
+    check_room(context)
     command = CreateVm(
         name=new.name,
         tenant=principal.scope.tenant,
@@ -87,12 +89,14 @@ async def change_vm(
 ) -> VmView:
     """Change what of a VM can be changed in place, and return it.
 
-    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises.
+    Raises Forbidden, NotFound, StateConflict, ValidationFailed, what committing raises;
+    DeletedSince when the VM was changed, and is gone by the time that this replica can show it.
     """
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
-    await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
-    return view(context, find_vm(context, principal, vm_id), epoch_of(context.state))
+    # Under a key that was used before, another VM may have been changed: one that had the name.
+    changed_id = await context.submit(ChangeVm(vm_id=vm_id, patch=patch, by=author(principal)))
+    return changed(context, changed_id)
 
 
 async def act_on_vm(
@@ -114,6 +118,23 @@ async def delete_vm(context: Context, principal: Principal, reference: str) -> O
     authorize(principal, Permission.VMS_WRITE)
     vm_id = find_vm(context, principal, reference).record.id
     return await accepted(context, principal, DeleteVm(vm_id=vm_id, by=author(principal)))
+
+
+def changed(context: Context, vm_id: str) -> VmView:
+    """Return a VM after a change of it. Raises DeletedSince."""
+    stored = context.state.vms.get(vm_id)
+    if stored is None:
+        raise DeletedSince(f"{vm_id} was changed, and has been deleted since")
+    return view(context, stored, epoch_of(context.state))
+
+
+def check_room(context: Context) -> None:
+    """Keep what room is left for what cannot be done without. Raises StoreFull.
+
+    Whether a full store is so still, etcd itself says best.
+    """
+    if context.space.room is Room.SCARCE:
+        raise StoreFull(context.space.detail)
 
 
 def author(principal: Principal) -> Author:

@@ -15,8 +15,7 @@ from controlplane.services import cluster, vms
 from controlplane.services.context import Context, Principal, Result, Submit
 from controlplane.services.nodes import node_view
 from controlplane.services.operations import find_operation
-from controlplane.services.revisions import epoch_of
-from controlplane.services.scope import find_node, find_vm
+from controlplane.services.scope import find_node
 from controlplane.services.views import (
     ClusterView,
     NodeView,
@@ -25,6 +24,9 @@ from controlplane.services.views import (
     operation_view,
 )
 from shared.errors import NotFound
+
+# Of the ids that stand for what a request became; a create becomes its operation.
+VM_ID_PREFIX = "vm-"
 
 Object = OperationView | NodeView | VmView | ClusterView
 
@@ -59,7 +61,8 @@ async def answer_again(context: Context, principal: Principal, key: RequestKey) 
     """Return what a request became that this replica knows to be done; None when it is new.
 
     Asked before the use case, which might not find any more what it had deleted. Raises
-    IdempotencyKeyReused; NotFound when what the request became is gone from this replica.
+    IdempotencyKeyReused; DeletedSince when it changed a VM that is gone, NotFound when the
+    operation that it became is too old for this replica.
     """
     stored = context.state.idempotency.get(key.id)
     if stored is None or not still_kept(stored.record, context.clock.now()):
@@ -70,8 +73,8 @@ async def answer_again(context: Context, principal: Principal, key: RequestKey) 
 
 async def _shown(context: Context, principal: Principal, result: str) -> Object:
     state = context.state
-    if result in state.vms:
-        return vms.view(context, find_vm(context, principal, result), epoch_of(state))
+    if result.startswith(VM_ID_PREFIX):
+        return vms.changed(context, result)
     if result in state.nodes:
         return node_view(state, find_node(context, result))
     if result in state.clusters:

@@ -33,9 +33,12 @@ NodeName = Callable[[str], str]
 def desired_of(stored: Stored[Vm], node: Node, term: Term, name_of: NodeName) -> Desired | None:
     """Return the message about a VM for ``node``; None when it has nothing to do with it.
 
-    ``name_of`` gives a node's name by its id.
+    Of a VM of which only a backup tells no node is told anything. ``name_of`` gives a node's name
+    by its id.
     """
     vm = stored.record
+    if vm.status.unproven is not None:
+        return None
     claim = vm.status.migration
     if vm.status.node == node.id:
         desired = _owned(stored, node, term)

@@ -87,19 +87,21 @@ class AgentServer:
         await self._server.stop(STOP_GRACE_S)
 
     async def _session(self, _: Any, context: Any) -> None:
-        channel: Channel[LeaderMessage, AgentMessage] = GrpcChannel(
+        channel: GrpcChannel[LeaderMessage, AgentMessage] = GrpcChannel(
             context, AgentMessage, _never_mind
         )
         await self._guard(context, lambda identity: self._lead_session(channel, identity))
 
     async def _lead_session(
-        self, channel: Channel[LeaderMessage, AgentMessage], identity: Identity
+        self, channel: GrpcChannel[LeaderMessage, AgentMessage], identity: Identity
     ) -> None:
         hub = self._hub()
         if hub is None:
             # Answered before its hello, the agent would find the stream over and learn nothing.
+            # What is in it costs more than all else: while nobody leads every agent asks every
+            # replica.
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                await channel.receive()
+                await channel.skip()
             await channel.send(NotLeader(agent_address=self._leader_address()))
         else:
             await hub.serve(channel, identity)

@@ -19,6 +19,7 @@ from controlplane.commands.attempts import ObserveVm
 from controlplane.commands.draft import Author
 from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
+from controlplane.commands.restored import must_tell
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.peer_messages import AgentList
 from controlplane.sessions.session import AgentChannel, AgentSession
@@ -31,6 +32,7 @@ from shared.errors import (
     NodeUnreachable,
     NovacronError,
     Overloaded,
+    StoreFull,
     Unavailable,
 )
 from shared.ids import IdSource
@@ -76,6 +78,8 @@ _CLEANS = frozenset(
 # Queries wait for an agent this long; a console log is read in well under a second.
 QUERY_TIMEOUT_S = 10.0
 QUERIES_PER_NODE_MAX = 16
+# What an agent said while the store was full is tried again so often; a person makes room.
+STORE_FULL_PAUSE_S = 5.0
 
 
 class HubSettings(Struct, frozen=True, kw_only=True):
@@ -115,14 +119,28 @@ class Hub:
             session.displaced.set()
 
     def trusts(self, node_id: str) -> bool:
-        """Whether the node has accepted this term and is connected."""
+        """Whether the node has accepted this term and is connected.
+
+        After a restore of etcd also, whether it has told what it has: it is given nothing new
+        before.
+        """
+        node = self._state.nodes.get(node_id)
+        told = node is not None and not must_tell(self._state.cluster(), node.record)
+        return told and self.greeted(node_id)
+
+    def greeted(self, node_id: str) -> bool:
+        """Whether the node has accepted this term and is connected, whatever it has to tell yet."""
         session = self._sessions.get(node_id)
-        return session is not None and session.trusted
+        return session is not None and session.greeted
+
+    def connected(self) -> tuple[str, ...]:
+        """Return the ids of the nodes that have accepted this term and are connected, sorted."""
+        return tuple(sorted(node_id for node_id in self._sessions if self.greeted(node_id)))
 
     def silent_for_s(self, node_id: str) -> float | None:
         """Return how long a connected node has not been heard; None when it is not connected."""
         session = self._sessions.get(node_id)
-        if session is None or not session.trusted:
+        if session is None or not session.greeted:
             return None
         return asyncio.get_running_loop().time() - session.heard_s
 
@@ -146,7 +164,7 @@ class Hub:
     async def ask(self, node_id: str, query: Query) -> bytes:
         """Return an agent's answer. Raises NodeUnreachable, Overloaded, or the agent's problem."""
         session = self._sessions.get(node_id)
-        if session is None or not session.trusted:
+        if session is None or not session.greeted:
             raise NodeUnreachable("the node's agent is not connected")
         if len(session.queries) >= QUERIES_PER_NODE_MAX:
             raise Overloaded(f"{session.node_name} has {QUERIES_PER_NODE_MAX} queries to answer")
@@ -235,7 +253,7 @@ class Hub:
         """Take what the agent found; only then is the node trusted with anything new."""
         # Together: fifty VMs are one group of the applier, not fifty.
         await asyncio.gather(*(self._observe(session, report) for report in hello.domains))
-        session.trusted = True
+        session.greeted = True
         self._tell_trust(session.node_id)
         await self._applier.submit(
             SetNodeState(node_id=session.node_id, state=NodeState.READY, by=Author("leader"))
@@ -346,16 +364,25 @@ class Hub:
     async def _take_what_is_said(self, session: AgentSession) -> None:
         while True:
             said = await session.next_said()
-            if isinstance(said, VmReport):
-                await self._observe(session, said)
-                continue
-            await self._applier.submit(
-                ReportInventory(
-                    node_id=session.node_id,
-                    inventory=said.inventory,
-                    foreign_domains=said.foreign_domains,
-                )
+            try:
+                await self._take(session, said)
+            except StoreFull as full:
+                # No reason to lose the node: what it says is kept, and there is room again one day.
+                log.warning("a report of %s waits: %s", session.node_name, full)
+                session.say_again(said)
+                await asyncio.sleep(STORE_FULL_PAUSE_S)
+
+    async def _take(self, session: AgentSession, said: VmReport | InventoryReport) -> None:
+        if isinstance(said, VmReport):
+            await self._observe(session, said)
+            return
+        await self._applier.submit(
+            ReportInventory(
+                node_id=session.node_id,
+                inventory=said.inventory,
+                foreign_domains=said.foreign_domains,
             )
+        )
 
     async def _push(self, session: AgentSession) -> None:
         """Send what changed of the node's VMs; first all of them, then the sync mark."""

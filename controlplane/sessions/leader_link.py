@@ -92,8 +92,8 @@ class LeaderLink:
         self._call = call
 
     async def submit(self, command: Command[Result]) -> Result:
-        """Commit a command wherever the leader is; what it changed is in this replica's memory
-        then.
+        """Commit a command wherever the leader is; what it changed, or was refused for, is in this
+        replica's memory then.
 
         Raises the command's refusal, NoLeader and other kinds of Unavailable (nothing happened),
         OutcomeUnknown.
@@ -118,7 +118,10 @@ class LeaderLink:
             return await self._here.submit(command, limit_s)
         order = _order(command, limit_s)
         done = await self._at_leader(order, limit_s + ANSWER_MARGIN_S, Submitted)
-        await self._catch_up(done.revision)
+        if not await self._has_seen(done.revision):
+            raise OutcomeUnknown(
+                "the change was made, but this replica has not seen it yet: read it back"
+            )
         if isinstance(command, OnTerms):
             decided: Any = Decided(done.result, replayed=done.replayed)
         else:
@@ -138,6 +141,9 @@ class LeaderLink:
             raise NoLeader("no replica leads at present")
         answer = await self._unless_replaced(address, self._call(address, request, limit_s))
         if isinstance(answer, PeerRefused):
+            # Whoever asks here next is to find what stood against it.
+            if not await self._has_seen(answer.revision):
+                raise Unavailable(f"{answer.problem.detail}; this replica has not seen it yet")
             raise error_of(answer.problem)
         if not isinstance(answer, kind):
             raise OutcomeUnknown(f"the leader at {address} answered something else")
@@ -155,16 +161,15 @@ class LeaderLink:
         finally:
             calling.cancel()
 
-    async def _catch_up(self, revision: int) -> None:
-        """Wait until what was committed has come here. Raises OutcomeUnknown."""
+    async def _has_seen(self, revision: int) -> bool:
+        """Wait until what the leader had seen has come here; False when it does not come."""
         try:
             async with asyncio.timeout(CATCH_UP_S):
                 while self._state.revision < revision:
                     await self._state.changes.wait()
         except TimeoutError:
-            raise OutcomeUnknown(
-                "the change was made, but this replica has not seen it yet: read it back"
-            ) from None
+            return False
+        return True
 
 
 async def _until_led(

@@ -116,7 +116,10 @@ class Segment(Struct, frozen=True, kw_only=True, tag="segment"):
 
 
 class PeerRefused(Struct, frozen=True, kw_only=True, tag="refused"):
+    """Why not; the peer's memory had come to ``revision`` by then, if it says so."""
+
     problem: Problem
+    revision: int = 0
 
 
 PeerRequest = Submit | AskNode | Exchange | ReadFigures | ReadHistory

@@ -82,7 +82,7 @@ class PeerAnswers:
                 raise Forbidden(f"{identity} is not a replica of cell {self._cell}")
             return await self._answer(request, identity)
         except NovacronError as error:
-            return PeerRefused(problem=problem_of(error))
+            return PeerRefused(problem=problem_of(error), revision=self._state.revision)
 
     async def _answer(self, request: PeerRequest, identity: Identity) -> PeerAnswer:
         if isinstance(request, Submit):
@@ -122,8 +122,6 @@ class PeerAnswers:
         return FiguresRead(latest={k: v for k, v in latest.items() if v is not None})
 
     async def _segment(self, asked: ReadHistory) -> Segment:
-        entries = await self._history.segment(
-            asked.after, min(asked.until, asked.after + SEGMENT_MAX)
-        )
+        entries = await self._history.segment(asked.after, asked.until, SEGMENT_MAX)
         packed = pack(entries)
         return Segment(packed=packed, sha256=hashlib.sha256(packed).digest())

@@ -25,7 +25,7 @@ AgentChannel = Channel[LeaderMessage, AgentMessage]
 
 
 class AgentSession:
-    """``heard_s`` is on the loop's clock; ``trusted`` once the node has accepted the term."""
+    """``heard_s`` is on the loop's clock; ``greeted`` once the node has accepted the term."""
 
     def __init__(self, node_id: str, hello: Hello, channel: AgentChannel, now_s: float) -> None:
         self.node_id = node_id
@@ -36,7 +36,7 @@ class AgentSession:
         self.together_max = TOGETHER_MAX if hello.together else 1
         self.channel = channel
         self.heard_s = now_s
-        self.trusted = False
+        self.greeted = False
         self.sent: dict[str, Desired] = {}
         self.dirty: dict[str, None] = {}
         self.wake = asyncio.Event()
@@ -59,6 +59,14 @@ class AgentSession:
         else:
             self._reports.pop(message.vm_id, None)
             self._reports[message.vm_id] = message
+        self._said.set()
+
+    def say_again(self, message: VmReport | InventoryReport) -> None:
+        """Put back what could not be taken, unless the agent has said something newer of it."""
+        if isinstance(message, InventoryReport):
+            self._inventory = self._inventory or message
+        else:
+            self._reports.setdefault(message.vm_id, message)
         self._said.set()
 
     async def next_said(self) -> VmReport | InventoryReport:

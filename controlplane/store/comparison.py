@@ -14,7 +14,12 @@ import logging
 
 from controlplane.state import ClusterState
 from controlplane.store import keys
-from controlplane.store.informer import Difference, Informer, known_revision
+from controlplane.store.informer import (
+    COMPARED_AT_ONCE,
+    Difference,
+    Informer,
+    known_revision,
+)
 from controlplane.store.port import KeyValue, Listing, Store
 from shared.errors import NovacronError, RecordUnreadable
 
@@ -24,8 +29,6 @@ log = logging.getLogger(__name__)
 PERIOD_S = 600.0
 # The watch brings a change within milliseconds, and moves to another member within 2 to 3 s.
 SETTLE_S = 5.0
-# Keys compared before others get their turn: about 10 ms.
-COMPARED_AT_ONCE = 5_000
 
 
 class Comparison:

@@ -38,7 +38,7 @@ from controlplane.store.etcd_rpc import (
     WatchAnswer,
     WatchStart,
 )
-from controlplane.store.port import KeyValue
+from controlplane.store.port import STORE_IS_FULL, KeyValue
 from shared.errors import (
     ChangeTooLarge,
     Compacted,
@@ -116,6 +116,7 @@ class GrpcMember:
         self._revoke = self._unary("Lease/LeaseRevoke", pb.LeaseRevokeResponse)
         self._status = self._unary("Maintenance/Status", pb.StatusResponse)
         self._alarm = self._unary("Maintenance/Alarm", pb.AlarmResponse)
+        self._defragment = self._unary("Maintenance/Defragment", pb.DefragmentResponse)
         self._keep_alive = self._stream("Lease/LeaseKeepAlive", pb.LeaseKeepAliveResponse)
         self._watch = self._stream("Watch/Watch", pb.WatchResponse)
 
@@ -143,8 +144,8 @@ class GrpcMember:
         )
         return TxnDone(_header(reply), reply.succeeded, reads)
 
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
-        message = pb.CompactionRequest(revision=revision)
+    async def compact(self, revision: int, deadline_s: float, physical: bool = False) -> Compaction:
+        message = pb.CompactionRequest(revision=revision, physical=physical)
         reply = await self._call(self._compact, message, deadline_s, revision=revision)
         return Compaction(_header(reply))
 
@@ -186,6 +187,17 @@ class GrpcMember:
         reply = await self._call(self._alarm, pb.AlarmRequest(), deadline_s)
         alarms = tuple(Alarm(each.memberID, pb.AlarmType.Name(each.alarm)) for each in reply.alarms)
         return Alarms(_header(reply), alarms)
+
+    async def disarm(self, alarm: Alarm, deadline_s: float) -> None:
+        message = pb.AlarmRequest(
+            action=pb.AlarmRequest.DEACTIVATE,
+            memberID=alarm.member_id,
+            alarm=pb.AlarmType.Value(alarm.name),
+        )
+        await self._call(self._alarm, message, deadline_s)
+
+    async def defragment(self, deadline_s: float) -> None:
+        await self._call(self._defragment, pb.DefragmentRequest(), deadline_s)
 
     async def watch(self, request: WatchStart, deadline_s: float) -> GrpcWatch:
         left_s = await self._connected(deadline_s)
@@ -329,7 +341,7 @@ def _failure(endpoint: str, error: Exception, revision: int) -> NovacronError:
     if "required revision has been compacted" in details:
         return Compacted(revision + 1)
     if "database space exceeded" in details:
-        return StoreFull("etcd's quota is used up: compact, defragment and disarm the alarm")
+        return StoreFull(STORE_IS_FULL)
     if "requested lease not found" in details:
         return NotFound("the lease is gone")
     if any(text in details for text in _TOO_LARGE):

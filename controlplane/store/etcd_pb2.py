@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ontrolplane/store/etcd.proto\x12\rnovacron.etcd\"d\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"r\n\x05\x45vent\x12\'\n\x04type\x18\x01 \x01(\x0e\x32\x19.novacron.etcd.Event.Type\x12#\n\x02kv\x18\x02 \x01(\x0b\x32\x17.novacron.etcd.KeyValue\"\x1b\n\x04Type\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"b\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\"r\n\rRangeResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12$\n\x03kvs\x18\x02 \x03(\x0b\x32\x17.novacron.etcd.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\"7\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\"4\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\"\xc1\x01\n\tRequestOp\x12\x34\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1b.novacron.etcd.RangeRequestH\x00\x12\x30\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x19.novacron.etcd.PutRequestH\x00\x12\x41\n\x14request_delete_range\x18\x03 \x01(\x0b\x32!.novacron.etcd.DeleteRangeRequestH\x00\x42\t\n\x07request\"P\n\nResponseOp\x12\x36\n\x0eresponse_range\x18\x01 \x01(\x0b\x32\x1c.novacron.etcd.RangeResponseH\x00\x42\n\n\x08response\"\xc7\x01\n\x07\x43ompare\x12-\n\x06target\x18\x02 \x01(\x0e\x32\x1d.novacron.etcd.Compare.Target\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\"*\n\x06Target\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x42\x0e\n\x0ctarget_union\"\x8b\x01\n\nTxnRequest\x12\'\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x16.novacron.etcd.Compare\x12)\n\x07success\x18\x02 \x03(\x0b\x32\x18.novacron.etcd.RequestOp\x12)\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x18.novacron.etcd.RequestOp\"}\n\x0bTxnResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12,\n\tresponses\x18\x03 \x03(\x0b\x32\x19.novacron.etcd.ResponseOp\"%\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\"C\n\x12\x43ompactionResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\"^\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x08 \x01(\x08\"\x16\n\x14WatchProgressRequest\"\x9d\x01\n\x0cWatchRequest\x12;\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32!.novacron.etcd.WatchCreateRequestH\x00\x12?\n\x10progress_request\x18\x03 \x01(\x0b\x32#.novacron.etcd.WatchProgressRequestH\x00\x42\x0f\n\rrequest_union\"\xca\x01\n\rWatchResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12\x10\n\x08\x66ragment\x18\x07 \x01(\x08\x12$\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x14.novacron.etcd.Event\" \n\x11LeaseGrantRequest\x12\x0b\n\x03TTL\x18\x01 \x01(\x03\"\\\n\x12LeaseGrantResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\" \n\x12LeaseRevokeRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"D\n\x13LeaseRevokeResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\"#\n\x15LeaseKeepAliveRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"`\n\x16LeaseKeepAliveResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\"\x0f\n\rStatusRequest\"\x85\x01\n\x0eStatusResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x62Size\x18\x03 \x01(\x03\x12\x0e\n\x06leader\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x62SizeInUse\x18\t \x01(\x03\"\x0e\n\x0c\x41larmRequest\"H\n\x0b\x41larmMember\x12\x10\n\x08memberID\x18\x01 \x01(\x04\x12\'\n\x05\x61larm\x18\x02 \x01(\x0e\x32\x18.novacron.etcd.AlarmType\"j\n\rAlarmResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12*\n\x06\x61larms\x18\x02 \x03(\x0b\x32\x1a.novacron.etcd.AlarmMember*/\n\tAlarmType\x12\x08\n\x04NONE\x10\x00\x12\x0b\n\x07NOSPACE\x10\x01\x12\x0b\n\x07\x43ORRUPT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ontrolplane/store/etcd.proto\x12\rnovacron.etcd\"d\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"r\n\x05\x45vent\x12\'\n\x04type\x18\x01 \x01(\x0e\x32\x19.novacron.etcd.Event.Type\x12#\n\x02kv\x18\x02 \x01(\x0b\x32\x17.novacron.etcd.KeyValue\"\x1b\n\x04Type\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"b\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\"r\n\rRangeResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12$\n\x03kvs\x18\x02 \x03(\x0b\x32\x17.novacron.etcd.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\"7\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\"4\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\"\xc1\x01\n\tRequestOp\x12\x34\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1b.novacron.etcd.RangeRequestH\x00\x12\x30\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x19.novacron.etcd.PutRequestH\x00\x12\x41\n\x14request_delete_range\x18\x03 \x01(\x0b\x32!.novacron.etcd.DeleteRangeRequestH\x00\x42\t\n\x07request\"P\n\nResponseOp\x12\x36\n\x0eresponse_range\x18\x01 \x01(\x0b\x32\x1c.novacron.etcd.RangeResponseH\x00\x42\n\n\x08response\"\xc7\x01\n\x07\x43ompare\x12-\n\x06target\x18\x02 \x01(\x0e\x32\x1d.novacron.etcd.Compare.Target\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\"*\n\x06Target\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x42\x0e\n\x0ctarget_union\"\x8b\x01\n\nTxnRequest\x12\'\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x16.novacron.etcd.Compare\x12)\n\x07success\x18\x02 \x03(\x0b\x32\x18.novacron.etcd.RequestOp\x12)\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x18.novacron.etcd.RequestOp\"}\n\x0bTxnResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12,\n\tresponses\x18\x03 \x03(\x0b\x32\x19.novacron.etcd.ResponseOp\"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08\"C\n\x12\x43ompactionResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\"^\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x08 \x01(\x08\"\x16\n\x14WatchProgressRequest\"\x9d\x01\n\x0cWatchRequest\x12;\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32!.novacron.etcd.WatchCreateRequestH\x00\x12?\n\x10progress_request\x18\x03 \x01(\x0b\x32#.novacron.etcd.WatchProgressRequestH\x00\x42\x0f\n\rrequest_union\"\xca\x01\n\rWatchResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12\x10\n\x08\x66ragment\x18\x07 \x01(\x08\x12$\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x14.novacron.etcd.Event\" \n\x11LeaseGrantRequest\x12\x0b\n\x03TTL\x18\x01 \x01(\x03\"\\\n\x12LeaseGrantResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\" \n\x12LeaseRevokeRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"D\n\x13LeaseRevokeResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\"#\n\x15LeaseKeepAliveRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"`\n\x16LeaseKeepAliveResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\"\x0f\n\rStatusRequest\"\x85\x01\n\x0eStatusResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x62Size\x18\x03 \x01(\x03\x12\x0e\n\x06leader\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x62SizeInUse\x18\t \x01(\x03\"\xb8\x01\n\x0c\x41larmRequest\x12\x37\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\'.novacron.etcd.AlarmRequest.AlarmAction\x12\x10\n\x08memberID\x18\x02 \x01(\x04\x12\'\n\x05\x61larm\x18\x03 \x01(\x0e\x32\x18.novacron.etcd.AlarmType\"4\n\x0b\x41larmAction\x12\x07\n\x03GET\x10\x00\x12\x0c\n\x08\x41\x43TIVATE\x10\x01\x12\x0e\n\nDEACTIVATE\x10\x02\"H\n\x0b\x41larmMember\x12\x10\n\x08memberID\x18\x01 \x01(\x04\x12\'\n\x05\x61larm\x18\x02 \x01(\x0e\x32\x18.novacron.etcd.AlarmType\"j\n\rAlarmResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader\x12*\n\x06\x61larms\x18\x02 \x03(\x0b\x32\x1a.novacron.etcd.AlarmMember\"\x13\n\x11\x44\x65\x66ragmentRequest\"C\n\x12\x44\x65\x66ragmentResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.novacron.etcd.ResponseHeader*/\n\tAlarmType\x12\x08\n\x04NONE\x10\x00\x12\x0b\n\x07NOSPACE\x10\x01\x12\x0b\n\x07\x43ORRUPT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'controlplane.store.etcd_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ALARMTYPE']._serialized_start=2747
-  _globals['_ALARMTYPE']._serialized_end=2794
+  _globals['_ALARMTYPE']._serialized_start=3026
+  _globals['_ALARMTYPE']._serialized_end=3073
   _globals['_KEYVALUE']._serialized_start=48
   _globals['_KEYVALUE']._serialized_end=148
   _globals['_EVENT']._serialized_start=150
@@ -62,37 +62,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TXNRESPONSE']._serialized_start=1309
   _globals['_TXNRESPONSE']._serialized_end=1434
   _globals['_COMPACTIONREQUEST']._serialized_start=1436
-  _globals['_COMPACTIONREQUEST']._serialized_end=1473
-  _globals['_COMPACTIONRESPONSE']._serialized_start=1475
-  _globals['_COMPACTIONRESPONSE']._serialized_end=1542
-  _globals['_WATCHCREATEREQUEST']._serialized_start=1544
-  _globals['_WATCHCREATEREQUEST']._serialized_end=1638
-  _globals['_WATCHPROGRESSREQUEST']._serialized_start=1640
-  _globals['_WATCHPROGRESSREQUEST']._serialized_end=1662
-  _globals['_WATCHREQUEST']._serialized_start=1665
-  _globals['_WATCHREQUEST']._serialized_end=1822
-  _globals['_WATCHRESPONSE']._serialized_start=1825
-  _globals['_WATCHRESPONSE']._serialized_end=2027
-  _globals['_LEASEGRANTREQUEST']._serialized_start=2029
-  _globals['_LEASEGRANTREQUEST']._serialized_end=2061
-  _globals['_LEASEGRANTRESPONSE']._serialized_start=2063
-  _globals['_LEASEGRANTRESPONSE']._serialized_end=2155
-  _globals['_LEASEREVOKEREQUEST']._serialized_start=2157
-  _globals['_LEASEREVOKEREQUEST']._serialized_end=2189
-  _globals['_LEASEREVOKERESPONSE']._serialized_start=2191
-  _globals['_LEASEREVOKERESPONSE']._serialized_end=2259
-  _globals['_LEASEKEEPALIVEREQUEST']._serialized_start=2261
-  _globals['_LEASEKEEPALIVEREQUEST']._serialized_end=2296
-  _globals['_LEASEKEEPALIVERESPONSE']._serialized_start=2298
-  _globals['_LEASEKEEPALIVERESPONSE']._serialized_end=2394
-  _globals['_STATUSREQUEST']._serialized_start=2396
-  _globals['_STATUSREQUEST']._serialized_end=2411
-  _globals['_STATUSRESPONSE']._serialized_start=2414
-  _globals['_STATUSRESPONSE']._serialized_end=2547
-  _globals['_ALARMREQUEST']._serialized_start=2549
-  _globals['_ALARMREQUEST']._serialized_end=2563
-  _globals['_ALARMMEMBER']._serialized_start=2565
-  _globals['_ALARMMEMBER']._serialized_end=2637
-  _globals['_ALARMRESPONSE']._serialized_start=2639
-  _globals['_ALARMRESPONSE']._serialized_end=2745
+  _globals['_COMPACTIONREQUEST']._serialized_end=1491
+  _globals['_COMPACTIONRESPONSE']._serialized_start=1493
+  _globals['_COMPACTIONRESPONSE']._serialized_end=1560
+  _globals['_WATCHCREATEREQUEST']._serialized_start=1562
+  _globals['_WATCHCREATEREQUEST']._serialized_end=1656
+  _globals['_WATCHPROGRESSREQUEST']._serialized_start=1658
+  _globals['_WATCHPROGRESSREQUEST']._serialized_end=1680
+  _globals['_WATCHREQUEST']._serialized_start=1683
+  _globals['_WATCHREQUEST']._serialized_end=1840
+  _globals['_WATCHRESPONSE']._serialized_start=1843
+  _globals['_WATCHRESPONSE']._serialized_end=2045
+  _globals['_LEASEGRANTREQUEST']._serialized_start=2047
+  _globals['_LEASEGRANTREQUEST']._serialized_end=2079
+  _globals['_LEASEGRANTRESPONSE']._serialized_start=2081
+  _globals['_LEASEGRANTRESPONSE']._serialized_end=2173
+  _globals['_LEASEREVOKEREQUEST']._serialized_start=2175
+  _globals['_LEASEREVOKEREQUEST']._serialized_end=2207
+  _globals['_LEASEREVOKERESPONSE']._serialized_start=2209
+  _globals['_LEASEREVOKERESPONSE']._serialized_end=2277
+  _globals['_LEASEKEEPALIVEREQUEST']._serialized_start=2279
+  _globals['_LEASEKEEPALIVEREQUEST']._serialized_end=2314
+  _globals['_LEASEKEEPALIVERESPONSE']._serialized_start=2316
+  _globals['_LEASEKEEPALIVERESPONSE']._serialized_end=2412
+  _globals['_STATUSREQUEST']._serialized_start=2414
+  _globals['_STATUSREQUEST']._serialized_end=2429
+  _globals['_STATUSRESPONSE']._serialized_start=2432
+  _globals['_STATUSRESPONSE']._serialized_end=2565
+  _globals['_ALARMREQUEST']._serialized_start=2568
+  _globals['_ALARMREQUEST']._serialized_end=2752
+  _globals['_ALARMREQUEST_ALARMACTION']._serialized_start=2700
+  _globals['_ALARMREQUEST_ALARMACTION']._serialized_end=2752
+  _globals['_ALARMMEMBER']._serialized_start=2754
+  _globals['_ALARMMEMBER']._serialized_end=2826
+  _globals['_ALARMRESPONSE']._serialized_start=2828
+  _globals['_ALARMRESPONSE']._serialized_end=2934
+  _globals['_DEFRAGMENTREQUEST']._serialized_start=2936
+  _globals['_DEFRAGMENTREQUEST']._serialized_end=2955
+  _globals['_DEFRAGMENTRESPONSE']._serialized_start=2957
+  _globals['_DEFRAGMENTRESPONSE']._serialized_end=3024
 # @@protoc_insertion_point(module_scope)

@@ -132,6 +132,10 @@ class Alarms(Struct, frozen=True):
     alarms: tuple[Alarm, ...]
 
 
+# The quota is used up: until it is disarmed etcd refuses what puts anything, and new leases.
+NO_SPACE = "NOSPACE"
+
+
 class Event(Struct, frozen=True):
     """A change of one key at ``kv.mod_revision``; a deletion has an empty value."""
 
@@ -186,8 +190,11 @@ class MemberRpc(Protocol):
 
     async def txn(self, request: Txn, deadline_s: float) -> TxnDone: ...
 
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
-        """Forget versions below a revision. Raises Compacted when that was done before."""
+    async def compact(self, revision: int, deadline_s: float, physical: bool = False) -> Compaction:
+        """Forget versions below a revision; ``physical`` waits until their room is free.
+
+        Raises Compacted when that was done before.
+        """
         ...
 
     async def lease_grant(self, ttl_s: int, deadline_s: float) -> Lease:
@@ -206,6 +213,14 @@ class MemberRpc(Protocol):
 
     async def alarms(self, deadline_s: float) -> Alarms:
         """Return the alarms of all members; needs a quorum."""
+        ...
+
+    async def disarm(self, alarm: Alarm, deadline_s: float) -> None:
+        """Take one alarm back. It comes again with the next write if its cause is still there."""
+        ...
+
+    async def defragment(self, deadline_s: float) -> None:
+        """Give the room that is free in the member's database back; it answers nobody meanwhile."""
         ...
 
     async def watch(self, request: WatchStart, deadline_s: float) -> WatchStream:

@@ -161,9 +161,9 @@ class History:
         """
         return await self._in_file(lambda: self._forget(before, below))
 
-    async def segment(self, after: int, until: int) -> tuple[HistoryEntry, ...]:
-        """Return those in (``after``, ``until``] that are of the newest part without a gap."""
-        return await self._in_file(lambda: self._segment(after, until))
+    async def segment(self, after: int, until: int, limit: int) -> tuple[HistoryEntry, ...]:
+        """Return the oldest in (``after``, ``until``], up to the first gap among them."""
+        return await self._in_file(lambda: self._segment(after, until, limit))
 
     async def entries(self, wanted: EntryFilter) -> list[HistoryEntry]:
         """Return matching events or audit records, oldest first."""
@@ -177,6 +177,16 @@ class History:
         """Return matching operations, newest first."""
         entries = await self._in_file(lambda: self._operations(wanted))
         return [entry.operation for entry in entries if isinstance(entry, FinishedOperation)]
+
+    async def bodies(self, after: int, until: int) -> list[tuple[int, bytes]]:
+        """Return entries of ``seq`` in (``after``, ``until``] as they were packed, oldest first.
+
+        At most ``PAGE_MAX`` of them.
+        """
+        query = "SELECT seq, body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        return await self._in_file(
+            lambda: self._database.execute(query, (after, until, PAGE_MAX)).fetchall()
+        )
 
     async def close(self) -> None:
         await self._offload(self._database.close)
@@ -230,12 +240,13 @@ class History:
                 "INSERT OR IGNORE INTO history VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
 
-    def _segment(self, after: int, until: int) -> tuple[HistoryEntry, ...]:
-        begin = max(after, self._reach().first - 1)
+    def _segment(self, after: int, until: int, limit: int) -> tuple[HistoryEntry, ...]:
         rows = self._database.execute(
-            "SELECT body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq", (begin, until)
+            "SELECT seq, body FROM history WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+            (after, until, limit),
         ).fetchall()
-        return tuple(_entry(body) for (body,) in rows)
+        dense = takewhile(lambda row: row[1][0] == rows[0][0] + row[0], enumerate(rows))
+        return tuple(_entry(body) for _, (_, body) in dense)
 
     def _forget(self, before: datetime, below: int) -> int:
         oldest = self._database.execute(

@@ -21,7 +21,7 @@ from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store, WatchBatch
 from shared.codec import unpack
 from shared.errors import Compacted, NovacronError, RecordUnreadable
-from shared.model import HistoryEntry, Record, Replica
+from shared.model import Cluster, HistoryEntry, Record, Replica
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ RETRY_S = 1.0
 READ_SINGLY_MAX = 200
 # Records decoded and indexed before others get their turn: about 15 ms.
 TAKEN_AT_ONCE = 500
+# Revisions compared before others get their turn: about 10 ms.
+COMPARED_AT_ONCE = 5000
 # So many differences are told one by one; the rest is told as a number.
 DIFFERENCES_TOLD_MAX = 20
 
@@ -101,12 +103,15 @@ class Informer:
         """Make the state what etcd lists at a revision not below ``revision_min``.
 
         What memory has at the revision that etcd has it at is not read again: the watch may have
-        missed changes, but no key has two values at one revision. A first listing of many records
-        is taken in steps, which leave the event loop to others in between.
+        missed changes, but no key has two values at one revision, unless it is another epoch's. A
+        first listing of many records is taken in steps, which leave the event loop to others in
+        between: nobody reads before it is whole (``ClusterState.revision``). Later ones are taken
+        at once, since somebody may.
         """
+        is_first = self._state.revision == 0
         changes = await self._read(revision_min)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
-            if start:
+            if start and is_first:
                 await asyncio.sleep(0)
             for item in changes.items[start : start + TAKEN_AT_ONCE]:
                 self._take_item(item)
@@ -158,7 +163,16 @@ class Informer:
     async def _read(self, revision_min: int) -> _Changes:
         """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
         listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
-        wanted = [item.key for item in listing.items if self._differs(item)]
+        if await self._began_anew(listing.revision):
+            log.warning("etcd was restored from a backup: all that it holds is read again")
+            listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
+            listed = frozenset(item.key for item in listing.items)
+            return _Changes(listing.revision, listed, listing.items)
+        wanted: list[str] = []
+        for start in range(0, len(listing.items), COMPARED_AT_ONCE):
+            part = listing.items[start : start + COMPARED_AT_ONCE]
+            wanted += [item.key for item in part if self._differs(item)]
+            await asyncio.sleep(0)
         listed = frozenset(item.key for item in listing.items)
         if len(wanted) > READ_SINGLY_MAX:
             listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
@@ -166,6 +180,17 @@ class Informer:
             return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
         found = [await self._store.get(key, revision=listing.revision) for key in wanted]
         return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
+
+    async def _began_anew(self, revision: int) -> bool:
+        """Whether memory is of an earlier epoch: its revisions say nothing about this etcd's.
+
+        So it is in a replica that could not reach etcd, and was not stopped, during a restore.
+        """
+        known = self._state.cluster()
+        if known is None:
+            return False
+        found = await self._store.get(keys.CLUSTER, revision=revision)
+        return found is None or unpack(found.value, Cluster).epoch != known.epoch
 
     def _differs(self, item: KeyValue) -> bool:
         """Whether memory lacks a key, or has it at another revision."""
@@ -190,9 +215,12 @@ class Informer:
         return next_revision
 
     def _drop_unlisted(self, changes: _Changes) -> None:
-        for kind, record_id in list(self._state.record_ids()):
-            if keys.key_of(kind, record_id) not in changes.listed:
-                self._state.remove(kind, record_id)
+        # What is listed and can be read is in memory by now: when that is all, nothing is over.
+        readable = changes.listed - self.unreadable
+        if sum(map(keys.holds_record, readable)) != self._state.record_count():
+            for kind, record_id in list(self._state.record_ids()):
+                if keys.key_of(kind, record_id) not in changes.listed:
+                    self._state.remove(kind, record_id)
         for seq in list(self._state.history):
             if keys.history_key(seq) not in changes.listed:
                 self._state.remove_history(seq)

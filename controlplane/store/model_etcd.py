@@ -28,7 +28,7 @@ from controlplane.store.etcd_rpc import (
     Target,
     Txn,
 )
-from controlplane.store.port import KeyValue
+from controlplane.store.port import STORE_IS_FULL, KeyValue
 from shared.errors import (
     ChangeTooLarge,
     Compacted,
@@ -71,9 +71,6 @@ class _Lease:
         self.expiry: asyncio.TimerHandle | None = None
 
 
-FULL = "etcd's quota is used up: compact, defragment and disarm the alarm"
-
-
 class ModelEtcd:
     """The state that all members share; ``quota_bytes`` 0 is no quota."""
 
@@ -91,6 +88,8 @@ class ModelEtcd:
         self._leases: dict[int, _Lease] = {}
         self._last_lease = 0
         self._bytes = 0
+        # How large each member's file is: as its data once was, until it is defragmented.
+        self._files: dict[int, int] = {}
         self._watches: list[Watcher] = []
         self._requests: list[asyncio.Task[object]] = []
 
@@ -98,8 +97,22 @@ class ModelEtcd:
         return Header(self.cluster_id, member_id, revision or self.revision, self.raft_term)
 
     @property
-    def size_bytes(self) -> int:
+    def in_use_bytes(self) -> int:
         return self._bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the largest member, which is the first to be full."""
+        return max(self._files.values(), default=self._bytes)
+
+    def has_member(self, member_id: int) -> None:
+        self._files.setdefault(member_id, self._bytes)
+
+    def file_bytes(self, member_id: int) -> int:
+        return self._files[member_id]
+
+    def defragment(self, member_id: int) -> None:
+        self._files[member_id] = self._bytes
 
     def range(self, op: RangeOp, newest: int) -> tuple[tuple[KeyValue, ...], bool]:
         """Return the keys as of ``op.revision``, or of ``newest``, and whether more follow."""
@@ -134,7 +147,7 @@ class ModelEtcd:
         done = self._apply(branch)
         if fills_up:
             self.full = True
-            raise StoreFull(FULL)
+            raise StoreFull(STORE_IS_FULL)
         return succeeded, done
 
     def compact(self, revision: int) -> None:
@@ -153,7 +166,7 @@ class ModelEtcd:
 
     def grant(self, ttl_s: int) -> tuple[int, int]:
         if self.full:
-            raise StoreFull(FULL)
+            raise StoreFull(STORE_IS_FULL)
         self._last_lease += 1
         lease = _Lease(max(ttl_s, LEASE_TTL_MIN_S))
         self._leases[self._last_lease] = lease
@@ -184,7 +197,7 @@ class ModelEtcd:
             self._renew(lease_id, lease)
 
     def disarm(self) -> None:
-        """Clear the quota alarm, as an operator does after compaction and defragmentation."""
+        """Clear the quota alarm. A member whose file is as large as before raises it again."""
         self.full = False
 
     def events_from(self, revision: int) -> Sequence[tuple[Event, ...]]:
@@ -250,9 +263,9 @@ class ModelEtcd:
         """
         puts = [op for op in (*txn.success, *txn.failure) if isinstance(op, PutOp)]
         if puts and self.full:
-            raise StoreFull(FULL)
+            raise StoreFull(STORE_IS_FULL)
         quota = self.quota_bytes
-        return bool(puts and quota) and self._bytes + _bytes_of(puts) > quota
+        return bool(puts and quota) and self.size_bytes + _bytes_of(puts) > quota
 
     def _apply(self, branch: Sequence[Op]) -> tuple[tuple[KeyValue, ...], ...]:
         """Execute operations at the next revision, which is used only if something changes."""
@@ -305,6 +318,8 @@ class ModelEtcd:
             insort(self._keys, key)
         self._versions.setdefault(key, []).append(version)
         self._bytes += _version_bytes(key, version)
+        for member_id, size in self._files.items():
+            self._files[member_id] = max(size, self._bytes)
 
     def _forget_versions(self, key: str, revision: int) -> None:
         """Keep the newest version at ``revision``, unless it is a deletion, and all later ones."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from controlplane.store.etcd_rpc import (
+    NO_SPACE,
     Alarm,
     Alarms,
     Compaction,
@@ -70,6 +71,7 @@ class ModelMember:
         self._model = model
         self._id = member_id
         self._faults = faults or NoFaults()
+        model.has_member(member_id)
 
     @property
     def endpoint(self) -> str:
@@ -90,7 +92,7 @@ class ModelMember:
 
         return await self._call("txn", execute, deadline_s)
 
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
+    async def compact(self, revision: int, deadline_s: float, physical: bool = False) -> Compaction:
         def execute() -> Compaction:
             self._model.compact(revision)
             return Compaction(self._header())
@@ -120,17 +122,23 @@ class ModelMember:
     async def status(self, deadline_s: float) -> Status:
         def execute() -> Status:
             model = self._model
-            size = model.size_bytes
-            return Status(self._header(), MODEL_VERSION, model.leader_id, size, size)
+            size, in_use = model.file_bytes(self._id), model.in_use_bytes
+            return Status(self._header(), MODEL_VERSION, model.leader_id, size, in_use)
 
         return await self._call("status", execute, deadline_s)
 
     async def alarms(self, deadline_s: float) -> Alarms:
         def execute() -> Alarms:
-            alarms = (Alarm(self._model.leader_id, "NOSPACE"),) if self._model.full else ()
+            alarms = (Alarm(self._model.leader_id, NO_SPACE),) if self._model.full else ()
             return Alarms(self._header(), alarms)
 
         return await self._call("alarms", execute, deadline_s)
+
+    async def disarm(self, alarm: Alarm, deadline_s: float) -> None:
+        await self._call("disarm", self._model.disarm, deadline_s)
+
+    async def defragment(self, deadline_s: float) -> None:
+        await self._call("defragment", lambda: self._model.defragment(self._id), deadline_s)
 
     async def watch(self, request: WatchStart, deadline_s: float) -> ModelWatch:
         def execute() -> ModelWatch:

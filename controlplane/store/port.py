@@ -6,10 +6,21 @@ names of their own. Keys are text, values bytes; ``controlplane/store/keys.py`` 
 
 from __future__ import annotations
 
+import enum
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from msgspec import Struct
+
+from shared.units import GIB
+
+# What etcd takes for its --quota-backend-bytes when nobody says otherwise.
+ETCD_QUOTA_BYTES = 2 * GIB
+# What there is to say whenever etcd refuses for want of space (its alarm NOSPACE).
+STORE_IS_FULL = (
+    "the store is full: no change is taken, not even a stop or a deletion; guests run on, reads "
+    "work, and whoever leads goes on leading. Make room with `novacron cluster repair-store`"
+)
 
 
 class KeyValue(Struct, frozen=True):
@@ -76,6 +87,14 @@ class WatchBatch(Struct, frozen=True):
     deletes: tuple[str, ...]
 
 
+class Room(enum.StrEnum):
+    """What the store still takes: everything, all but new VMs, or nothing at all."""
+
+    ENOUGH = "enough"
+    SCARCE = "scarce"
+    FULL = "full"
+
+
 class MemberStatus(Struct, frozen=True):
     endpoint: str
     reachable: bool
@@ -101,6 +120,13 @@ class Store(Protocol):
         """
         ...
 
+    def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        """Yield the same listing page by page: at one revision, none of it held in memory.
+
+        Raises Compacted when the revision is gone before the last page.
+        """
+        ...
+
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
         """Return one key, linearizably, or as it was at a revision. Raises Compacted."""
         ...
@@ -119,7 +145,10 @@ class Store(Protocol):
     # Not fenced, each for a reason of its own.
 
     async def campaign(self, value: bytes, lease: int) -> Campaign:
-        """Put the leader key under the lease unless it exists; return the key as it then is."""
+        """Put the leader key under the lease unless it exists; return the key as it then is.
+
+        Under no lease (0) it stays until somebody resigns it: only a restore holds it so.
+        """
         ...
 
     async def resign(self, leader_revision: int) -> bool:
@@ -140,7 +169,17 @@ class Store(Protocol):
         """Put a replica's own registration under its lease."""
         ...
 
-    async def compact(self, revision: int) -> None: ...
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
+        """Forget what keys were before a revision; ``physical`` waits until the room is free."""
+        ...
+
+    async def defragment(self, endpoint: str) -> None:
+        """Give the free room of a member's database back; for seconds it answers nobody."""
+        ...
+
+    async def disarm(self) -> None:
+        """Take the alarms of full members back; those of corrupt ones stay."""
+        ...
 
     async def members(self) -> tuple[MemberStatus, ...]:
         """Return what each configured member says of itself; unreachable ones are included."""

@@ -26,7 +26,7 @@ Observe = Callable[[str, float], None]
 
 
 class TimedStore:
-    """Passes everything on; a watch has no end that could be timed."""
+    """Passes everything on; a watch has no end that could be timed, a scan its reader's pace."""
 
     def __init__(self, store: Store, observe: Observe) -> None:
         self._store = store
@@ -35,6 +35,9 @@ class TimedStore:
     async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
         listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
         return await self._timed("list", listing)
+
+    def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        return self._store.scan(prefix)
 
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
         return await self._timed("get", self._store.get(key, revision=revision))
@@ -64,8 +67,14 @@ class TimedStore:
         registering = self._store.register_replica(name, value, lease)
         await self._timed("register_replica", registering)
 
-    async def compact(self, revision: int) -> None:
-        await self._timed("compact", self._store.compact(revision))
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
+        await self._timed("compact", self._store.compact(revision, physical=physical))
+
+    async def defragment(self, endpoint: str) -> None:
+        await self._timed("defragment", self._store.defragment(endpoint))
+
+    async def disarm(self) -> None:
+        await self._timed("disarm", self._store.disarm())
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return await self._timed("members", self._store.members())

@@ -103,6 +103,7 @@ class Metrics:
         self._http_children: dict[tuple[str, str, int], Callable[[float], None]] = {}
         self._etcd_children: dict[str, Callable[[float], None]] = {}
         self._register(registry)
+        self._register_store(registry)
         self._build_info.labels(replica, version).set(1)
 
     def leading(self, leads: bool) -> None:
@@ -140,6 +141,18 @@ class Metrics:
     def store_mismatches(self, count: int) -> None:
         """Count keys that memory was found to have otherwise than the store."""
         self._mismatches.inc(count)
+
+    def store_space(
+        self, full: bool, quota_bytes: int, sizes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Say how much room the store has: by member, its size and what of it is in use."""
+        self._store_full.set(full)
+        self._store_quota.set(quota_bytes)
+        self._store_size.clear()
+        self._store_in_use.clear()
+        for member, (size_bytes, in_use_bytes) in sizes.items():
+            self._store_size.labels(member).set(size_bytes)
+            self._store_in_use.labels(member).set(in_use_bytes)
 
     def loop_stalled(self, late_s: float) -> None:
         """Count one look at the event loop, with how late it came to its turn."""
@@ -197,17 +210,37 @@ class Metrics:
             registry=registry,
             buckets=STALL_BUCKETS_S,
         )
-        self._mismatches = Counter(
-            "novacron_store_mismatches",
-            "Keys that memory was found to have otherwise than etcd: on a leader a foreign write.",
-            registry=registry,
-        )
+
+    def _register_store(self, registry: CollectorRegistry) -> None:
         self._etcd = Histogram(
             "novacron_etcd_request_duration_seconds",
             "Time of a call of etcd, failed ones included.",
             ("method",),
             registry=registry,
             buckets=ETCD_BUCKETS_S,
+        )
+        self._mismatches = Counter(
+            "novacron_store_mismatches",
+            "Keys that memory was found to have otherwise than etcd: on a leader a foreign write.",
+            registry=registry,
+        )
+        self._store_full = Gauge(
+            "novacron_store_full", "1 while etcd takes nothing more.", registry=registry
+        )
+        self._store_quota = Gauge(
+            "novacron_store_quota_bytes", "What etcd may grow to.", registry=registry
+        )
+        self._store_size = Gauge(
+            "novacron_store_size_bytes",
+            "The database of a member of etcd.",
+            ("member",),
+            registry=registry,
+        )
+        self._store_in_use = Gauge(
+            "novacron_store_in_use_bytes",
+            "What of it is in use; the rest comes back by defragmentation.",
+            ("member",),
+            registry=registry,
         )
 
     def _http_child(self, key: tuple[str, str, int]) -> Callable[[float], None]:

@@ -99,6 +99,13 @@ class EtcdCluster:
         self._processes[index] = self._start(index, "existing")
         self._wait_healthy(index)
 
+    def restart_empty(self, index: int) -> None:
+        """Start a member that was killed as one that has lost all its data; it must be alone."""
+        assert self._processes[index].poll() is not None, "only a dead member is started anew"
+        shutil.rmtree(self._directory / f"m{index}")
+        self._processes[index] = self._start(index, "new")
+        self._wait_healthy(index)
+
     def alive(self, index: int) -> bool:
         return self._processes[index].poll() is None
 

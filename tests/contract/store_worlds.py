@@ -85,12 +85,13 @@ class ModelCluster:
 
 
 class Spied:
-    """A member that notes each call, and runs a test's hook after it."""
+    """A member that notes each call, and runs a test's gate before it and its hook after it."""
 
     def __init__(self, rpc: MemberRpc, index: int) -> None:
         self._rpc = rpc
         self.index = index
         self.calls: list[str] = []
+        self.gate: Callable[[str], Awaitable[None]] | None = None
         self.hook: Callable[[str], Awaitable[None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -100,6 +101,8 @@ class Spied:
 
         async def call(*arguments: Any) -> Any:
             self.calls.append(name)
+            if self.gate is not None:
+                await self.gate(name)
             result = await method(*arguments)
             if self.hook is not None:
                 await self.hook(name)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from controlplane.store import keys
 from controlplane.store.etcd_grpc import EtcdTls, GrpcMember
@@ -31,7 +25,7 @@ from controlplane.store.etcd_rpc import (
     WatchStart,
     prefix_end,
 )
-from controlplane.store.port import Committed, Delete, Fence, KeyValue, Put
+from controlplane.store.port import KeyValue
 from shared.errors import (
     ChangeTooLarge,
     Compacted,
@@ -39,18 +33,15 @@ from shared.errors import (
     NovacronError,
     OutcomeUnknown,
     StoreError,
-    StoreFull,
     StoreUnavailable,
 )
+from tests.contract.certificates import certificates
 from tests.contract.etcd_process import EtcdCluster
-from tests.contract.store_worlds import CALL_S, POLL_S, World, etcd_world, model_world
+from tests.contract.store_worlds import CALL_S, etcd_world, model_world
 
 HERE = f"{keys.ROOT}rpc/"
 HERE_END = prefix_end(HERE)
-QUOTA_BYTES = 2 * 2**20
 SEEDS = range(4)
-
-both = pytest.mark.parametrize("kind", ["model", pytest.param("etcd", marks=pytest.mark.etcd)])
 
 
 @pytest.fixture(params=["model", pytest.param("etcd_one", marks=pytest.mark.etcd)])
@@ -147,20 +138,9 @@ async def test_model_and_etcd_agree_on_any_transactions(seed: int, etcd_one: Etc
     assert any("refused" in line for line in transcripts[0])
 
 
-@both
-async def test_a_full_store_still_reads_and_deletes(kind: str) -> None:
-    if kind == "model":
-        async with model_world(QUOTA_BYTES) as (world, _):
-            await _fill_up(world)
-        return
-    with EtcdCluster(options=(f"--quota-backend-bytes={QUOTA_BYTES}",)) as cluster:
-        async with etcd_world(cluster) as world:
-            await _fill_up(world)
-
-
 @pytest.mark.etcd
-async def test_tls_with_client_certificates(tmp_path: Path) -> None:
-    ours, strangers = _certificates(tmp_path / "ours"), _certificates(tmp_path / "strangers")
+async def test_tls_with_clientcertificates(tmp_path: Path) -> None:
+    ours, strangers = certificates(tmp_path / "ours"), certificates(tmp_path / "strangers")
     with EtcdCluster(tls_dir=tmp_path / "ours") as cluster:
         good = GrpcMember(cluster.endpoints[0], ours)
         plain = GrpcMember(cluster.endpoints[0], None)
@@ -186,38 +166,6 @@ async def test_a_member_that_is_not_there_did_nothing() -> None:
     with pytest.raises(StoreUnavailable):
         await member.watch(WatchStart(HERE, HERE_END, 1), 2.0)
     await member.close()
-
-
-async def _fill_up(world: World) -> None:
-    key = f"{keys.STATE}vms/big"
-    fence = await _put_until_full(world, key)
-
-    with pytest.raises(StoreFull):
-        await world.store.grant_lease(60)
-    assert await world.store.get(key) is not None
-    members = await world.store.members()
-    assert "NOSPACE" in {alarm for member in members for alarm in member.alarms}
-    deleted = await world.store.commit(fence, [Delete(key)])
-    assert deleted.revision == fence.mark_revision + 1
-    assert await world.store.get(key) is None
-
-
-async def _put_until_full(world: World, key: str) -> Fence:
-    fence = await world.lead()
-    async with asyncio.timeout(CALL_S):
-        while True:
-            writes = [Put(keys.MARK, b"mark"), Put(key, bytes(2**19))]
-            try:
-                done = await world.store.commit(fence, writes)
-            except StoreFull:
-                return fence
-            # The one that uses the quota up may be written, and is told as if it had not been.
-            if isinstance(done, Committed):
-                fence = Fence(fence.leader_revision, done.revision)
-            else:
-                assert done.mark is not None
-                fence = Fence(fence.leader_revision, done.mark.mod_revision)
-            await asyncio.sleep(POLL_S)  # etcd measures its size every 100 ms
 
 
 async def _transcript(rpc: MemberRpc, seed: int) -> list[str]:
@@ -293,49 +241,3 @@ def _random_key(rng: random.Random) -> str:
 def _relative(kv: KeyValue, zero: int) -> tuple[str, bytes, int, int, bool]:
     created = kv.create_revision and kv.create_revision - zero
     return kv.key, kv.value, created, kv.mod_revision - zero, bool(kv.lease)
-
-
-def _certificates(directory: Path) -> EtcdTls:
-    """Make a CA, a member's certificate for 127.0.0.1 in the directory, and a client's."""
-    directory.mkdir()
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca = _signed("ca", ca_key.public_key(), "ca", ca_key)
-    pem = {"ca.crt": ca.public_bytes(serialization.Encoding.PEM)}
-    for name in ("member", "client"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed(name, key.public_key(), "ca", ca_key)
-        pem[f"{name}.crt"] = certificate.public_bytes(serialization.Encoding.PEM)
-        pem[f"{name}.key"] = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    for name, data in pem.items():
-        (directory / name).write_bytes(data)
-    return EtcdTls(pem["ca.crt"], pem["client.crt"], pem["client.key"])
-
-
-def _signed(
-    subject: str,
-    key: ec.EllipticCurvePublicKey,
-    issuer: str,
-    issuer_key: ec.EllipticCurvePrivateKey,
-) -> x509.Certificate:
-    now = datetime.datetime.now(datetime.UTC)
-    loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(subject))
-        .issuer_name(_name(issuer))
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=subject == issuer, path_length=None), True)
-        .add_extension(x509.SubjectAlternativeName([loopback]), False)
-        .sign(issuer_key, hashes.SHA256())
-    )
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])

@@ -129,6 +129,41 @@ async def test_pages_of_a_listing_are_of_one_revision(world: World) -> None:
     assert fence.mark_revision > listing.revision
 
 
+async def test_a_scan_yields_the_pages_of_one_revision(world: World) -> None:
+    fence = await world.commit(await world.lead(), *_puts(20))
+    store = world.new_store(page_keys=7)
+    pages = []
+    async with aclosing(store.scan(VMS)) as scan:
+        async for page in scan:
+            pages.append(page)
+            fence = await world.commit(fence, Delete(_puts(20)[19].key), Put(f"{VMS}new", b""))
+
+    assert [len(page.items) for page in pages] == [7, 7, 6]
+    found = [item.key for page in pages for item in page.items]
+    assert found == [put.key for put in _puts(20)]
+    assert {page.revision for page in pages} == {pages[0].revision}
+
+
+async def test_a_scan_of_nothing_tells_the_revision(world: World) -> None:
+    revision = (await world.commit(await world.lead())).mark_revision
+    async with aclosing(world.store.scan(VMS)) as scan:
+        pages = [page async for page in scan]
+
+    assert [page.items for page in pages] == [()]
+    assert pages[0].revision >= revision
+
+
+async def test_a_scan_that_is_compacted_under_its_reader_says_so(world: World) -> None:
+    fence = await world.commit(await world.lead(), *_puts(20))
+    store = world.new_store(page_keys=7)
+    async with aclosing(store.scan(VMS)) as scan:
+        await anext(scan)
+        fence = await world.commit(fence, Put(f"{VMS}new", b""))
+        await world.store.compact(fence.mark_revision)
+        with pytest.raises(Compacted):
+            await anext(scan)
+
+
 async def test_a_listing_older_than_asked_for_is_refused(world: World) -> None:
     fence = await world.commit(await world.lead())
     store = world.new_store(limits=BRIEF)
@@ -140,6 +175,18 @@ async def test_a_listing_older_than_asked_for_is_refused(world: World) -> None:
 
 
 # Election and leases
+
+
+async def test_a_leader_key_without_a_lease_stays_until_it_is_resigned(world: World) -> None:
+    held = await world.store.campaign(b"a restore", 0)
+    lease = await world.store.grant_lease(60)
+    refused = await world.store.campaign(b"a replica", lease)
+    assert (held.leader.lease, refused.leader) == (0, held.leader)
+    fence = await world.commit(Fence(held.leader.create_revision, 0), *_puts(1))
+    await world.store.revoke_lease(lease)
+    assert await world.store.get(keys.LEADER) == held.leader
+    assert await world.store.resign(fence.leader_revision)
+    assert await world.store.get(keys.LEADER) is None
 
 
 async def test_one_campaign_wins_and_the_other_sees_it(world: World) -> None:
@@ -438,11 +485,11 @@ async def test_a_stopped_member_is_told_and_worked_around(three: World) -> None:
     assert listing.revision >= fence.mark_revision
 
 
-async def test_without_a_quorum_nothing_happened_or_nobody_knows(three: World) -> None:
-    fence = await three.commit(await three.lead())
-    store = three.new_store(limits=BRIEF)
-    for index in range(3):
-        three.broken.stop(index)
+async def test_without_a_quorum_nothing_happened_or_nobody_knows(world: World) -> None:
+    fence = await world.commit(await world.lead())
+    store = world.new_store(limits=BRIEF)
+    for index in range(len(world.spies)):
+        world.broken.stop(index)
     try:
         with pytest.raises(StoreUnavailable):
             await store.list(keys.ROOT)
@@ -450,9 +497,9 @@ async def test_without_a_quorum_nothing_happened_or_nobody_knows(three: World) -
             await store.commit(fence, [Put(keys.MARK, b"")])
         assert not any(member.reachable for member in await store.members())
     finally:
-        for index in range(3):
-            three.broken.resume(index)
-    await _commit_surely(three.store, fence)
+        for index in range(len(world.spies)):
+            world.broken.resume(index)
+    await _commit_surely(world.store, fence)
 
 
 def _puts(count: int) -> list[Put]:

@@ -10,6 +10,8 @@ NAME_TAKEN = "name_taken"
 NOT_FOUND = "not_found"
 MOVED_ON = "precondition_failed"
 OUTCOME_UNKNOWN = "outcome_unknown"
+# The change was made; there is nothing left to show.
+DELETED_SINCE = "deleted_since"
 # Not an answer: the request never left, because nobody accepted a connection.
 NEVER_SENT = "never sent"
 
@@ -39,6 +41,8 @@ DENIALS: dict[Kind, frozenset[str]] = {
 def outcome_of(kind: Kind, status: int, code: str) -> Outcome:
     """Return what an answer says of a request; one that nobody documented says nothing."""
     if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+        return Outcome.OK
+    if code == DELETED_SINCE and kind in (Kind.CHANGE, Kind.CONFIRM):
         return Outcome.OK
     if code in NOTHING_DONE:
         return Outcome.NOT_DONE

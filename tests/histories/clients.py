@@ -59,7 +59,7 @@ REPEATED = 0.7
 # Of all operations, how many send an old request with its key once more.
 AGAIN = 0.03
 # Of writes, how many wait no longer than such a write usually takes; of all, how many are patient.
-HASTY = 0.3
+HASTY = 0.45
 PATIENT = 0.08
 # How many are done to the name that is everybody's at the moment, and how long a moment is: so that
 # changes of one VM meet in one commit.
@@ -67,7 +67,10 @@ HOT = 0.5
 MOMENT_NS = 300_000_000
 # How many of those that are denied look at once what is there instead.
 CURIOUS = 0.6
-FRESHNESS = {Freshness.ANY: 2, Freshness.SESSION: 4, Freshness.LATEST: 4}
+# Reads that ask for no revision show little. Writes that ask for none are what a replica that is
+# behind, or that leads no more, might answer from its old memory.
+FRESHNESS_OF_READS = {Freshness.ANY: 2, Freshness.SESSION: 4, Freshness.LATEST: 4}
+FRESHNESS_OF_WRITES = {Freshness.ANY: 4, Freshness.SESSION: 3, Freshness.LATEST: 3}
 WALK_SHARE = 0.5
 WALK_LIMIT = 7
 PAGES_MAX = 30
@@ -148,22 +151,27 @@ class Client:
         while not self._board.stop.is_set():
             plan = self._next_plan()
             if self.do(plan) is Outcome.DENIED and self._rng.random() < CURIOUS:
-                self.do(Plan(kind=Kind.GET, name=plan.name, freshness=self._freshness()))
+                self.do(self._planned(Kind.GET, plan.name))
             self._board.stop.wait(self._rng.expovariate(1 / PAUSE_S))
         self._wire.close()
 
     def do(self, plan: Plan, only: str = "") -> Outcome:
         """Do one operation, at one replica only if that is named; returns what it came to."""
         operation = self._board.next_operation()
+        may_be_done = False
         for _ in range(ATTEMPTS_MAX):
             replica = only or self._rng.choice(self._wire.replicas())
             attempt = self._attempt(operation, plan, replica)
             self._log.add(attempt)
             self._learn(attempt)
+            may_be_done = may_be_done or attempt.outcome is Outcome.UNKNOWN
             if attempt.outcome is Outcome.UNKNOWN and plan.key and self._rng.random() < REPEATED:
                 continue
             if attempt.outcome is not Outcome.NOT_DONE or self._board.stop.is_set():
                 break
+            if not may_be_done:
+                # With other words, so that it shows if the first ones were taken all the same.
+                plan = self._renewed(plan)
             self._board.stop.wait(self._rng.uniform(0, 2 * RETRY_PAUSE_S))
         if plan.key:
             self._keyed.append(plan)
@@ -172,29 +180,39 @@ class Client:
     def _next_plan(self) -> Plan:
         rng = self._rng
         if self._keyed and rng.random() < AGAIN:
-            return replace(rng.choice(self._keyed), freshness=self._freshness())
+            return rng.choice(self._keyed)
         kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         if kind is Kind.LIST:
             limit = WALK_LIMIT if rng.random() < WALK_SHARE else 0
-            return Plan(kind=kind, freshness=self._freshness(), page_limit=limit)
+            return replace(self._planned(kind), page_limit=limit)
         name = self._board.hot_name() if rng.random() < HOT else rng.choice(self._board.names)
         may = kind in (Kind.CHANGE, Kind.DELETE) and rng.random() < CONDITIONAL
         conditional = may or kind is Kind.CONFIRM
         etags = self._etags[name]
         if conditional and not etags:
-            return Plan(kind=Kind.GET, name=name, freshness=self._freshness())
+            return self._planned(Kind.GET, name)
         keyed = kind in WRITES and kind is not Kind.CONFIRM and rng.random() < KEYED
-        return Plan(
-            kind=kind,
-            name=name,
+        return replace(
+            self._planned(kind, name),
             value=self._new_value() if kind in (Kind.CREATE, Kind.CHANGE) else "",
             if_match=self._etag(etags) if conditional else "",
-            key=f"{self._board.run}.{self._number}.{rng.getrandbits(64):016x}" if keyed else "",
-            freshness=self._freshness(),
+            key=self._new_key() if keyed else "",
         )
 
-    def _freshness(self) -> Freshness:
-        return self._rng.choices(list(FRESHNESS), list(FRESHNESS.values()))[0]
+    def _planned(self, kind: Kind, name: str = "") -> Plan:
+        shares = FRESHNESS_OF_WRITES if kind in WRITES else FRESHNESS_OF_READS
+        freshness = self._rng.choices(list(shares), list(shares.values()))[0]
+        return Plan(kind=kind, name=name, freshness=freshness)
+
+    def _renewed(self, plan: Plan) -> Plan:
+        return replace(
+            plan,
+            value=self._new_value() if plan.value else "",
+            key=self._new_key() if plan.key else "",
+        )
+
+    def _new_key(self) -> str:
+        return f"{self._board.run}.{self._number}.{self._rng.getrandbits(64):016x}"
 
     def _etag(self, etags: deque[str]) -> str:
         return etags[-1] if self._rng.random() < NEWEST else self._rng.choice(etags)
@@ -322,7 +340,7 @@ def _told(asked: Attempt, answer: Answer) -> Attempt:
         revision=answer.headers.get("x-novacron-revision", ""),
         replayed=answer.headers.get("idempotency-replayed") == "true",
     )
-    if told.outcome is not Outcome.OK or asked.kind is Kind.LIST:
+    if told.outcome is not Outcome.OK or told.code or asked.kind is Kind.LIST:
         return told
     if asked.kind in (Kind.CREATE, Kind.DELETE):
         return replace(told, operation_id=answer.text("id"), target=answer.text("target"))

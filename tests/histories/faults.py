@@ -30,19 +30,25 @@ class Blow(Struct, frozen=True, kw_only=True):
     """``victims``: parts, each by a word; ``stays_s``: until the stopped go on, None: they die.
 
     Replicas: ``leader``, ``follower``, ``replicas`` (all). Members of etcd: ``etcd-leader``,
-    ``etcd-follower``, ``etcd-majority``.
+    ``etcd-follower``, ``etcd-any``, ``etcd-majority``. ``times``: how often in a row, each time at
+    whoever has the part then.
     """
 
     name: str
     victims: tuple[str, ...]
     stays_s: float | None = None
+    times: int = 1
 
 
+# Each stop of the member that a leader talks to may cost it one answer: it outlasts the half second
+# that a replica waits for one.
+STUTTERS = 8
+STUTTER_S = 0.8
 # A leader's lease lasts 5 s: one that is stopped for longer has a successor when it goes on, and
 # does not know it. etcd elects anew after one to two seconds without its leader.
 BLOWS = (
     Blow(name="kill-leader", victims=("leader",)),
-    Blow(name="stop-leader", victims=("leader",), stays_s=8.0),
+    Blow(name="stop-leader", victims=("leader",), stays_s=10.0),
     Blow(name="stop-leader-shortly", victims=("leader",), stays_s=2.0),
     Blow(name="stop-leader-about-a-lease", victims=("leader",), stays_s=5.2),
     Blow(name="kill-follower", victims=("follower",)),
@@ -52,6 +58,7 @@ BLOWS = (
     Blow(name="stop-etcd-leader", victims=("etcd-leader",), stays_s=4.0),
     Blow(name="kill-etcd-follower", victims=("etcd-follower",)),
     Blow(name="stop-etcd-follower", victims=("etcd-follower",), stays_s=4.0),
+    Blow(name="stutter-etcd", victims=("etcd-any",), stays_s=STUTTER_S, times=STUTTERS),
     Blow(name="kill-etcd-majority", victims=("etcd-majority",)),
     Blow(name="stop-etcd-majority", victims=("etcd-majority",), stays_s=3.0),
     Blow(name="kill-both-leaders", victims=("leader", "etcd-leader")),
@@ -85,8 +92,26 @@ class FaultDriver:
 
     def strike(self, blow: Blow) -> list[Fault]:
         """Do a fault; return once it is over and all is well. Raises CellSick."""
-        victims = [victim for word in blow.victims for victim in self._victims(word)]
         began_ns = time.monotonic_ns()
+        struck: list[Victim] = []
+        for _ in range(blow.times):
+            struck += self._strike(blow)
+        self.wait_until_well()
+        ended_ns = time.monotonic_ns()
+        return [
+            Fault(
+                blow=blow.name,
+                program=victim.name,
+                pid=victim.pid,
+                began_ns=began_ns,
+                ended_ns=ended_ns,
+            )
+            for victim in dict.fromkeys(struck)
+        ]
+
+    def _strike(self, blow: Blow) -> list[Victim]:
+        """Strike once; return whom, once what was stopped goes on."""
+        victims = [victim for word in blow.victims for victim in self._victims(word)]
         number = signal.SIGKILL if blow.stays_s is None else signal.SIGSTOP
         struck: list[Victim] = []
         try:
@@ -99,18 +124,7 @@ class FaultDriver:
             if blow.stays_s is not None:
                 for victim in struck:
                     os.kill(victim.pid, signal.SIGCONT)
-        self.wait_until_well()
-        ended_ns = time.monotonic_ns()
-        return [
-            Fault(
-                blow=blow.name,
-                program=victim.name,
-                pid=victim.pid,
-                began_ns=began_ns,
-                ended_ns=ended_ns,
-            )
-            for victim in struck
-        ]
+        return struck
 
     def wait_until_well(self) -> None:
         """Return once every part answers, and somebody leads. Raises CellSick."""
@@ -152,6 +166,8 @@ class FaultDriver:
                 raise CellSick("nobody leads")
             others = [name for name in replicas if name != leader]
             return [leader] if word == "leader" else [self._rng.choice(others)]
+        if word == "etcd-any":
+            return [self._rng.choice([each.name for each in status.members])]
         leader = _etcd_leader(status)
         others = [each.name for each in status.members if each.name != leader]
         if word == "etcd-majority":

@@ -1,12 +1,15 @@
 """One client's connections to the replicas, kept open; plain HTTPS, one request at a time.
 
 What was answered is told as it came. What was not is told apart: a request that never left, and one
-that may have arrived.
+that may have arrived. Each replica has several connections in stock, so that requests still reach
+one that stands still when others have been given up there: it finds them when it goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import select
 import ssl
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +20,9 @@ from msgspec import Struct
 
 # To a replica that stands still the kernel connects; then TLS waits in vain.
 CONNECT_LIMIT_S = 1.0
-BODY_BYTES_MAX = 16 * 1024 * 1024
+
+
+STOCK = 4
 
 
 class NeverSent(Exception):
@@ -48,15 +53,16 @@ class Wire:
         self._urls = dict(urls)
         self._tls = tls
         self._token = token
-        self._open: dict[str, http.client.HTTPSConnection] = {}
+        self._stock: dict[str, list[http.client.HTTPSConnection]] = {name: [] for name in urls}
 
     def replicas(self) -> tuple[str, ...]:
         return tuple(self._urls)
 
     def close(self) -> None:
-        for connection in self._open.values():
-            connection.close()
-        self._open.clear()
+        for connections in self._stock.values():
+            for connection in connections:
+                connection.close()
+            connections.clear()
 
     def ask(
         self,
@@ -68,7 +74,7 @@ class Wire:
         limit_s: float,
     ) -> Answer:
         """Send a request and return its answer. Raises NeverSent, NoAnswer."""
-        connection = self._connected(replica)
+        connection = self._taken(replica)
         assert connection.sock is not None, "a connected connection has a socket"
         connection.sock.settimeout(limit_s)
         sent = {"Authorization": f"Bearer {self._token}", **headers}
@@ -79,21 +85,38 @@ class Wire:
         try:
             connection.request(method, target, encoded, sent)
             response = connection.getresponse()
-            data = response.read(BODY_BYTES_MAX)
+            # Without a limit: with one, an answer that was cut off would look like a whole one.
+            data = response.read()
         except (OSError, http.client.HTTPException) as error:
-            self._drop(replica)
+            connection.close()
             raise NoAnswer(f"{type(error).__name__}: {error}") from error
-        if response.will_close:
-            self._drop(replica)
+        self._put_back(replica, connection)
         return Answer(
             response.status,
             {name.lower(): value for name, value in response.getheaders()},
             msgspec.json.decode(data) if data else None,
         )
 
+    def _taken(self, replica: str) -> http.client.HTTPSConnection:
+        """Take a connection out of stock that is still open, or make one. Raises NeverSent."""
+        stock = self._stock[replica]
+        while stock:
+            connection = stock.pop()
+            # Nobody has asked anything: what is there to read is the other end's goodbye.
+            if connection.sock is not None and not select.select([connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
+        return self._connected(replica)
+
+    def _put_back(self, replica: str, connection: http.client.HTTPSConnection) -> None:
+        """Put a connection back, and another one beside it if the stock is low."""
+        stock = self._stock[replica]
+        stock.append(connection)
+        if len(stock) < STOCK:
+            with contextlib.suppress(NeverSent):
+                stock.append(self._connected(replica))
+
     def _connected(self, replica: str) -> http.client.HTTPSConnection:
-        if replica in self._open:
-            return self._open[replica]
         url = urlsplit(self._urls[replica])
         assert url.hostname is not None, f"{replica} has an address"
         connection = http.client.HTTPSConnection(
@@ -104,8 +127,4 @@ class Wire:
         except OSError as error:
             connection.close()
             raise NeverSent(f"{type(error).__name__}: {error}") from error
-        self._open[replica] = connection
         return connection
-
-    def _drop(self, replica: str) -> None:
-        self._open.pop(replica).close()

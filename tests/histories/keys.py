@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.histories.answers import NAME_TAKEN
+from tests.histories.answers import DELETED_SINCE, NAME_TAKEN
 from tests.histories.record import Attempt, History, Kind, Outcome
 from tests.histories.registers import all_seen
 from tests.histories.verdict import Violation, violation
@@ -27,7 +27,8 @@ def check_keys(history: History) -> Iterator[Violation]:
 
 def _done_once(attempts: list[Attempt]) -> Iterator[Violation]:
     done = sorted(
-        (each for each in attempts if each.outcome is Outcome.OK), key=lambda each: each.returned_ns
+        (each for each in attempts if each.outcome is Outcome.OK and each.code != DELETED_SINCE),
+        key=lambda each: each.returned_ns,
     )
     if not done:
         return
@@ -38,7 +39,7 @@ def _done_once(attempts: list[Attempt]) -> Iterator[Violation]:
     for attempt in attempts:
         if attempt.invoked_ns <= first.returned_ns:
             continue
-        if attempt.outcome is Outcome.OK and not attempt.replayed:
+        if attempt in done and not attempt.replayed:
             yield violation("a key was done again", first.name, [first, attempt])
         if attempt.outcome is Outcome.DENIED and attempt.code == NAME_TAKEN:
             yield violation("a key that was done was tried again", first.name, [first, attempt])

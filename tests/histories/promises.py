@@ -9,16 +9,18 @@ Taken from docs/api.md and docs/problems.md, and from the design that they descr
   a replica, has no effect at all.
 - **If-Match is compared where the change is made.** Such a write succeeds only on the very version
   that the ETag names. An ETag names one version.
-- **A refusal is true.** ``name_taken`` is decided by the leader: the name is taken at a moment
-  between request and answer. ``not_found`` and ``precondition_failed`` also depend on which VM the
-  name means to the replica that is asked: they are as fresh as a read there.
+- **A refusal is true**: what is refused was not done. ``name_taken`` is decided by the leader: the
+  name is taken at a moment between request and answer. ``not_found`` and ``precondition_failed``
+  also depend on which VM the name means to the replica that is asked: they are as fresh as a read
+  there.
 - **A read shows a state that was committed** before its answer. A replica answers from its own
   memory, so without X-Novacron-Min-Revision it may be any earlier state, on the leader too: a
   leader that was suspended does not know at once that it leads no more. With the header the answer
   is not older than the moment that the revision stands for. A client that sends the newest revision
   it has seen (SESSION) never sees anything older than it has seen; one that sends the newest that
   anybody has seen (LATEST) sees all that was acknowledged or seen before it asked.
-- **An answer to a change shows the VM after it**, perhaps with later changes.
+- **An answer to a change shows the VM after it**, perhaps with later changes; or says that it has
+  been deleted since (``deleted_since``).
 - **An answer's X-Novacron-Revision is the moment that it shows**: the state at a revision is one
   state, whoever is asked. Revisions and the numbers in ETags grow in the order of the commits, and
   an acknowledgement's is not before its commit. (For clients they are opaque; that they are ordered

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from tests.histories.answers import MOVED_ON, NAME_TAKEN, NOT_FOUND
+from tests.histories.answers import DELETED_SINCE, MOVED_ON, NAME_TAKEN, NOT_FOUND
 from tests.histories.linear import Step
 from tests.histories.promises import (
     ABSENT,
@@ -169,7 +169,7 @@ class _Builder:
             changed = (self._add(change, first, effort[0].invoked_ns, end),)
         for attempt in effort:
             if attempt.outcome is Outcome.DENIED:
-                self._take_denial(attempt, again=attempt is not effort[0])
+                self._take_denial(attempt)
             elif attempt.outcome is Outcome.OK:
                 self._take_sight(attempt, changed)
 
@@ -183,15 +183,10 @@ class _Builder:
             return Deleted(only)
         return None
 
-    def _take_denial(self, attempt: Attempt, *, again: bool) -> None:
-        """Take what a denial says; ``again``: there was an attempt with its key before."""
+    def _take_denial(self, attempt: Attempt) -> None:
         if attempt.code == NAME_TAKEN:
             # Decided where the change would be made, whatever revision was asked for.
             self._add(SawOther(ABSENT), attempt, attempt.invoked_ns, attempt.returned_ns)
-        elif attempt.code == NOT_FOUND and attempt.kind is Kind.CHANGE and again:
-            # It may be the VM that was changed then that is gone, and the name be another's by now;
-            # also if it was not found then: it may have been deleted in the moment of its change.
-            self._add(Saw(ABSENT), attempt, EVER, attempt.returned_ns)
         elif attempt.code == NOT_FOUND:
             self._look(Saw(ABSENT), attempt)
         elif attempt.code == MOVED_ON:
@@ -205,6 +200,9 @@ class _Builder:
         if attempt.kind is Kind.LIST:
             shown = [s for page in attempt.pages for s in page.seen if s.name == self._name]
             self._look(Saw(state_of(shown[0]) if shown else ABSENT), attempt)
+        elif attempt.code == DELETED_SINCE:
+            # That VM is gone, at some time after its change; the name may be another's by now.
+            self._add(Saw(ABSENT), attempt, EVER, attempt.returned_ns, changed)
         elif attempt.seen is not None:
             self._look(Saw(state_of(attempt.seen)), attempt, changed)
 

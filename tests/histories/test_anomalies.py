@@ -370,6 +370,19 @@ def what_is_there_is_not_found(cell: ToyCell) -> Callable[[list[Attempt]], None]
     return plant
 
 
+@anomaly(NO_ORDER)
+def a_change_that_was_made_is_not_found(cell: ToyCell) -> Callable[[list[Attempt]], None]:
+    create(cell, "v0")
+    change(cell, "v1")
+    cell.do(Wish(client=3, kind=Kind.LIST))
+    delete(cell)
+
+    def plant(attempts: list[Attempt]) -> None:
+        edit(attempts, 1, outcome=Outcome.DENIED, code=NOT_FOUND, seen=None)
+
+    return plant
+
+
 @anomaly("acknowledged with a revision before its commit")
 def an_acknowledgement_is_before_its_commit(cell: ToyCell) -> Callable[[list[Attempt]], None]:
     create(cell, "v0")

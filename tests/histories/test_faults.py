@@ -72,7 +72,7 @@ def test_a_kill_falls_on_who_leads_and_on_nobody_else(
     (fault,) = driver(processes, "r2").strike(Blow(name="kill-leader", victims=("leader",)))
     assert (fault.program, fault.pid) == ("r2", processes["r2"].pid)
     assert processes["r2"].wait() == -9
-    assert [state_of(processes[name]) for name in ("r1", "r3")] == ["S", "S"]
+    assert "T" not in {state_of(processes[name]) for name in ("r1", "r3")}
 
 
 def test_what_is_stopped_goes_on(processes: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -80,7 +80,8 @@ def test_what_is_stopped_goes_on(processes: dict[str, subprocess.Popen[bytes]]) 
     faults = driver(processes, "r1").strike(blow)
     assert [fault.program for fault in faults] == list(NAMES)
     assert all(fault.ended_ns - fault.began_ns >= 100_000_000 for fault in faults)
-    assert {state_of(each) for each in processes.values()} == {"S"}
+    # Whoever is told to go on is no longer stopped at once, whenever it gets a turn.
+    assert "T" not in {state_of(each) for each in processes.values()}
 
 
 def test_nothing_is_struck_while_nobody_leads(

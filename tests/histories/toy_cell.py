@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
-from tests.histories.answers import MOVED_ON, NAME_TAKEN, NOT_FOUND
+from tests.histories.answers import DELETED_SINCE, MOVED_ON, NAME_TAKEN, NOT_FOUND
 from tests.histories.record import (
     Attempt,
     Freshness,
@@ -183,7 +183,7 @@ class ToyCell:
             )
         vm = self._vms.get(asked.name)
         if vm is None or vm.id != done.seen.id:
-            return _with(asked, Outcome.DENIED, now, code=NOT_FOUND)
+            return _with(asked, Outcome.OK, now, code=DELETED_SINCE)
         return _with(asked, Outcome.OK, now, seen=_seen(asked.name, vm), replayed=True)
 
     def _commit(self, name: str, vm: ToyVm | None) -> None:

@@ -97,10 +97,12 @@ class World:
 
 
 @asynccontextmanager
-async def new_world(settings: Settings | None = None) -> AsyncIterator[World]:
+async def new_world(
+    settings: Settings | None = None, *, etcd_options: tuple[str, ...] = ()
+) -> AsyncIterator[World]:
     """Start everything; all of it is gone when the context is left."""
     async with AsyncExitStack() as stack:
-        etcd = await stack.enter_async_context(EtcdCluster())
+        etcd = await stack.enter_async_context(EtcdCluster(options=etcd_options))
         cell = stack.enter_context(Cell(etcd.endpoints))
         replica = stack.enter_context(ReplicaProcess(cell, settings=settings))
         api = await stack.enter_async_context(Api(replica.api_url, cell, cell.token))

@@ -165,10 +165,13 @@ class Lab:
         self._releases[name] = release
         self._start_replica(replica, "/readyz")
 
-    def start_replica(self, name: str) -> None:
-        """Start a replica that was stopped, and return once it answers."""
-        replica = next(r for r in self.replicas if r.name == name)
-        self._start_replica(replica, "/healthz")
+    def start_replicas(self) -> None:
+        """Start all replicas, and return once they answer."""
+        first, *others = self.replicas
+        # Alone it becomes the leader, so that every lab begins alike; others only answer.
+        self._start_replica(first, "/readyz")
+        for replica in others:
+            self._start_replica(replica, "/healthz")
 
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
@@ -251,11 +254,7 @@ class Lab:
                 self._write_agent(node)
             for replica in self.replicas:
                 configs.write_replica(replica, [m.endpoint for m in self.members])
-            first, *others = self.replicas
-            # Alone it becomes the leader, so that every lab begins alike; others only answer.
-            self._start_replica(first, "/readyz")
-            for replica in others:
-                self._start_replica(replica, "/healthz")
+            self.start_replicas()
 
     def _write_agent(self, node: LightNode) -> None:
         configs.write_agent(

@@ -49,7 +49,7 @@ from shared.model import (
 from tests.lab.agent_crowd import boot_id, node_name
 from tests.lab.cluster import Lab, LabPlan
 from tests.lab.configs import CELL_DIR
-from tests.lab.layout import AGENTS_PORT, API_PORT, KEPT_LOG_DIR, replica_address
+from tests.lab.layout import AGENTS_PORT, API_PORT, LOG_DIR, replica_address
 from tests.lab.link import wait_until
 from tests.lab.trial import Trial, new_vm
 from tests.lab.witness import Witness
@@ -57,6 +57,7 @@ from tests.lab.witness import Witness
 REPLICAS = 3
 MEMBERS = 3
 WRITERS = 8
+WRITERS_LOG = "writers.log"
 GUESTS = ("guest-a", "guest-b", "guest-c")
 GROUP = 120
 # A thousand greetings on a busy machine; each is a commit.
@@ -165,8 +166,9 @@ class FailoverCell:
         before = sum(line.status == 200 for line in self.lines())
         wait_until(
             lambda: sum(line.status == 200 for line in self.lines()) >= before + count,
-            "writes to be accepted",
+            f"writes to be accepted (see {LOG_DIR / WRITERS_LOG})",
             limit_s=REPLICA_LIMIT_S,
+            alive=self.writers_live,
         )
 
     def _bearer(self) -> str:
@@ -194,8 +196,7 @@ class FailoverCell:
         for replica in self.lab.replicas:
             self.lab.link.stop(replica.name)
         asyncio.run(self._put([node_ids[node_name(n)] for n in range(self._agents)]))
-        for replica in self.lab.replicas:
-            self.lab.start_replica(replica.name)
+        self.lab.start_replicas()
         self._nodes_back()
 
     def _nodes_back(self) -> None:
@@ -247,13 +248,12 @@ class FailoverCell:
             "log": str(self._scratch / "writes"),
             "vms": [f"written-{number}" for number in range(WRITERS)],
         }
-        self._writers = self._process("tests.lab.writers", order, "writers.log")
+        self._writers = self._process("tests.lab.writers", order, WRITERS_LOG)
         _read_word(self._writers, "ready", REPLICA_LIMIT_S)
         self.wait_accepted(WRITERS * 5)
 
     def _process(self, module: str, order: dict[str, Any], log: str) -> subprocess.Popen[bytes]:
-        KEPT_LOG_DIR.mkdir(parents=True, exist_ok=True)
-        output = self._inside.enter_context((KEPT_LOG_DIR / log).open("ab"))
+        output = self._inside.enter_context((LOG_DIR / log).open("ab"))
         process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,

@@ -134,7 +134,7 @@ class MigrationCell:
             ended = api.wait(operation)
             assert ended.state == "succeeded", ended
         for vm in vms:
-            self._speaks(api.vm(vm.name))
+            self.speaks(api.vm(vm.name))
 
     def console_log(self, node: LightNode, vm: VmView) -> Path:
         return node.inside(POOLS[CONSOLE_POOL]) / f"{vm.id}.log"
@@ -232,7 +232,7 @@ class MigrationCell:
             qemus = self.trial.witness.account()
             assert len(qemus.running(vm.id)) == 1, f"{name} runs in {qemus.running(vm.id)}"
             try:
-                self._speaks(vm)
+                self.speaks(vm)
             except LabError as silent:
                 self._revive(vm)
                 raise Spoilt(str(silent)) from None
@@ -273,9 +273,10 @@ class MigrationCell:
         state = virsh(self.lab.node(vm.status.where), "domstate", vm.id).strip()
         assert state == "running", f"{vm.name} does not speak: its domain is {state}"
         assert self.trial.api.wait(self.trial.api.act(vm.name, "reset")).state == "succeeded"
-        self._speaks(vm)
+        self.speaks(vm)
 
-    def _speaks(self, vm: VmView) -> None:
+    def speaks(self, vm: VmView) -> None:
+        """Return once a guest has spoken on, where it is by its view. Raises LabError."""
         log = self.console_log(self.lab.node(vm.status.where), vm)
         before = _pulses(log)
         wait_until(

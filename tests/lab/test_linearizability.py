@@ -20,10 +20,12 @@ from tests.lab.layout import CACHE_DIR, LOG_DIR, REPOSITORY
 
 pytestmark = pytest.mark.lab
 
-# The blows of a history follow from its number: 100 of them are nearly seven of each first blow,
-# with a different second one each time.
+# The blows of a history follow from its number: 100 of them are six of each first blow, with a
+# different second one each time.
 LONG = range(100)
-SAMPLE = (100, 106)
+# Members of etcd that stand still one after the other, then a leader that is stopped and replaced;
+# a member that leads is killed, then both leaders at once.
+SAMPLE = (107, 119)
 PLAN = LabPlan(nodes=1, replicas=3, members=3)
 COMMAND = (sys.executable, "-m", "tests.histories")
 # A history takes half a minute beside others.

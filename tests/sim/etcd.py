@@ -120,6 +120,16 @@ class EtcdHosts:
             if not member.running.is_set():
                 self.resume(index)
 
+    async def lose_data(self) -> None:
+        """Lose every member's disk: what answers from now on is a new, empty cluster."""
+        self.model.detach(self)
+        await self.model.close()
+        self.model = _Model()
+        self._seen = self.model.revision
+        for member in self.members:
+            member.rpc = ModelMember(self.model, member.number, member)
+        self.model.attach(self)
+
     async def quorum(self) -> None:
         """Wait until a majority has a leader."""
         await self._ready.wait()

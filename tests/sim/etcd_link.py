@@ -13,6 +13,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from controlplane.store.etcd_rpc import (
+    Alarm,
     Alarms,
     Compaction,
     Event,
@@ -54,8 +55,8 @@ class EtcdLink:
     async def txn(self, request: Txn, deadline_s: float) -> TxnDone:
         return await self._call(lambda rpc: rpc.txn(request, deadline_s), deadline_s)
 
-    async def compact(self, revision: int, deadline_s: float) -> Compaction:
-        return await self._call(lambda rpc: rpc.compact(revision, deadline_s), deadline_s)
+    async def compact(self, revision: int, deadline_s: float, physical: bool = False) -> Compaction:
+        return await self._call(lambda rpc: rpc.compact(revision, deadline_s, physical), deadline_s)
 
     async def lease_grant(self, ttl_s: int, deadline_s: float) -> Lease:
         return await self._call(lambda rpc: rpc.lease_grant(ttl_s, deadline_s), deadline_s)
@@ -71,6 +72,12 @@ class EtcdLink:
 
     async def alarms(self, deadline_s: float) -> Alarms:
         return await self._call(lambda rpc: rpc.alarms(deadline_s), deadline_s)
+
+    async def disarm(self, alarm: Alarm, deadline_s: float) -> None:
+        await self._call(lambda rpc: rpc.disarm(alarm, deadline_s), deadline_s)
+
+    async def defragment(self, deadline_s: float) -> None:
+        await self._call(lambda rpc: rpc.defragment(deadline_s), deadline_s)
 
     async def watch(self, request: WatchStart, deadline_s: float) -> WatchStream:
         stream = await self._call(lambda rpc: rpc.watch(request, deadline_s), deadline_s)

@@ -156,6 +156,10 @@ class Measured(Struct, frozen=True):
     limit: int
 
 
+class RecordsLost(Struct, frozen=True):
+    """etcd's data are gone, and with them every right that a record gave; guests and disks stay."""
+
+
 class Died(Struct, frozen=True):
     """A process ended, or a callback failed, by an error of its own."""
 
@@ -178,9 +182,12 @@ SimEvent = (
     | Acknowledged
     | Viewed
     | Measured
+    | RecordsLost
     | Died
 )
 Attempts = tuple[str, int]
+# What may be done ("end", "pause", "remove"), to which VM, and its generation or the node's id.
+Right = tuple[str, str, int | str]
 
 
 class Ledger:
@@ -191,6 +198,8 @@ class Ledger:
         self.leader: LeaderKey | None = None
         self.vms: dict[str, Vm] = {}
         self.nodes: dict[str, Node] = {}
+        # The name of every node there ever was, by id: it outlives a loss of its record.
+        self.names: dict[str, str] = {}
         self.operations: dict[str, Operation] = {}
         self.finished: dict[str, Operation] = {}
         self.last_seq = 0
@@ -221,6 +230,9 @@ class Ledger:
         # What a request under an idempotency key became: by the key's record, by the client's key.
         self.keys: dict[str, str] = {}
         self.answers: dict[str, str] = {}
+        # From a loss of etcd's data until a restore has let go of the leader key.
+        self.restoring = False
+        self._earlier: dict[Right, None] = {}
 
     def take(self, event: SimEvent) -> None:
         if isinstance(event, Committed):
@@ -241,6 +253,43 @@ class Ledger:
             self.acknowledged[event.operation_id] = event.vm_id
             if event.key:
                 self.answers[event.key] = event.operation_id
+        elif isinstance(event, RecordsLost):
+            self._lose()
+
+    def _lose(self) -> None:
+        """Forget what records said; what has happened on nodes stays, and what they were told."""
+        for records in (self.vms, self.nodes, self.operations, self.finished, self.acknowledged):
+            records.clear()
+        for told in (self.deleted, self.written, self.keys, self.answers):
+            told.clear()
+        self.leader = None
+        self.restoring = True
+
+    def _begin_anew(self) -> None:
+        """From the end of a restore on, what its records say entitles, and nothing of before."""
+        self.restoring = False
+        self._earlier = {
+            **{("end", *attempt): None for attempt in self.stoppable},
+            **{("pause", *attempt): None for attempt in (*self.pausable, *self.movable)},
+            **{("remove", *part): None for part in self.removable},
+        }
+        for rights in (self.stoppable, self.pausable, self.movable, self.removable):
+            rights.clear()
+        for vm in self.vms.values():
+            self._note_rights(vm)
+
+    @property
+    def ends_wanted_earlier(self) -> set[Attempts]:
+        """Return the attempts that somebody had wanted to end when the records were lost."""
+        return {(vm, int(which)) for right, vm, which in self._earlier if right == "end"}
+
+    def has_earlier(self, node_name: str, *rights: Right) -> bool:
+        """Tell whether records of before a restore gave a node one of these rights.
+
+        They hold for one that has not told since: its agent may not have heard of the restore.
+        """
+        told = any(n.name == node_name and n.recovery.told for n in self.nodes.values())
+        return not told and any(right in self._earlier for right in rights)
 
     def _guest(self, event: Started | Resumed | Left | Ended) -> None:
         attempt = (event.vm_id, event.generation)
@@ -274,6 +323,8 @@ class Ledger:
             self.last_seq = max(self.last_seq, entry.seq)
             if isinstance(entry, FinishedOperation):
                 self.finished.setdefault(entry.operation.id, entry.operation)
+        if self.restoring and commit.leader is None:
+            self._begin_anew()
 
     def _record(self, kind: type[Record], record_id: str, record: Record | None) -> None:
         if isinstance(record, Vm):
@@ -281,6 +332,7 @@ class Ledger:
             self._note_rights(record)
         elif isinstance(record, Node):
             self.nodes[record_id] = record
+            self.names[record_id] = record.name
         elif isinstance(record, Operation):
             self.operations[record_id] = record
         elif isinstance(record, IdempotencyRecord):

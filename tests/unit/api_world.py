@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar, cast
 
@@ -21,13 +22,16 @@ from controlplane.commands.nodes import JoinNode, SetNodeState
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
 from controlplane.state import ClusterState
+from controlplane.store import keys
 from controlplane.store.applier import take_writes
 from controlplane.store.history import History
-from controlplane.store.port import MemberStatus, Store
+from controlplane.store.port import KeyValue, Listing, MemberStatus, Room, Store
+from controlplane.store.space import Repaired
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import Windows
 from controlplane.tokens import Token, digest
+from shared.codec import pack
 from shared.errors import NodeUnreachable
 from shared.ids import IdSource
 from shared.model import (
@@ -73,7 +77,14 @@ class SteppedClock:
 
 
 class OneMember:
-    """As much of a store as the API asks of it."""
+    """As much of a store as the API asks of it; of its keys only the cluster's record."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
+        record = pack(self._state.cluster())
+        yield Listing(self._state.revision, (KeyValue(keys.CLUSTER, record, 1, 1),))
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return (
@@ -86,6 +97,20 @@ class OneMember:
                 alarms=("NOSPACE",),
             ),
         )
+
+
+class HandSpace:
+    """Room in the store, as a test says."""
+
+    def __init__(self) -> None:
+        self.room = Room.ENOUGH
+        self.detail = "1% of the store's quota is in use"
+        self.repairs = 0
+
+    async def repair(self) -> Repaired:
+        self.repairs += 1
+        self.room = Room.ENOUGH
+        return Repaired(before_bytes=8192, after_bytes=4096, skipped=())
 
 
 class World:
@@ -101,6 +126,7 @@ class World:
         self.replicas: tuple[Replica, ...] = (REPLICA,)
         self.agents: dict[str, str] = {}
         self.leadership = Leadership("r1", "https://127.0.0.1:8443", "1.7", BORN)
+        self.space = HandSpace()
         self.console = b"guest says hello\n"
         self.asked: list[tuple[str, Query]] = []
         self.token = str(Token(self.ids.new("key"), SECRET))
@@ -121,7 +147,8 @@ class World:
             history=self.history,
             figures=own_reads(self.windows),
             progress=self.progress,
-            store=cast(Store, OneMember()),
+            store=cast(Store, OneMember(self.state)),
+            space=self.space,
             clock=self.clock,
             scheduler=SchedulerSettings(),
             leadership=lambda: self.leadership,

@@ -19,7 +19,7 @@ from controlplane.commands.vms import CreateVm
 from controlplane.sessions import peer_messages
 from controlplane.telemetry.progress import Progress, ProgressFrame
 from controlplane.telemetry.windows import Rates, Series
-from shared import model, moves, protocol
+from shared import model, moves, protocol, restores
 from shared.codec import pack
 from shared.errors import FieldError
 
@@ -137,6 +137,7 @@ VM = model.Vm(
         leftovers=(
             moves.Leftover(node="node-k3f9q2000000000000000000ee", generation=5, disks=("root",)),
         ),
+        unproven=restores.Unproven(nodes=("node-1",), why="it runs twice"),
         logs_on=("node-k3f9q2000000000000000000ff",),
         has_run=True,
     ),
@@ -173,6 +174,7 @@ REPORT = protocol.VmReport(
     permit_used=True,
     highest_used=7,
     revision=41,
+    epoch=2,
     answered_request=3,
     removed=True,
     fault=PROBLEM,
@@ -254,6 +256,7 @@ SAMPLES: tuple[Struct, ...] = (
         boot_id="boot-1",
         inventory=INVENTORY,
         foreign_domains=("theirs",),
+        recovery=restores.NodeRecovery(told=2, gone=True, unrecorded=("vm-1",)),
     ),
     model.ApiKey(
         id="key-1",
@@ -266,7 +269,14 @@ SAMPLES: tuple[Struct, ...] = (
     model.IdempotencyRecord(
         id="4f" * 16, principal="user-1", fingerprint="5e" * 16, result="op-1", created_at=AT
     ),
-    model.Cluster(id="cluster-1", cell="k3f9q2", epoch=2, schema_level=1, created_at=AT),
+    model.Cluster(
+        id="cluster-1",
+        cell="k3f9q2",
+        epoch=2,
+        schema_level=1,
+        created_at=AT,
+        restored=restores.Restored(backup_at=AT, at=AT, recovering=False),
+    ),
     model.Event(
         seq=918,
         id="event-1",
@@ -330,6 +340,19 @@ SAMPLES: tuple[Struct, ...] = (
     protocol.Rejected(problem=PROBLEM),
     DESIRED,
     protocol.DesiredTogether(desired=(DESIRED,)),
+    protocol.Survey(
+        boot_id="boot-1",
+        epoch=2,
+        domains=(
+            protocol.Sighting(
+                vm_id=VM.id,
+                generation=7,
+                end=moves.EndState.HELD,
+                power=model.ObservedPower.PAUSED,
+                departing=True,
+            ),
+        ),
+    ),
     protocol.InSync(term=TERM, vm_ids=(VM.id,)),
     QUERY,
     protocol.SourceCheck(
@@ -387,7 +410,7 @@ SAMPLES: tuple[Struct, ...] = (
         series={VM.id: Series(object=VM.id, as_of=5.0, period_s=5.0, points=(RATES,))},
     ),
     peer_messages.Segment(packed=b"entries", sha256=b"digest"),
-    peer_messages.PeerRefused(problem=PROBLEM),
+    peer_messages.PeerRefused(problem=PROBLEM, revision=7),
 )
 
 

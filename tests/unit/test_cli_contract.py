@@ -44,6 +44,7 @@ from shared import errors, model
         (read.LeaderView, sent.LeaderView),
         (read.ReplicaView, sent.ReplicaView),
         (read.MemberView, sent.MemberView),
+        (read.StoreView, sent.StoreView),
         (read.UsageView, sent.UsageView),
         (read.FiguresView, sent.Figures),
         (read.Page, sent.VmList),

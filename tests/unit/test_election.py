@@ -345,6 +345,30 @@ def test_a_campaign_whose_answer_was_lost_is_not_waited_for() -> None:
     virtual(main())
 
 
+def test_while_nobody_can_stand_nobody_leads_and_it_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            leader = it.stand("r1")
+            await asyncio.sleep(3)
+            other = it.stand("r2")
+            await asyncio.sleep(3)
+            assert other.election.leader == leader.election.leader
+            it.model.model.full = True
+            await leader.stop()
+            await asyncio.sleep(60)
+            assert other.terms == []
+            assert other.election.leader is None
+            it.model.model.disarm()
+            await asyncio.sleep(1)
+            assert other.leads
+
+    virtual(main())
+    told = [each for each in caplog.records if "the campaign failed" in each.message]
+    assert len(told) == 1
+
+
 def test_an_error_of_the_store_ends_the_term_and_not_the_process() -> None:
     async def main() -> None:
         async with cluster() as it:

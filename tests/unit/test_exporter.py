@@ -72,6 +72,16 @@ async def test_what_memory_had_otherwise_than_the_store(metrics: Metrics) -> Non
     assert (await scrape(metrics))["novacron_store_mismatches_total"] == {labels(): 3}
 
 
+async def test_room_in_the_store_by_member(metrics: Metrics) -> None:
+    metrics.store_space(False, 1000, {"m1": (20, 10), "m2": (20, 10)})
+    metrics.store_space(True, 1000, {"m1": (1000, 900)})
+    found = await scrape(metrics)
+    assert found["novacron_store_full"] == {labels(): 1}
+    assert found["novacron_store_quota_bytes"] == {labels(): 1000}
+    assert found["novacron_store_size_bytes"] == {labels(member="m1"): 1000}
+    assert found["novacron_store_in_use_bytes"] == {labels(member="m1"): 900}
+
+
 async def test_operations_and_placements(metrics: Metrics) -> None:
     metrics.operation_entered("vm.create", OperationState.SUCCEEDED)
     metrics.operation_entered("vm.create", OperationState.SUCCEEDED)

@@ -77,6 +77,49 @@ async def test_a_lower_revision_of_the_same_vm_is_refused_also_after_a_restart()
         await known.accept_revision(term, "vm-other", 1)
 
 
+async def test_revisions_begin_anew_with_an_epoch_and_never_go_back_to_an_older_one() -> None:
+    log = MemoryLog()
+    fence = restarted(log)
+    await fence.accept_revision(Term(1, 50), VM, 1000)
+    await fence.accept_term(Term(7, 3))
+    await fence.accept_revision(Term(7, 3), VM, 12)
+
+    for known in (fence, restarted(log)):
+        assert (known.facts(VM).epoch, known.facts(VM).revision) == (7, 12)
+        with pytest.raises(StaleRevision):
+            known.check(Term(7, 3), VM, 11)
+        with pytest.raises(StaleTerm):
+            known.check(Term(1, 51), VM, 1001)
+        known.check(Term(8, 1), VM, 1)
+
+
+def old_facts(revision: int) -> bytes:
+    """Return what an agent wrote that knew of no epochs."""
+    return msgspec.msgpack.encode({"type": "vm", "vm_id": VM, "revision": revision})
+
+
+async def test_a_revision_without_an_epoch_is_of_the_term_that_it_was_accepted_under() -> None:
+    log = MemoryLog()
+    fence = restarted(log)
+    await fence.accept_term(Term(3, 9))
+    log.append(old_facts(1000))
+    await restarted(log).accept_term(Term(4, 2))
+
+    known = restarted(log)
+    assert known.facts(VM).epoch == 3
+    known.check(Term(4, 2), VM, 1)
+    log.rewrite([log.read()[0], log.read()[1]])
+    with pytest.raises(StaleRevision):
+        restarted(log).check(Term(3, 9), VM, 999)
+
+
+async def test_an_agent_that_knows_no_epochs_reads_what_is_written() -> None:
+    log = MemoryLog()
+    await restarted(log).accept_revision(Term(5, 1), VM, 20)
+    (written,) = log.read()
+    assert msgspec.msgpack.decode(written)["revision"] == 20
+
+
 async def test_used_generations_and_answers_only_grow() -> None:
     log = MemoryLog()
     fence = restarted(log)

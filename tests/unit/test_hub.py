@@ -11,17 +11,19 @@ import pytest
 
 from controlplane.commands.attempts import BindVm, PermitStart
 from controlplane.commands.draft import Command
+from controlplane.commands.recovery import NoteTold
 from controlplane.commands.vms import ActOnVm, CreateVm
 from controlplane.sessions.hub import (
     GREETING_TIMEOUT_S,
     QUERIES_PER_NODE_MAX,
     QUERY_TIMEOUT_S,
+    STORE_FULL_PAUSE_S,
     Hub,
     HubSettings,
 )
 from controlplane.store.applier import Applier
 from shared.errors import IllegalTransition, NodeUnreachable, Overloaded
-from shared.model import NodeState, ObservedPower, Term
+from shared.model import Cluster, NodeState, ObservedPower, Term
 from shared.problems import problem_of
 from shared.protocol import (
     PROTOCOL_LEVEL,
@@ -42,10 +44,11 @@ from shared.protocol import (
     VmReport,
     Welcome,
 )
+from shared.restores import Restored
 from shared.states import VmAction
 from shared.tls import Identity, Role
 from tests.sim.virtual_loop import run_virtual
-from tests.unit.core_world import INVENTORY, LEADER, USER, no_check, spec
+from tests.unit.core_world import BORN, CELL, INVENTORY, LEADER, USER, no_check, spec
 from tests.unit.pipes import PipeEnd, pipe
 from tests.unit.test_applier import Writer, writer
 
@@ -139,6 +142,29 @@ async def site() -> AsyncIterator[Site]:
 
 def virtual(main: Coroutine[Any, Any, None]) -> None:
     run_virtual(main)
+
+
+def test_a_full_store_costs_no_node_its_session_and_nothing_that_was_said() -> None:
+    async def main() -> None:
+        async with site() as it:
+            stream = await it.joined()
+            vm_id = await it.permitted_vm()
+            it.writer.model.full = True
+            for power in (ObservedPower.PAUSED, ObservedPower.RUNNING):
+                await stream.send(
+                    VmReport(vm_id=vm_id, generation=1, power=power, permit_used=True)
+                )
+                await asyncio.sleep(A_WHILE_S)
+            await stream.send(Heartbeat(number=7))
+            assert (await stream.expect(HeartbeatSeen)).number == 7
+            assert it.seen(vm_id) is not ObservedPower.RUNNING
+            await asyncio.sleep(10 * STORE_FULL_PAUSE_S)
+            assert it.hub.agents().versions != {}
+            it.writer.model.disarm()
+            await asyncio.sleep(2 * STORE_FULL_PAUSE_S)
+            assert it.seen(vm_id) is ObservedPower.RUNNING, "the newest of what was said"
+
+    virtual(main())
 
 
 def test_a_greeted_node_is_trusted_and_told_everything_then_the_mark() -> None:
@@ -266,6 +292,32 @@ def test_a_node_is_trusted_only_when_what_it_found_is_taken_in() -> None:
             await asyncio.sleep(A_WHILE_S)
             assert it.seen(vm_id) is ObservedPower.RUNNING
             assert {seen for trusts, seen in trusted if trusts} == {ObservedPower.RUNNING}
+
+    virtual(main())
+
+
+def test_after_a_restore_a_node_is_trusted_only_once_it_has_told_what_it_has() -> None:
+    async def main() -> None:
+        async with site() as it:
+            restored = Restored(backup_at=BORN, at=BORN)
+            it.state.put(
+                Cluster(id="cluster-1", cell=CELL, epoch=9, created_at=BORN, restored=restored), 1
+            )
+            stream = await it.joined()
+            await stream.expect(InSync)
+            await asyncio.sleep(A_WHILE_S)
+            assert it.state.nodes[it.node_id].record.state is NodeState.READY
+            assert it.hub.connected() == (it.node_id,)
+            assert it.hub.silent_for_s(it.node_id) is not None
+            assert not it.hub.trusts(it.node_id)
+
+            query = Query(id="q", kind=QueryKind.SURVEY, vm_id="", domain_name="")
+            asked = asyncio.ensure_future(it.hub.ask(it.node_id, query))
+            assert (await stream.expect(Query)).kind is QueryKind.SURVEY
+            await stream.send(Answer(query_id="q", data=b"all of it"))
+            assert await asked == b"all of it"
+            await it.submit(NoteTold(node_id=it.node_id, unrecorded=(), by=LEADER))
+            assert it.hub.trusts(it.node_id)
 
     virtual(main())
 

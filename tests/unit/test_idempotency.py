@@ -11,11 +11,12 @@ from msgspec.structs import replace
 
 from controlplane.commands import terms
 from controlplane.commands.terms import FORGET_MAX, KEPT_FOR
+from controlplane.commands.vms import CreateVm, DeleteVm
 from controlplane.reconcilers.idempotency import ForgetOldKeys
 from controlplane.state import ClusterState
 from shared.errors import OutcomeUnknown
-from shared.model import IdempotencyRecord
-from tests.unit.api_world import BORN, World, new_vm
+from shared.model import DEFAULT_TENANT, BootSpec, IdempotencyRecord, Power, VmSpec
+from tests.unit.api_world import BORN, SYSTEM, World, new_vm
 
 VMS = "/api/v1/vms"
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd"}
@@ -139,6 +140,49 @@ async def test_what_was_made_before_an_unknown_outcome_is_not_made_twice(world: 
     assert again.status_code == 202
     assert again.headers["idempotency-replayed"] == "true"
     assert len(world.state.vms) == 1
+
+
+async def test_a_change_of_what_is_gone_since_is_not_called_a_change_of_nothing(
+    world: World,
+) -> None:
+    patch = {"labels": {"tier": "silver"}}
+    async with world.client() as client:
+        await client.post(VMS, json=new_vm(power="stopped"))
+        assert (await client.patch(f"{VMS}/web-1", json=patch, headers=KEY)).status_code == 200
+        await client.delete(f"{VMS}/web-1")
+        again = await client.patch(f"{VMS}/web-1", json=patch, headers=KEY)
+        assert (again.status_code, again.json()["code"]) == (404, "deleted_since")
+        # Another has the name by now; the key still stands for the first one.
+        await client.post(VMS, json=new_vm(power="stopped"))
+        again = await client.patch(f"{VMS}/web-1", json=patch, headers=KEY)
+        assert (again.status_code, again.json()["code"]) == (404, "deleted_since")
+        fresh = await client.patch(f"{VMS}/web-2", json=patch, headers={"Idempotency-Key": "new"})
+        assert (fresh.status_code, fresh.json()["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("has_successor", [False, True])
+async def test_a_vm_that_is_deleted_right_after_its_change_was_changed(
+    world: World, has_successor: bool
+) -> None:
+    """The leader commits both at once, or this follower sees both at once."""
+
+    async def overtaken(command: Any) -> Any:
+        decided = world.apply(command)
+        world.apply(DeleteVm(vm_id=decided.result, by=SYSTEM))
+        if has_successor:
+            world.apply(create("web-1"))
+        return decided
+
+    world.apply(create("web-1"))
+    world.context = replace(world.context, submit=overtaken)
+    async with world.client() as client:
+        answer = await client.patch(f"{VMS}/web-1", json={"labels": {"tier": "silver"}})
+    assert (answer.status_code, answer.json()["code"]) == (404, "deleted_since")
+
+
+def create(name: str) -> CreateVm:
+    spec = VmSpec(vcpus=1, memory_mib=64, power=Power.STOPPED, boot=BootSpec(kernel="tiny-kernel"))
+    return CreateVm(name=name, tenant=DEFAULT_TENANT, labels={}, spec=spec, by=SYSTEM)
 
 
 @pytest.mark.parametrize(

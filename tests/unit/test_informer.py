@@ -7,15 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import pytest
 from msgspec.structs import replace
 
 from controlplane.state import ClusterState
+from controlplane.store import informer as informer_module
 from controlplane.store import keys
 from controlplane.store.informer import Informer
 from controlplane.store.port import Delete, Fence, KeyValue, Listing, Put, Store, Write
 from shared.codec import pack
 from shared.errors import StoreUnavailable
-from shared.model import ApiKey, Event, Replica
+from shared.model import ApiKey, Cluster, Event, Replica
 from tests.contract.store_worlds import ModelCluster, World, model_world
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.core_world import BORN
@@ -167,6 +169,20 @@ def test_what_memory_has_already_is_not_read_again() -> None:
     virtual(main())
 
 
+def test_what_is_over_is_found_beside_a_record_that_cannot_be_read() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(Put(put("key-b").key, b"poison"))
+            await it.seen()
+            # As many as are listed, and one of them is not there any more.
+            it.state.put(api_key("key-z"), 1)
+            await it.informer.load(it.fence.mark_revision)
+            assert sorted(it.state.api_keys) == ["key-a"]
+            assert it.informer.unreadable == {put("key-b").key}
+
+    virtual(main())
+
+
 def test_a_poisoned_record_is_set_aside_and_stops_nothing() -> None:
     async def main() -> None:
         async with following() as it:
@@ -273,6 +289,35 @@ def test_what_changes_while_it_is_read_is_not_taken_before_its_time() -> None:
     virtual(main())
 
 
+def test_a_later_listing_is_never_seen_half_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first one is, by nobody who reads: the revision is 0 until it is whole."""
+    monkeypatch.setattr(informer_module, "TAKEN_AT_ONCE", 1)
+
+    async def main() -> None:
+        async with following() as it:
+            state = ClusterState()
+            informer = Informer(cast(Store, it.store), state)
+            seen: set[tuple[int, frozenset[str]]] = set()
+
+            async def look() -> None:
+                while True:
+                    seen.add((state.revision, frozenset(state.api_keys)))
+                    await asyncio.sleep(0)
+
+            looking = asyncio.ensure_future(look())
+            await it.commit(put("key-a"), put("key-b"))
+            await informer.load(0)
+            await it.commit(put("key-c"), put("key-d"))
+            await informer.load(0)
+            await asyncio.sleep(0)
+            looking.cancel()
+            shown = {at: [len(found) for when, found in seen if when == at] for at, _ in seen}
+            assert len(shown.pop(0)) > 1
+            assert [shown[at] for at in sorted(shown)] == [[2], [4]]
+
+    virtual(main())
+
+
 def test_while_it_leads_the_watch_only_audits() -> None:
     async def main() -> None:
         async with following() as it:
@@ -333,6 +378,31 @@ def test_a_listing_that_comes_late_never_takes_the_leaders_memory_back() -> None
 
             assert it.state.api_keys["key-a"].record.role == "newer"
             assert it.state.api_keys["key-a"].revision == it.fence.mark_revision
+
+    virtual(main())
+
+
+def test_memory_of_before_a_restore_is_read_again_although_its_revisions_are_the_same() -> None:
+    """A replica that was cut off, and not stopped, meets an etcd that has counted up to it."""
+
+    async def main() -> None:
+        state = ClusterState()
+        for epoch, role in ((1, "before"), (1_800_000_000, "restored")):
+            async with model_world() as (world, _):
+                cluster = Cluster(id="cluster-1", cell="abc123", epoch=epoch, created_at=BORN)
+                fence = await world.commit(
+                    await world.lead(), Put(keys.CLUSTER, pack(cluster)), put("key-a", role)
+                )
+                if epoch == 1:
+                    await world.commit(fence, put("key-b"))
+                else:
+                    await world.commit(fence, put("key-c"))
+                await Informer(world.store, state).load(0)
+        assert state.api_keys["key-a"].record.role == "restored"
+        assert sorted(state.api_keys) == ["key-a", "key-c"]
+        known = state.cluster()
+        assert known is not None
+        assert known.epoch == 1_800_000_000
 
     virtual(main())
 

@@ -102,9 +102,9 @@ def fails(error: NovacronError) -> Reply:
     return reply
 
 
-def refuses(error: NovacronError) -> Reply:
+def refuses(error: NovacronError, revision: int = 0) -> Reply:
     async def reply(request: PeerRequest) -> PeerAnswer:
-        return PeerRefused(problem=problem_of(error))
+        return PeerRefused(problem=problem_of(error), revision=revision)
 
     return reply
 
@@ -158,6 +158,29 @@ def test_a_replica_that_stays_behind_says_that_it_was_done() -> None:
     async def main() -> None:
         world = World(commits(revision=7))
         with pytest.raises(OutcomeUnknown, match="was made"):
+            await world.link.submit(CORDON)
+        assert len(world.sent) == 1
+
+    run_virtual(main())
+
+
+def test_what_stood_against_it_is_here_when_the_refusal_is() -> None:
+    async def main() -> None:
+        world = World(refuses(NameTaken("web"), revision=7))
+        submitting = asyncio.ensure_future(world.link.submit(CORDON))
+        await asyncio.sleep(1)
+        assert not submitting.done()
+        world.state.advanced(7)
+        with pytest.raises(NameTaken):
+            await submitting
+
+    run_virtual(main())
+
+
+def test_a_replica_that_stays_behind_says_that_nothing_was_done() -> None:
+    async def main() -> None:
+        world = World(refuses(NameTaken("web"), revision=7))
+        with pytest.raises(Unavailable, match="web"):
             await world.link.submit(CORDON)
         assert len(world.sent) == 1
 

@@ -111,7 +111,7 @@ async def test_a_command_is_committed_on_its_terms() -> None:
     assert answer == Submitted(result=node_id, replayed=False, revision=leader.state.revision)
     again = await leader.server.answer(order, R2)
     assert isinstance(again, PeerRefused)
-    assert again.problem.code == "state_conflict"
+    assert (again.problem.code, again.revision) == ("state_conflict", leader.state.revision)
     leader.leads = False
     nobody = await leader.server.answer(order, R2)
     assert isinstance(nobody, PeerRefused)
@@ -200,8 +200,25 @@ async def test_what_no_peer_has_is_left_out() -> None:
     assert one.copy.copied_seq == 310
     # 101 to 200 came from the peer; what is before and behind that is nowhere.
     assert await one.history.reach() == Reach(301, 310)
-    found = await one.history.segment(300, 310)
+    found = await one.history.segment(300, 310, 100)
     assert [entry.seq for entry in found] == list(range(301, 311))
+    await one.history.close()
+    await two.history.close()
+
+
+async def test_what_a_peer_has_is_found_however_far_behind_it_begins() -> None:
+    one, two = Replica("r1"), Replica("r2")
+    far = 5_000_000
+    # What was before is 30 days old; and a restore let the numbers jump.
+    await two.history.append([event(seq) for seq in range(40_001, 41_501)])
+    await two.history.append([event(seq) for seq in range(far + 1, far + 11)])
+    one.peers = {"r2": two}
+    one.events(far + 6, far + 10)
+    await one.copy.reconcile()
+    assert one.copy.copied_seq == far + 10
+    assert await one.history.reach() == Reach(far + 1, far + 10)
+    early = await one.history.segment(0, far, 2000)
+    assert [entry.seq for entry in early] == list(range(40_001, 41_501))
     await one.history.close()
     await two.history.close()
 

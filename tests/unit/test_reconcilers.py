@@ -67,6 +67,9 @@ class Sessions:
     def trusts(self, node_id: str) -> bool:
         return node_id in self.silent
 
+    def greeted(self, node_id: str) -> bool:
+        return node_id in self.silent
+
     def silent_for_s(self, node_id: str) -> float | None:
         return self.silent.get(node_id)
 
@@ -297,18 +300,38 @@ def test_silence_starts_nothing_elsewhere() -> None:
     run_virtual(main())
 
 
+async def fresh_snapshot(term: Term) -> KeptSnapshot:
+    made = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    await made.build(inline)
+    return made
+
+
+async def test_what_changes_while_the_snapshot_is_built_is_in_it() -> None:
+    term = Term()
+    built = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+
+    async def slowly(work: Callable[[], Any]) -> Any:
+        found = work()
+        term.world.running("a", memory_mib=9000)
+        return found
+
+    await built.build(slowly)
+    assert built.current() == (await fresh_snapshot(term)).current()
+    assert built.current().nodes[term.world.node_id].allocated_memory_mib > 9000
+
+
 async def test_the_kept_snapshot_is_what_a_fresh_one_would_be() -> None:
     term = Term()
     vm_id = term.world.running("a", memory_mib=9000)
     term.world.create("b")
     await term.place.reconcile()
-    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    fresh = await fresh_snapshot(term)
     assert term.capacity.current() == fresh.current()
 
     term.world.act(vm_id, VmAction.STOP)
     term.world.report(vm_id, ObservedPower.STOPPED)
     term.sessions.disconnect(term.world.node_id)
-    fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+    fresh = await fresh_snapshot(term)
     assert term.capacity.current() == fresh.current()
     term.capacity.close()
     fresh.close()
@@ -383,7 +406,7 @@ def test_the_capacity_check_goes_by_who_shares_the_pool_in_the_same_transaction(
         bind(term, second, two).decide(draft)
 
 
-def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> None:
+async def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> None:
     term, one, two = two_sharing()
     vm_id = on_san(term, "mover")
     term.world.apply(bind(term, vm_id, two))
@@ -392,7 +415,7 @@ def test_the_kept_capacity_follows_who_shares_a_pool_and_who_is_trusted() -> Non
     term.state.put(replace(vm, status=replace(vm.status, leftovers=(left,))), term.state.revision)
     for node_id, shared in ((two, False), (one, False), (two, True), (one, True)):
         sharing(term, node_id, shared=shared)
-        fresh = KeptSnapshot(term.state, cast(Any, term.sessions), SETTINGS)
+        fresh = await fresh_snapshot(term)
         assert term.capacity.current() == fresh.current()
     term.sessions.disconnect(one)
     assert term.capacity.current().nodes[one].state is NodeState.SILENT

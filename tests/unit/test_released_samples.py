@@ -23,7 +23,7 @@ INSIDE_OTHERS = frozenset(
     | {"MigrationSpec", "VmSpec", "Condition", "GuestRequest", "Attempt", "Problem", "VmStatus"}
     | {"CpuFacts", "NumaCell", "PoolFacts", "VersionFacts", "Inventory", "OperationStep", "Sample"}
     | {"MigrationFacts", "DestinationLayout", "MigrationTarget", "MigrationOrder"}
-    | {"MigrationReport", "AgentList"}
+    | {"MigrationReport", "AgentList", "Sighting"}
 )
 KINDS = {type(sample).__name__: type(sample) for sample in SAMPLES}
 

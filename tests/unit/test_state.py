@@ -46,7 +46,8 @@ def indexes(state: ClusterState, world: CoreWorld) -> list[object]:
     return [
         state.vm_ids_to_place(),
         state.vm_ids_to_start(),
-        sorted(state.open_attempts()),
+        state.lost_attempts(),
+        sorted((node, boot, sorted(ids)) for (node, boot), ids in state._open_attempts.items()),
         sorted(state.vm_ids_on(world.node_id)),
         state.node_id_by_name("n1"),
         {name: state.vm_id_by_name("default", name) for name in ("a", "b", "c")},

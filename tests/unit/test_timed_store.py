@@ -20,7 +20,7 @@ class SlowStore:
         await asyncio.sleep(0.25)
         return FOUND
 
-    async def compact(self, revision: int) -> None:
+    async def compact(self, revision: int, *, physical: bool = False) -> None:
         await asyncio.sleep(2)
         raise StoreUnavailable("no member answers")
 

@@ -108,3 +108,19 @@ async def test_what_is_touched_in_a_block_is_known_at_its_end() -> None:
     await queue.take()
 
     assert touched == {"before", "during"}
+
+
+async def test_what_is_worked_on_now_is_waited_for_and_nothing_that_comes_later() -> None:
+    queue = WorkQueue()
+    await queue.finished()
+    for key in ("now", "later"):
+        queue.add(key)
+    assert await queue.take() == "now"
+    finished = asyncio.ensure_future(queue.finished())
+    await asyncio.sleep(0)
+    assert await queue.take() == "later"
+    await asyncio.sleep(0)
+    assert not finished.done()
+    queue.add("now")
+    queue.done("now")
+    await finished
