@@ -20,7 +20,7 @@ from tests.sim.ledger import Ledger, Measured
 REPLICA_TASKS, TASKS_A_NODE = 80, 16
 AGENT_TASKS = 60
 # A VM's remains are known for as long as it takes to sweep them, or its node to hear of it.
-REMAINS = 8
+REMAINS = 4
 
 
 def sizes(cluster: SimCluster, ledger: Ledger) -> Iterator[Measured]:

@@ -15,13 +15,17 @@ from tests.sim.faults.injector import Pair
 from tests.sim.faults.kinds import FAULTS
 from tests.sim.planted import PLANTED, PlantedBug
 from tests.sim.simulation import SimulationSettings, simulate
+from tests.sim.upgrade import EVERY
 
 ROOT = Path(__file__).parents[2]
-# Some 0.2 s each; in parts, so that a failure comes early and a shard takes some of them.
-PARTS = 4
-SEEDS_PER_PART = 20
-# A planted bug is searched for in so many seeds.
-SEARCH_MAX = 200
+# Some 0.8 s each; in parts, so that a failure comes early and a shard takes some of them.
+PARTS = 10
+SEEDS_PER_PART = 10
+# A planted bug is searched for in so many seeds, from one that is known to be near.
+SEARCH_MAX = 1000
+# Many faults in a short time, so that every kind comes within a few seeds.
+BUSY = SimulationSettings(faults=60, duration_s=200.0)
+BUSY_SEEDS = range(100, 105)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -38,8 +42,10 @@ def test_the_same_seed_is_the_same_history() -> None:
 
 def test_the_history_does_not_depend_on_the_process() -> None:
     """Neither the hash of strings nor the addresses of objects may decide anything."""
+    seeds = (3, EVERY - 1)
     script = (
-        "from tests.sim.simulation import SimulationSettings, simulate; print(simulate(3).digest)"
+        "from tests.sim.simulation import simulate; "
+        f"print([simulate(seed).digest for seed in {seeds}])"
     )
     digests = {
         subprocess.run(
@@ -57,9 +63,10 @@ def test_the_history_does_not_depend_on_the_process() -> None:
 
 def test_every_kind_of_fault_meets_operations() -> None:
     coverage: Counter[Pair] = Counter()
-    busy = SimulationSettings(faults=40, duration_s=100.0)
-    for seed in range(100, 106):
-        coverage.update(simulate(seed, busy).coverage)
+    for seed in BUSY_SEEDS:
+        outcome = simulate(seed, BUSY)
+        assert not outcome.violated, f"seed {seed}: {outcome.complaint}"
+        coverage.update(outcome.coverage)
     met = {fault for fault, phase in coverage if phase != "at rest"}
     assert met == {fault.__name__ for fault in FAULTS}
     assert "vm.create:run" in coverage_table(coverage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,18 @@ async def test_while_nobody_leads_nobody_can_step_down() -> None:
         answer = await client.post(PATH)
     assert (answer.status_code, answer.json()["code"]) == (503, "no_leader")
     assert told(world.state.history) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("query", "body"), [("?force=true", None), ("", {"to": "r2"}), ("", [1]), ("?", "{")]
+)
+async def test_a_request_that_asks_for_more_ends_no_term(query: str, body: Any) -> None:
+    world = World()
+    async with world.client() as client:
+        before = world.state.revision
+        sent = {"content": body} if isinstance(body, str) else {"json": body}
+        answer = await client.post(
+            f"/api/v1/cluster/actions/step-down{query}", **({} if body is None else sent)
+        )
+        assert answer.status_code in (400, 422)
+        assert world.state.revision == before

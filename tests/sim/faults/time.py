@@ -5,8 +5,9 @@ from __future__ import annotations
 from tests.sim.faults.scene import Scene
 
 RATES = (0.9, 1.1)
-# An hour is more than any time that the product measures by dates, but for a create's day.
-JUMPS_S = (-86_400.0, -3600.0, -300.0, 300.0, 3600.0, 86_400.0)
+# An hour is more than most times that the product measures by dates. By a day idempotency keys
+# would be forgotten: whoever leads keeps them for a day, by its own date.
+JUMPS_S = (-3600.0, -300.0, 300.0, 3600.0)
 
 
 async def drift_clock(scene: Scene) -> None:

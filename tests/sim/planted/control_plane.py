@@ -165,10 +165,11 @@ def commits_without_the_mark() -> AbstractContextManager[Any]:
 
 
 def acknowledged_before_it_is_stored() -> AbstractContextManager[Any]:
-    """Whoever asked is told of what was decided before it is written."""
+    """Whoever asked is told of what was decided before it is written: from memory."""
     write = Applier._write
 
     async def hasty(self: Applier, sealed: SealedDraft, group: list[tuple[Any, Any]]) -> None:
+        self._take(sealed, self._state.revision)
         applier._resolve(group)
         await write(self, sealed, group)
 
