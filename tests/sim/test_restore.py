@@ -34,6 +34,7 @@ from shared.states import VmAction, vm_phase
 from tests.sim.bench import ADMIN, Bench, run
 from tests.sim.disaster import Disaster
 from tests.sim.ledger import Ended, SimEvent
+from tests.sim.node import SimNode
 
 ROOT = (DiskSpec(name="root", size_gib=1),)
 Story = Callable[[Bench, Disaster], Awaitable[None]]
@@ -74,6 +75,12 @@ async def create(bench: Bench, name: str, **spec: object) -> str:
 
 def vm(bench: Bench, vm_id: str) -> Vm:
     return bench.judge.ledger.vms[vm_id]
+
+
+def replace_agent(node: SimNode, *, is_previous: bool) -> None:
+    node.crash_agent()
+    node.is_previous = is_previous
+    node.start_agent()
 
 
 def runs_on(bench: Bench, vm_id: str) -> dict[str, int]:
@@ -294,6 +301,34 @@ def test_a_copy_of_history_that_is_ahead_of_the_backup_misses_nothing_of_after()
         assert await history.copied_seq() == state.last_seq
         told = await list_events(bench.cluster.context(), ADMIN, EventQuery(kind=("cluster.*",)))
         assert "cluster.restored" in {event.kind for event in told.items}
+
+    play(story)
+
+
+def test_an_agent_of_the_previous_release_is_waited_for_and_keeps_its_guests() -> None:
+    async def story(bench: Bench, disaster: Disaster) -> None:
+        vm_id = await bench.start(disks=ROOT)
+        backup = await disaster.back_up()
+        home = bench.cluster.nodes[await bench.where() or ""]
+        replace_agent(home, is_previous=True)
+        await bench.settled()
+        # What it has of the VM is of a higher revision than any after the restore.
+        for action in (VmAction.PAUSE, VmAction.RESUME) * 10:
+            acted = await act_on_vm(bench.cluster.context(), ADMIN, "web-1", action)
+            await bench.ended(acted)
+        guests = Guests(bench)
+        await disaster.strike(backup)
+        await asyncio.sleep(300)
+        assert disaster.recovering()
+        assert runs_on(bench, vm_id) == {home.name: 1}
+
+        replace_agent(home, is_previous=False)
+        await disaster.until_recovered()
+        await bench.settled()
+        assert guests.ended == []
+        assert runs_on(bench, vm_id) == {home.name: 1}
+        await bench.ended(await bench.migrate())
+        assert await bench.where() != home.name
 
     play(story)
 
