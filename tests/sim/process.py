@@ -40,6 +40,7 @@ class Process:
         self.powered = True
         self.missed_events = False
         self.die_in: int | None = None
+        self.steps_left: int | None = None
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._at_death: list[Callable[[], None]] = []
         self._runs = asyncio.Event()
@@ -71,9 +72,23 @@ class Process:
     async def alive_until(self, effects: int) -> None:
         """Die before or after one of the next effects, and return then."""
         self.die_in = effects
+        await self._death()
+
+    async def alive_for(self, steps: int) -> None:
+        """Die at one of the next awaits, whatever it awaits there, and return then."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop), "real processes are killed from outside"
+        loop.count_steps(self, steps)
+        await self._death()
+
+    def out_of_steps(self) -> None:
+        self.kill()
+
+    async def _death(self) -> None:
         died = asyncio.Event()
         self.at_death(died.set)
-        await died.wait()
+        if self.alive:
+            await died.wait()
 
     def check(self) -> None:
         """End the caller, as a process that is gone ends, unless this one lives.

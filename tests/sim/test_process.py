@@ -148,3 +148,27 @@ def test_nobody_answers_who_dials_a_paused_process() -> None:
         assert dialling.exception() is None
 
     run(test)
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_process_can_die_at_any_await(steps: int) -> None:
+    """Two of its tasks count in turn; it dies before the next of them would."""
+
+    async def main() -> int:
+        process = Process("host", "host.1")
+        counted = 0
+
+        async def work() -> None:
+            nonlocal counted
+            while True:
+                process.check()
+                counted += 1
+                await asyncio.sleep(0)
+
+        process.spawn(work(), "one")
+        process.spawn(work(), "other")
+        await process.alive_for(steps)
+        await process.gone()
+        return counted
+
+    assert run_virtual(main(), adopt_by_context) == steps

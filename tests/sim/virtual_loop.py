@@ -38,10 +38,16 @@ class BusyLoop(RuntimeError):
 
 
 class Owner(Protocol):
-    """Whose callbacks these are; ``stopped`` keeps them while it does not run."""
+    """Whose callbacks these are; ``stopped`` keeps them while it does not run.
+
+    ``steps_left``: before so many more of them are run, it is told that there are no more.
+    """
 
     clock: HostClock
     stopped: deque[asyncio.Handle] | None
+    steps_left: int | None
+
+    def out_of_steps(self) -> None: ...
 
 
 OWNER: contextvars.ContextVar[Owner | None] = contextvars.ContextVar("owner", default=None)
@@ -84,7 +90,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._steps = 0
         self._on_task = on_task
         self._clocks_differ = False
-        self._somebody_stopped = 0
+        self._watched = 0
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, _Timer]] = []
         self.set_task_factory(cast("Any", self._make_task))
@@ -121,13 +127,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Run nothing of an owner from now on; what comes due is kept, in order."""
         if owner.stopped is None:
             owner.stopped = deque()
-            self._somebody_stopped += 1
+            self._watched += 1
 
     def continue_owner(self, owner: Owner) -> None:
         if owner.stopped is not None:
             self._ready.extend(owner.stopped)
             owner.stopped = None
-            self._somebody_stopped -= 1
+            self._watched -= 1
+
+    def count_steps(self, owner: Owner, steps: int) -> None:
+        """Tell an owner when so many of his callbacks have been run: at any await of his."""
+        if owner.steps_left is None:
+            owner.steps_left = steps
+            self._watched += 1
 
     def call_soon(
         self,
@@ -206,7 +218,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             ready.append(self._pop_timer())
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle.cancelled() or (self._somebody_stopped and self._keep(handle)):
+            if handle.cancelled() or (self._watched and self._keep(handle)):
                 continue
             handle._run()
 
@@ -228,11 +240,20 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return timer
 
     def _keep(self, handle: asyncio.Handle) -> bool:
-        owner = cast("Any", handle)._context.get(OWNER)
-        if owner is None or owner.stopped is None:
+        """Keep a callback whose owner is stopped; count it, if its owner's are counted."""
+        owner: Owner | None = cast("Any", handle)._context.get(OWNER)
+        if owner is None:
             return False
-        owner.stopped.append(handle)
-        return True
+        if owner.stopped is not None:
+            owner.stopped.append(handle)
+            return True
+        if owner.steps_left is not None:
+            owner.steps_left -= 1
+            if owner.steps_left < 0:
+                owner.steps_left = None
+                self._watched -= 1
+                owner.out_of_steps()
+        return False
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         if not cast("_Timer", handle).waits:

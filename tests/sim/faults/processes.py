@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 
 from tests.sim.faults.scene import Scene
 from tests.sim.node import SimNode
 from tests.sim.process import Process
 from tests.sim.replica import SimReplica
 
-# How many effects a process that dies "somewhere" still has.
+# How many effects a process that dies "somewhere" still has; or how many steps, each from one await
+# to the next.
 DIE_IN_MAX = 25
+STEPS_MAX = 300
 # How long such a process may live before it is killed anyway.
 DIE_IN_LIMIT_S = 5.0
 # Longer than the leader's lease, a replica's registration and a session's silence limit; the
@@ -27,10 +28,10 @@ async def crash_replica(scene: Scene) -> None:
 
 
 async def crash_replica_somewhere(scene: Scene) -> None:
-    """Die before or after one of its next effects."""
+    """Die at any await, or before or after one of its next effects."""
     replica = scene.replica()
     if replica.process is not None:
-        await _die_soon(replica.process.alive_until(scene.rng.randint(1, DIE_IN_MAX)))
+        await _die_soon(scene, replica.process)
     replica.crash()
     await scene.last(0.2, 10.0)
     start_replica(replica)
@@ -48,10 +49,10 @@ async def crash_agent(scene: Scene) -> None:
 
 
 async def crash_agent_somewhere(scene: Scene) -> None:
-    """Die before or after one of its next effects."""
+    """Die at any await, or before or after one of its next effects."""
     node = scene.node()
     if node.process is not None:
-        await _die_soon(node.process.alive_until(scene.rng.randint(1, DIE_IN_MAX)))
+        await _die_soon(scene, node.process)
     node.crash_agent()
     await scene.last(0.1, 10.0)
     start_agent(node)
@@ -83,7 +84,11 @@ async def _pause(scene: Scene, process: Process | None) -> None:
     process.resume()
 
 
-async def _die_soon(death: Awaitable[None]) -> None:
+async def _die_soon(scene: Scene, process: Process) -> None:
+    if scene.rng.random() < 0.5:
+        death = process.alive_until(scene.rng.randint(1, DIE_IN_MAX))
+    else:
+        death = process.alive_for(scene.rng.randint(1, STEPS_MAX))
     try:
         async with asyncio.timeout(DIE_IN_LIMIT_S):
             await death

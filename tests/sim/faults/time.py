@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.sim.faults.scene import Scene
 
 RATES = (0.9, 1.1)
-# An hour is more than most times that the product measures by dates. By a day idempotency keys
-# would be forgotten: whoever leads keeps them for a day, by its own date.
+# An hour is more than most times that the product measures by dates. A whole day would have keys
+# of requests forgotten: whoever leads keeps them for a day, by its own date.
 JUMPS_S = (-3600.0, -300.0, 300.0, 3600.0)
 
 
