@@ -139,6 +139,10 @@ class ObserveVm(Struct, frozen=True, kw_only=True):
         if vm.deleting and self.report.removed and _answers(self.report, vm):
             vm_gone_from_node(draft, vm, self.by)
             return
+        if _is_lost(draft, vm):
+            # What a node says in a new boot is no news of the guest that the boot before had: it
+            # did not crash.
+            vm = _end_lost(draft, vm, self.by)
         observed = _observe(draft, vm, self.report, self.by)
         # A report that says nothing new but its revision is not worth a write.
         if observed != replace(
@@ -183,12 +187,28 @@ class EndAttempt(Struct, frozen=True, kw_only=True):
             return
         if is_moving(vm) or vm.status.unproven is not None:
             raise StateConflict(f"{vm.name!r} may have moved before its node booted anew")
-        node = draft.node(attempt.node)
-        if node.boot_id == attempt.boot_id:
+        if not _is_lost(draft, vm):
+            node = draft.node(attempt.node)
             raise StateConflict(f"{node.name!r} has not booted since {vm.name!r} was permitted")
-        ended = _advance(vm.status, AttemptEvent.NODE_BOOTED_ANEW)
-        draft.event("vm.lost_with_node", vm.id, self.by, tenant=vm.tenant, node=node.id)
-        put_vm(draft, replace(vm, status=replace(ended, power_seen=ObservedPower.STOPPED)))
+        _end_lost(draft, vm, self.by)
+
+
+def _is_lost(draft: Draft, vm: Vm) -> bool:
+    """Whether a VM's node has booted since its open attempt was permitted."""
+    attempt = vm.status.attempt
+    if attempt is None or attempt.state is AttemptState.ENDED:
+        return False
+    return draft.node(attempt.node).boot_id != attempt.boot_id
+
+
+def _end_lost(draft: Draft, vm: Vm, by: Author) -> Vm:
+    """End an attempt that its node's boot has ended, and return the VM."""
+    assert vm.status.attempt is not None, "what was lost was attempted"
+    ended = _advance(vm.status, AttemptEvent.NODE_BOOTED_ANEW)
+    node_id = vm.status.attempt.node
+    draft.event("vm.lost_with_node", vm.id, by, tenant=vm.tenant, node=node_id)
+    put_vm(draft, replace(vm, status=replace(ended, power_seen=ObservedPower.STOPPED)))
+    return draft.vm(vm.id)
 
 
 def with_condition(status: VmStatus, condition: Condition) -> VmStatus:

@@ -281,6 +281,7 @@ def _await_stretch(api: LabApi, kind: str, name: str, began: float) -> Series:
 
 def _compare(reference: _Reference, found: Series, kind: str, began: float) -> None:
     dates = [at.timestamp() for at in found.at]
+    began = max(began, reference.readings[0].at)
     # The first period that lies in the stretch as a whole, and all after it.
     first = next(i for i, at in enumerate(dates) if at > began + REFERENCE_PERIOD_S)
     rows = range(first + 1, len(dates))

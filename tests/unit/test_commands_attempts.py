@@ -379,6 +379,22 @@ def test_a_new_boot_ends_attempts_and_the_same_boot_does_not() -> None:
     assert attempt.boot_id == "boot-2"
 
 
+@pytest.mark.parametrize("power", [ObservedPower.CRASHED, ObservedPower.STOPPED])
+def test_what_a_node_says_in_a_new_boot_is_no_crash(power: ObservedPower) -> None:
+    world = CoreWorld()
+    vm_id = world.running()
+    world.join("n1", boot_id="boot-2")
+
+    world.report(vm_id, power)
+    assert world.events().count("vm.lost_with_node") == 1
+    assert "vm.crashed" not in world.events()
+    vm = world.vm(vm_id)
+    assert (vm.status.crashes, vm.spec.power) == (0, Power.RUNNING)
+    world.apply(EndAttempt(vm_id=vm_id, by=LEADER))
+    assert world.events().count("vm.lost_with_node") == 1
+    assert world.permit(vm_id) == 2
+
+
 def test_why_a_vm_waits_is_written_once_and_forgotten_when_it_is_placed() -> None:
     world = CoreWorld()
     vm_id, _ = world.create()
