@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 
 from controlplane.store.etcd_members import BACKOFF, Members
 from controlplane.store.etcd_rpc import (
@@ -79,7 +79,7 @@ async def _answers(
 
 async def _receive(stream: WatchStream, silence_s: float) -> WatchAnswer:
     """Return the next message; ask for one after a period of silence, give up after two."""
-    reading = asyncio.create_task(_awaited(stream.receive()), name="etcd-watch-read")
+    reading = asyncio.create_task(_next(stream), name="etcd-watch-read")
     try:
         if not await _done_within(reading, silence_s):
             async with asyncio.timeout(silence_s):
@@ -95,8 +95,8 @@ async def _receive(stream: WatchStream, silence_s: float) -> WatchAnswer:
             await asyncio.wait({reading})
 
 
-async def _awaited(answer: Awaitable[WatchAnswer]) -> WatchAnswer:
-    return await answer
+async def _next(stream: WatchStream) -> WatchAnswer:
+    return await stream.receive()
 
 
 async def _done_within(task: asyncio.Task[WatchAnswer], limit_s: float) -> bool:
