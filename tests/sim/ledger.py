@@ -65,6 +65,14 @@ class Left(Struct, frozen=True):
     generation: int
 
 
+class Arrived(Struct, frozen=True):
+    """All of a guest has come to a node; whether it goes on there is still to be seen."""
+
+    node: str
+    vm_id: str
+    generation: int
+
+
 class SetOut(Struct, frozen=True):
     """An agent begins to move a guest away, to run on as this generation."""
 
@@ -171,6 +179,7 @@ SimEvent = (
     Committed
     | Started
     | Left
+    | Arrived
     | SetOut
     | StillRuns
     | Resumed
@@ -239,6 +248,9 @@ class Ledger:
             self._commit(event)
         elif isinstance(event, Started | Resumed | Left | Ended):
             self._guest(event)
+        elif isinstance(event, Arrived):
+            self.seen[event.vm_id, event.generation] = event.node
+            self.seats.setdefault(event.vm_id, {})[event.node] = None
         elif isinstance(event, SetOut):
             self.set_out[event.vm_id, event.generation] = event.node
         elif isinstance(event, Erased):

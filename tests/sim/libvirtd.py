@@ -18,6 +18,7 @@ from agent.simulated_driver import SimulatedDriver, SimulatedNodeState
 from shared.errors import HypervisorError, HypervisorUnavailable
 from shared.model import ObservedPower
 from tests.sim.ledger import (
+    Arrived,
     Ended,
     Erased,
     Left,
@@ -79,6 +80,7 @@ class Libvirtd:
         self._observe = observe
         self._running: dict[str, int] = {}
         self._still: dict[str, int] = {}
+        self._arrived: dict[str, int] = {}
         self._listeners: list[tuple[Process, DomainListener]] = []
         self._ending_by_agent: dict[str, None] = {}
         state.observe(self._domain_changed)
@@ -227,6 +229,7 @@ class Libvirtd:
         }
         before, stood_still = self._running, self._still
         self._running, self._still = running, still
+        self._see_arrivals({vm: d.generation for vm, d in ours.items() if d.stays})
         for vm_id, generation in (*before.items(), *stood_still.items()):
             if generation in (running.get(vm_id), still.get(vm_id)):
                 continue
@@ -246,6 +249,12 @@ class Libvirtd:
             else:
                 paused = ours[vm_id].power is ObservedPower.PAUSED
                 self._observe(Started(self.node, self.boot_id, vm_id, generation, paused))
+
+    def _see_arrivals(self, arrived: dict[str, int]) -> None:
+        known, self._arrived = self._arrived, arrived
+        for vm_id, generation in arrived.items():
+            if known.get(vm_id) != generation:
+                self._observe(Arrived(self.node, vm_id, generation))
 
     def _attend(self, name: str, vm_id: str, generation: int, attended_s: float) -> None:
         """Tell for how long a returned guest runs on while somebody could hold it."""

@@ -154,7 +154,7 @@ class SimNode:
                 ).run()
             else:
                 await self._run_present(process, hypervisor, log, rng)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:
             self._cluster.observe(Died(process.incarnation, repr(error)))

@@ -149,7 +149,7 @@ class SimReplica:
     async def _run_to_its_end(self, process: Process, control_plane: Any, store: Any) -> None:
         try:
             await control_plane.run()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:
             self._end(process, control_plane, error)

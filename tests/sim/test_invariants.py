@@ -48,6 +48,7 @@ from tests.sim.invariants.records import key_is_used_once
 from tests.sim.invariants.settled import acknowledged_is_kept
 from tests.sim.ledger import (
     Acknowledged,
+    Arrived,
     Committed,
     DeleteAsked,
     Died,
@@ -283,6 +284,14 @@ MOVES: dict[str, tuple[SimEvent, ...]] = {
         replace(CAME, paused=True),
         commit(5, CLEANED),
         Ended("b", "vm-a", 2, by_agent=True),
+    ),
+    "the guest fell in the moment in which all of it had come": (
+        RUNS,
+        *CLAIMED,
+        Left("a", "vm-a", 1),
+        Arrived("b", "vm-a", 2),
+        Ended("a", "vm-a", 1, by_agent=False),
+        commit(5, MOVED),
     ),
     "a guest goes on that runs nowhere else": (
         RUNS,

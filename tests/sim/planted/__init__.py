@@ -25,34 +25,38 @@ class PlantedBug(Struct, frozen=True):
 
 
 PLANTED: tuple[PlantedBug, ...] = (
-    PlantedBug(agents.fence_forgets_generations, guests.generation_used_once),
+    PlantedBug(agents.fence_forgets_generations, guests.generation_used_once, first=29),
     PlantedBug(agents.stop_removes, guests.erased_was_deleted),
     PlantedBug(agents.strays_are_stopped, guests.end_was_wanted),
     PlantedBug(agents.answers_are_forgotten, guests.restarted_once),
     PlantedBug(control_plane.reports_of_any_attempt_count, everything_settles),
     PlantedBug(agents.cut_off_agents_pause_guests, guests.pause_was_wanted),
     PlantedBug(agents.gone_vms_are_remembered, records.nothing_grows_without_bound),
-    PlantedBug(control_plane.failures_reported_as_success, records.nothing_acknowledged_is_lost),
+    PlantedBug(
+        control_plane.failures_reported_as_success, records.nothing_acknowledged_is_lost, first=16
+    ),
     PlantedBug(
         control_plane.acknowledged_before_it_is_stored, records.nothing_acknowledged_is_lost
     ),
-    PlantedBug(control_plane.commits_without_the_term, records.written_by_the_leader),
-    PlantedBug(control_plane.commits_without_the_mark, records.history_is_dense),
-    PlantedBug(control_plane.silence_is_death, guests.single_runner),
-    PlantedBug(control_plane.starts_without_room, records.within_capacity),
+    PlantedBug(control_plane.commits_without_the_term, records.written_by_the_leader, first=12),
+    PlantedBug(control_plane.commits_without_the_mark, records.history_is_dense, first=3),
+    PlantedBug(control_plane.silence_is_death, guests.single_runner, first=26),
+    PlantedBug(control_plane.starts_without_room, records.within_capacity, first=16),
     PlantedBug(control_plane.refused_change_uses_a_number, records.history_is_dense),
-    PlantedBug(control_plane.leftovers_are_no_rivals, moves.start_has_no_rival),
+    PlantedBug(control_plane.leftovers_are_no_rivals, moves.start_has_no_rival, first=7),
     PlantedBug(control_plane.ids_are_used_again, records.operation_ends_once),
     PlantedBug(control_plane.ids_are_used_again, guests.deleted_is_gone),
-    PlantedBug(control_plane.keys_are_not_kept, records.key_is_used_once),
-    PlantedBug(control_plane.a_stop_is_not_audited, records.changes_are_audited),
-    PlantedBug(control_plane.lost_watches_are_forgotten, records.views_are_monotone),
-    PlantedBug(control_plane.takeover_without_a_listing, guests.generations_only_rise),
+    PlantedBug(control_plane.keys_are_not_kept, records.key_is_used_once, first=13),
+    PlantedBug(control_plane.a_stop_is_not_audited, records.changes_are_audited, first=3),
+    PlantedBug(control_plane.lost_watches_are_forgotten, records.views_are_monotone, first=1),
+    PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=27),
     PlantedBug(migrations.switched_source_is_resumed, guests.single_runner),
-    PlantedBug(migrations.return_codes_decide, moves.owner_has_the_guest),
-    PlantedBug(migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned),
-    PlantedBug(migrations.departures_are_forgotten, moves.moves_are_begun_once),
-    PlantedBug(migrations.unreachable_is_empty, moves.claim_outlives_the_guest),
-    PlantedBug(migrations.nobody_holds_returned_guests, guests.returned_guest_is_held),
-    PlantedBug(migrations.failed_source_is_swept, guests.last_copy_is_kept),
+    PlantedBug(migrations.return_codes_decide, moves.owner_has_the_guest, first=19),
+    PlantedBug(
+        migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned, first=54
+    ),
+    PlantedBug(migrations.departures_are_forgotten, moves.moves_are_begun_once, first=2),
+    PlantedBug(migrations.unreachable_is_empty, moves.claim_outlives_the_guest, first=7),
+    PlantedBug(migrations.nobody_holds_returned_guests, guests.returned_guest_is_held, first=4),
+    PlantedBug(migrations.failed_source_is_swept, guests.last_copy_is_kept, first=2),
 )
