@@ -141,10 +141,13 @@ class LeaderLink:
             raise NoLeader("no replica leads at present")
         answer = await self._unless_replaced(address, self._call(address, request, limit_s))
         if isinstance(answer, PeerRefused):
+            error = error_of(answer.problem)
             # Whoever asks here next is to find what stood against it.
-            if not await self._has_seen(answer.revision):
-                raise Unavailable(f"{answer.problem.detail}; this replica has not seen it yet")
-            raise error_of(answer.problem)
+            seen = await self._has_seen(answer.revision)
+            # What may have been done stays so: only a refusal says that nothing was.
+            if seen or isinstance(error, OutcomeUnknown):
+                raise error
+            raise Unavailable(f"{error}; this replica has not seen it yet")
         if not isinstance(answer, kind):
             raise OutcomeUnknown(f"the leader at {address} answered something else")
         return answer

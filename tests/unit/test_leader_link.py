@@ -187,6 +187,19 @@ def test_a_replica_that_stays_behind_says_that_nothing_was_done() -> None:
     run_virtual(main())
 
 
+def test_a_replica_that_stays_behind_does_not_say_of_a_doubt_that_nothing_was_done() -> None:
+    async def main() -> None:
+        doubt = refuses(OutcomeUnknown("etcd does not answer"), revision=7)
+        world = World(doubt)
+        with pytest.raises(OutcomeUnknown, match="does not answer"):
+            await world.link.submit(CORDON)
+        assert len(world.sent) == 1
+        world = World(doubt, commits())
+        assert (await world.link.submit(KEYED)).result == "vm-9"
+
+    run_virtual(main())
+
+
 def test_a_request_waits_while_nobody_leads() -> None:
     async def main() -> None:
         world = World(refuses(NoLeader("not yet")), fails(Disconnected("gone")), commits())
