@@ -17,8 +17,8 @@ from msgspec import Struct
 
 from controlplane.backup.file import BackupFile
 from controlplane.backup.format import Summary
+from controlplane.backup.into_etcd import Present, look, refusals, write
 from controlplane.backup.restoration import Restoration, make_restoration, new_epoch
-from controlplane.backup.restore import Present, look, refusals, write
 from controlplane.config import DEFAULT_CONFIG, ControlPlaneConfig
 from controlplane.replica_files import etcd_tls, history_file, only_process, read_founding
 from controlplane.store.etcd_pool import connect

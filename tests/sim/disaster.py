@@ -6,8 +6,8 @@ import itertools
 from contextlib import aclosing
 
 from controlplane.backup.format import Key, Reading, Summary
+from controlplane.backup.into_etcd import look, refusals, write
 from controlplane.backup.restoration import Restoration, make_restoration, new_epoch
-from controlplane.backup.restore import look, refusals, write
 from controlplane.backup.take import take
 from controlplane.services.cluster import show_cluster
 from controlplane.services.views import RestoreView

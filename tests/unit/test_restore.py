@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.backup.format import Header
+from controlplane.backup.into_etcd import RESTORING, Present, look, refusals, write
 from controlplane.backup.restoration import Restoration, make_restoration
-from controlplane.backup.restore import RESTORING, Present, look, refusals, write
 from controlplane.store import keys
 from controlplane.store.history import History
 from controlplane.store.port import Committed, Fence, NotCommitted, Put, Store, Write
