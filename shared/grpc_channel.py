@@ -13,6 +13,7 @@ import grpc
 
 from shared.codec import pack, unpack
 from shared.errors import Disconnected
+from shared.protocol import MESSAGE_BYTES_MAX
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -22,8 +23,8 @@ _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 # gRPC's own limits are stated, never inherited.
 CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),

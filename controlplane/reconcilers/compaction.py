@@ -27,8 +27,7 @@ class CompactStore:
 
     async def reconcile(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        if not self._seen or now_s - self._seen[-1][0] >= self.period_s:
-            self._seen.append((now_s, self._state.revision))
+        self._seen.append((now_s, self._state.revision))
         old = 0
         while self._seen and now_s - self._seen[0][0] >= KEPT_S:
             old = self._seen.popleft()[1]
