@@ -29,21 +29,10 @@ from starlette.routing import Route
 from controlplane.api.server import ApiServer, ApiServerSettings
 from controlplane.api.stream import EventStreams
 from controlplane.pki import issue, key_pem, make_authority, new_key
-from shared.ids import domain_uuid
-from shared.model import (
-    Attempt,
-    AttemptState,
-    BootSpec,
-    DiskSpec,
-    NicSpec,
-    ObservedPower,
-    Vm,
-    VmSpec,
-    VmStatus,
-)
 from shared.tls import Identity, Role
 from tests.bench.bootstrap import lower_bound
 from tests.bench.result import BenchResult, figure
+from tests.running_vms import running_vm
 from tests.unit.api_world import BORN, CELL, World
 
 VMS = 50_000
@@ -191,38 +180,7 @@ def _cell() -> World:
     world = World()
     nodes = [world.join(f"n{number}") for number in range(NODES)]
     for number in range(VMS):
-        world.state.put(_vm(world.ids.new("vm"), number, nodes[number % NODES]), number + 1)
+        vm = running_vm(world.ids.new("vm"), number, nodes[number % NODES], "boot", BORN)
+        world.state.put(vm, number + 1)
     world.state.advanced(VMS)
     return world
-
-
-def _vm(vm_id: str, number: int, node_id: str) -> Vm:
-    return Vm(
-        id=vm_id,
-        name=f"web-{number}",
-        labels={"tier": "gold", "team": f"t{number % 10}"},
-        created_at=BORN,
-        updated_at=BORN,
-        spec=VmSpec(
-            vcpus=2,
-            memory_mib=2048,
-            boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=ttyS0"),
-            disks=(DiskSpec(name="root", size_gib=20),),
-            nics=(NicSpec(network="lan"),),
-        ),
-        domain_name=vm_id,
-        domain_uuid=domain_uuid(vm_id),
-        status=VmStatus(
-            node=node_id,
-            generation=1,
-            attempt=Attempt(
-                generation=1,
-                node=node_id,
-                boot_id="boot",
-                state=AttemptState.RUNNING,
-                permitted_at=BORN,
-            ),
-            power_seen=ObservedPower.RUNNING,
-            observed_revision=number + 1,
-        ),
-    )

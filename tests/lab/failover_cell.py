@@ -31,20 +31,12 @@ from controlplane.store.etcd_pool import connect
 from controlplane.store.port import Committed, Fence, Put
 from shared.clock import SystemClock
 from shared.codec import pack, unpack
-from shared.ids import IdSource, domain_uuid
+from shared.ids import IdSource
 from shared.model import (
     Applied,
-    Attempt,
-    AttemptState,
-    BootSpec,
-    DiskSpec,
     LeaderKey,
-    NicSpec,
-    ObservedPower,
     Power,
     Vm,
-    VmSpec,
-    VmStatus,
 )
 from tests.lab.agent_crowd import boot_id, node_name
 from tests.lab.cluster import Lab, LabPlan
@@ -53,6 +45,7 @@ from tests.lab.layout import AGENTS_PORT, API_PORT, LOG_DIR, replica_address
 from tests.lab.link import wait_until
 from tests.lab.trial import Trial, new_vm
 from tests.lab.witness import Witness
+from tests.running_vms import running_vm
 
 REPLICAS = 3
 MEMBERS = 3
@@ -230,7 +223,8 @@ class FailoverCell:
         ids = IdSource(self._cell(), clock, random.Random(os.urandom(16)))
         for number in range(self._records):
             place = number % len(node_ids)
-            yield _running_vm(ids.new("vm"), number, node_ids[place], boot_id(place), clock)
+            boot, now = boot_id(place), clock.now()
+            yield running_vm(ids.new("vm"), number, node_ids[place], boot, now)
 
     def _cell(self) -> str:
         return str(json.loads((CELL_DIR / "cluster.json").read_text())["cell"])
@@ -265,36 +259,6 @@ class FailoverCell:
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
         return process
-
-
-def _running_vm(vm_id: str, number: int, node_id: str, boot: str, clock: SystemClock) -> Vm:
-    now = clock.now()
-    attempt = Attempt(
-        generation=1, node=node_id, boot_id=boot, state=AttemptState.RUNNING, permitted_at=now
-    )
-    return Vm(
-        id=vm_id,
-        name=f"load-{number}",
-        labels={"tier": "gold", "team": f"t{number % 10}"},
-        created_at=now,
-        updated_at=now,
-        spec=VmSpec(
-            vcpus=1,
-            memory_mib=2048,
-            boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=ttyS0"),
-            disks=(DiskSpec(name="root", size_gib=20),),
-            nics=(NicSpec(network="lan"),),
-        ),
-        domain_name=vm_id,
-        domain_uuid=domain_uuid(vm_id),
-        status=VmStatus(
-            node=node_id,
-            generation=1,
-            attempt=attempt,
-            power_seen=ObservedPower.RUNNING,
-            has_run=True,
-        ),
-    )
 
 
 def _groups(vms: Iterator[Vm]) -> Iterator[list[Vm]]:
