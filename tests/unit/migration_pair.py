@@ -125,6 +125,13 @@ class Pair:
 
         await until(reached)
 
+    async def arrive_unheard(self) -> None:
+        """Bring the guest to its destination, while the source waits for the answer for ever."""
+        self.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
+        await self.prepare()
+        self.tell(SOURCE, MigrationStage.TRANSFER)
+        await self.until_end(DESTINATION, EndState.RUNNING)
+
     def running(self) -> dict[str, int]:
         """Return under which generation the guest runs, by node."""
         nodes = {node.name: node.state.domains.get(VM) for node in (self.one, self.two)}

@@ -32,10 +32,7 @@ Stage = MigrationStage
 
 async def split(it: Pair) -> None:
     """Break the relay between the switch and the word of it: libvirt lets the guest run on both."""
-    it.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
-    await it.prepare()
-    it.tell(SOURCE, Stage.TRANSFER)
-    await it.until_end(DESTINATION, EndState.RUNNING)
+    await it.arrive_unheard()
     it.fabric.relays[f"{VM}.{NEW}"].end()
 
 
@@ -60,10 +57,7 @@ def test_a_guest_that_came_back_without_an_agent_is_held_when_one_starts() -> No
 
     async def main() -> None:
         async with pair() as it:
-            it.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
-            await it.prepare()
-            it.tell(SOURCE, Stage.TRANSFER)
-            await it.until_end(DESTINATION, EndState.RUNNING)
+            await it.arrive_unheard()
             await it.one.stop_agent()
             it.fabric.relays[f"{VM}.{NEW}"].end()
             await asyncio.sleep(1)
@@ -198,10 +192,7 @@ def test_a_transfer_that_begins_late_is_ended_before_the_guest_is_given_back() -
 
 async def moved_but_not_forgotten(it: Pair) -> None:
     """Have the guest run on its new node, and its old domain stand still for ever."""
-    it.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
-    await it.prepare()
-    it.tell(SOURCE, Stage.TRANSFER)
-    await it.until_end(DESTINATION, EndState.RUNNING)
+    await it.arrive_unheard()
     it.one.state.libvirtd_dies()
     it.one.state.libvirtd_returns()
     assert await it.end(SOURCE) is EndState.AWAY

@@ -415,10 +415,7 @@ def test_while_libvirtd_is_away_nothing_is_said_to_be_over() -> None:
 def test_a_source_that_heard_nothing_of_the_switch_stays_paused_until_it_is_told() -> None:
     async def main() -> None:
         async with pair() as it:
-            it.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
-            await it.prepare()
-            it.tell(SOURCE, Stage.TRANSFER)
-            await it.until_end(DESTINATION, EndState.RUNNING)
+            await it.arrive_unheard()
             it.one.state.libvirtd_dies()
             await asyncio.sleep(1)
             it.one.state.libvirtd_returns()

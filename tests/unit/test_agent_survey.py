@@ -142,10 +142,7 @@ def test_a_move_that_libvirt_has_not_been_told_of_yet_is_under_way() -> None:
 def test_a_guest_that_came_back_from_a_move_is_held_and_said_to_be_departing() -> None:
     async def main() -> None:
         async with pair() as it:
-            it.fabric.times = replace(TIMES, reply_s=FOR_EVER_S)
-            await it.prepare()
-            it.tell(SOURCE, MigrationStage.TRANSFER)
-            await it.until_end(DESTINATION, EndState.RUNNING)
+            await it.arrive_unheard()
             it.fabric.relays[f"{VM}.{NEW}"].end()
             await asyncio.sleep(1)
             assert await survey(it.one) == [seen(OLD, EndState.HELD, departing=True)]
