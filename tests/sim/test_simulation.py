@@ -23,17 +23,6 @@ PARTS = 10
 SEEDS_PER_PART = 10
 # A planted bug is searched for in so many seeds, from one that is known to be near.
 SEARCH_MAX = 1000
-# Found too, but only after tens of seeds: each of these takes longer than all others together.
-RARE = {
-    "failures_reported_as_success",
-    "fence_forgets_generations",
-    "leftovers_are_no_rivals",
-    "return_codes_decide",
-    "running_destination_is_cleaned",
-    "silence_is_death",
-    "takeover_without_a_listing",
-    "unreachable_is_empty",
-}
 # Many faults in a short time, so that every kind comes within a few seeds.
 BUSY = SimulationSettings(faults=60, duration_s=200.0)
 BUSY_SEEDS = range(100, 105)
@@ -90,17 +79,7 @@ def test_a_failure_prints_the_command_that_replays_it(capsys: pytest.CaptureFixt
     assert "./dev sim --start 0 --seeds 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [
-        pytest.param(
-            bug,
-            id=bug.plant.__name__,
-            marks=pytest.mark.long if bug.plant.__name__ in RARE else (),
-        )
-        for bug in PLANTED
-    ],
-)
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.plant.__name__)
 def test_a_planted_bug_is_found(bug: PlantedBug) -> None:
     with bug.plant():
         for seed in range(bug.first, bug.first + SEARCH_MAX):
