@@ -3,11 +3,15 @@
 Without ``--long`` the tests marked ``long`` are left out; with it, only they run. A shard is chosen
 by a hash of each test's name, so that it stays the same whatever else is added. The resume file
 lists the tests that passed, one a line; a later run with the same file leaves them out.
+
+Whatever a test runs may set up logging for its process: each test finds it as pytest set it up.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +45,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 class _Passed:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from shared.log import JsonFormatter, set_up_logging
 
@@ -44,19 +41,11 @@ def test_the_chain_of_causes_is_told() -> None:
     assert "ValueError: effect" in line["exception"]
 
 
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    logger = logging.getLogger()
-    kept, level = logger.handlers[:], logger.level
-    yield logger
-    logger.handlers[:] = kept
-    logger.setLevel(level)
-
-
-def test_there_is_one_handler_however_often_it_is_set_up(root: logging.Logger) -> None:
+def test_there_is_one_handler_however_often_it_is_set_up() -> None:
     for level in ("info", "debug"):
         set_up_logging(level)
 
+    root = logging.getLogger()
     assert root.level == logging.DEBUG
     assert len(root.handlers) == 1
     assert isinstance(root.handlers[0].formatter, JsonFormatter)
