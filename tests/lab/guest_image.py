@@ -62,6 +62,8 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
+# The kernel's messages come out of the same port, and would tear the lines below.
+echo 1 >/proc/sys/kernel/printk
 
 read -r uptime rest </proc/uptime
 echo "boot $uptime"

@@ -123,10 +123,7 @@ class Trial:
         return witness.boots(node.inside(Path(CONSOLE_DIR) / f"{vm.id}.log"))
 
     def progress(self, vm: VmView) -> int:
-        """Return how many counts a guest has written in all its boots.
-
-        The line that tells of a boot may be torn by the kernel's own messages; counts go on.
-        """
+        """Return how many counts a guest has written in all its boots."""
         return sum(len(boot.counts) for boot in self.counts(vm))
 
     def wait_counting(self, vms: Collection[VmView]) -> None:
