@@ -40,7 +40,7 @@ from controlplane.services.requests import DryRunQuery, EventQuery, WaitQuery
 from controlplane.services.revisions import epoch_of, parse_cluster_revision
 from controlplane.services.scope import authorize
 from controlplane.services.views import OperationView
-from controlplane.services.writes import TiedSubmit, answer_again, tied
+from controlplane.services.writes import carry_out, tied
 from controlplane.telemetry.exporter import Metrics
 from shared.errors import MalformedRequest, Overloaded, Unavailable
 from shared.states import OPERATION_ENDS
@@ -207,12 +207,13 @@ class Endpoint:
             rehearsal = Rehearsal(context.state, context.clock, self._expected(request))
             call = self._call(tied(context, rehearsal), request, body)
             return json_answer(200, await request.route.handler(call))
-        result: object = None if key is None else await answer_again(context, principal, key)
-        replayed = result is not None
-        if not replayed:
-            submit = TiedSubmit(context.submit, key, self._expected(request))
-            result = await request.route.handler(self._call(tied(context, submit), request, body))
-            replayed = submit.replayed
+        result, replayed = await carry_out(
+            context,
+            principal,
+            key,
+            lambda: self._expected(request),
+            lambda tied_to: request.route.handler(self._call(tied_to, request, body)),
+        )
         more: Headers = (REPLAYED,) if replayed else ()
         etag = etag_of(context.state, result)
         wait_s = preferred_wait_s(request.sent.prefer)

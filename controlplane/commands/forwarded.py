@@ -8,6 +8,7 @@ from __future__ import annotations
 from controlplane.commands.cluster import RecordStoreRepair, StepDown
 from controlplane.commands.drains import RequestDrain
 from controlplane.commands.migrations import RequestMigration
+from controlplane.commands.newest import ProveNewest
 from controlplane.commands.nodes import SetCordon
 from controlplane.commands.recovery import DeclareGone
 from controlplane.commands.sagas import CancelOperation
@@ -28,4 +29,5 @@ Forwardable = (
     | FinalizeUpgrade
     | StepDown
     | RecordStoreRepair
+    | ProveNewest
 )

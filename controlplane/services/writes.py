@@ -7,9 +7,12 @@ one change, and a second would be answered with the first.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from msgspec.structs import replace
 
 from controlplane.commands.draft import Command
+from controlplane.commands.newest import ProveNewest
 from controlplane.commands.terms import Expected, OnTerms, RequestKey, check_same, still_kept
 from controlplane.services import cluster, vms
 from controlplane.services.context import Context, Principal, Result, Submit
@@ -23,7 +26,7 @@ from controlplane.services.views import (
     VmView,
     operation_view,
 )
-from shared.errors import NotFound
+from shared.errors import NotFound, OutcomeUnknown, Unavailable, ValidationFailed
 
 # Of the ids that stand for what a request became; a create becomes its operation.
 VM_ID_PREFIX = "vm-"
@@ -31,8 +34,14 @@ VM_ID_PREFIX = "vm-"
 Object = OperationView | NodeView | VmView | ClusterView
 
 
+UseCase = Callable[[Context], Awaitable[object]]
+
+
 class TiedSubmit:
-    """Submits the one command of a request on its terms; ``replayed`` once it was done before."""
+    """Submits the one command of a request on its terms.
+
+    ``done`` once it was committed; ``replayed`` when that was by an earlier request.
+    """
 
     def __init__(
         self, submit: Submit, key: RequestKey | None = None, expected: Expected | None = None
@@ -41,6 +50,7 @@ class TiedSubmit:
         self._key = key
         self._expected = expected
         self._used = False
+        self.done = False
         self.replayed = False
 
     async def __call__(self, command: Command[Result]) -> Result:
@@ -49,7 +59,7 @@ class TiedSubmit:
         decided = await self._submit(
             OnTerms(command=command, key=self._key, expected=self._expected)
         )
-        self.replayed = decided.replayed
+        self.done, self.replayed = True, decided.replayed
         return decided.result
 
 
@@ -57,7 +67,42 @@ def tied(context: Context, submit: Submit) -> Context:
     return replace(context, submit=submit)
 
 
-async def answer_again(context: Context, principal: Principal, key: RequestKey) -> Object | None:
+async def carry_out(
+    context: Context,
+    principal: Principal,
+    key: RequestKey | None,
+    expected: Callable[[], Expected | None],
+    use_case: UseCase,
+) -> tuple[object, bool]:
+    """Return what a write returns, and whether an earlier request under its key had done it.
+
+    Use cases look names up in this replica's memory, which is behind the leader's while it follows,
+    and older still while it takes over. Nobody is told on such grounds that something is not there:
+    a write that fails on it is done again once memory is proven to be the newest.
+    """
+    for is_last in (False, True):
+        if key is not None and (known := await _answer_again(context, principal, key)) is not None:
+            return known, True
+        submit: TiedSubmit | None = None
+        try:
+            submit = TiedSubmit(context.submit, key, expected())
+            return await use_case(tied(context, submit)), submit.replayed
+        except (NotFound, ValidationFailed):
+            if is_last or (submit is not None and submit.done):
+                raise
+        await _catch_up(context)
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def _catch_up(context: Context) -> None:
+    """Return once this replica's memory is the newest. Raises Unavailable: nothing was changed."""
+    try:
+        await context.submit(ProveNewest())
+    except OutcomeUnknown as unknown:
+        raise Unavailable(f"what there is cannot be told just now: {unknown}") from unknown
+
+
+async def _answer_again(context: Context, principal: Principal, key: RequestKey) -> Object | None:
     """Return what a request became that this replica knows to be done; None when it is new.
 
     Asked before the use case, which might not find any more what it had deleted. Raises

@@ -163,15 +163,15 @@ class Lab:
         replica = next(r for r in self.replicas if r.name == name)
         self.link.stop(name)
         self._releases[name] = release
-        self._start_replica(replica, "/readyz")
+        self._start_replica(replica)
 
     def start_replicas(self) -> None:
-        """Start all replicas, and return once they answer."""
-        first, *others = self.replicas
-        # Alone it becomes the leader, so that every lab begins alike; others only answer.
-        self._start_replica(first, "/readyz")
-        for replica in others:
-            self._start_replica(replica, "/healthz")
+        """Start all replicas, and return once they serve.
+
+        Alone the first becomes the leader, so that every lab begins alike.
+        """
+        for replica in self.replicas:
+            self._start_replica(replica)
 
     def wait_for_nodes(self) -> None:
         """Return once the control plane calls every node ready; raises LabError."""
@@ -265,12 +265,12 @@ class Lab:
             memory_mib=self.plan.memory_mib,
         )
 
-    def _start_replica(self, replica: Replica, sign: str) -> None:
+    def _start_replica(self, replica: Replica) -> None:
         self.link.start(_replica_program(replica, self.release_of(replica.name)))
         self.link.wait_for(
             replica.name,
-            partial(_answers, replica, sign),
-            f"replica {replica.name} to answer {sign}",
+            partial(serves, replica),
+            f"replica {replica.name} to be ready",
             limit_s=REPLICA_READY_LIMIT_S,
         )
 
@@ -373,14 +373,14 @@ def _replica_program(replica: Replica, release: Release) -> Program:
     )
 
 
-def _answers(replica: Replica, path: str) -> bool:
-    """Tell whether a replica answers a path with 200."""
+def serves(replica: Replica) -> bool:
+    """Tell whether a replica says that it is ready."""
     context = ssl.create_default_context(cafile=str(CELL_DIR / "ca.crt"))
     connection = http.client.HTTPSConnection(
         replica.address, layout.API_PORT, timeout=2.0, context=context
     )
     try:
-        connection.request("GET", path)
+        connection.request("GET", "/readyz")
         return connection.getresponse().status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False

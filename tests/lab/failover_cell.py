@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from shared.model import (
     Vm,
 )
 from tests.lab.agent_crowd import boot_id, node_name
-from tests.lab.cluster import Lab, LabPlan
+from tests.lab.cluster import Lab, LabPlan, serves
 from tests.lab.configs import CELL_DIR
 from tests.lab.layout import AGENTS_PORT, API_PORT, LOG_DIR, replica_address
 from tests.lab.link import wait_until
@@ -144,12 +145,10 @@ class FailoverCell:
         return texts
 
     def settle(self) -> None:
-        """Return once every replica answers, every node is ready, and writes are accepted."""
+        """Return once every replica and every node is ready, and writes are accepted."""
         for replica in self.lab.replicas:
             wait_until(
-                lambda name=replica.name: self.lab.link.lives(name),  # type: ignore[misc]
-                f"{replica.name} to live",
-                limit_s=REPLICA_LIMIT_S,
+                partial(serves, replica), f"{replica.name} to be ready", limit_s=REPLICA_LIMIT_S
             )
         self._nodes_back()
         self.wait_accepted(WRITERS * 5)

@@ -25,13 +25,13 @@ from controlplane.services.operations import cancel_operation, get_operation
 from controlplane.services.requests import CordonOrder, DrainOrder, MigrateOrder, NewVm, VmQuery
 from controlplane.services.views import OperationView, VmList
 from controlplane.services.vms import act_on_vm, create_vm, delete_vm, list_vms
-from controlplane.services.writes import TiedSubmit, answer_again, tied
+from controlplane.services.writes import carry_out
 from controlplane.state import ClusterState
 from shared.errors import NotFound, NovacronError, OutcomeUnknown, Unavailable
 from shared.model import VmSpec
 from shared.states import OPERATION_ENDS, VmAction
 from tests.sim.cluster import SimCluster
-from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger, Viewed
+from tests.sim.ledger import Acknowledged, DeleteAsked, Ledger, ToldGone, Viewed
 from tests.sim.previous_processes import serve_use_case
 from tests.sim.process import current
 
@@ -74,13 +74,10 @@ class Client:
 
     async def act(self, vm_id: str, action: VmAction) -> None:
         deadline_s = self._rng.choice((0.0, 2.0, 10.0))
-        await self._ask(
-            action.value,
-            use(act_on_vm, vm_id, action, deadline_s),
-        )
+        await self._ask(action.value, use(act_on_vm, vm_id, action, deadline_s), vm_id)
 
     async def migrate(self, vm_id: str) -> None:
-        await self._ask("migrate", use(migrate_vm, vm_id, ANYWHERE))
+        await self._ask("migrate", use(migrate_vm, vm_id, ANYWHERE), vm_id)
 
     async def drain(self, node_name: str) -> str:
         """Return how it ended."""
@@ -114,16 +111,27 @@ class Client:
 
     async def delete(self, vm_id: str) -> None:
         self._cluster.observe(DeleteAsked(vm_id))
-        await self._ask("delete", use(delete_vm, vm_id))
+        await self._ask("delete", use(delete_vm, vm_id), vm_id)
+
+    def _about(self, vm_id: str, work: Work) -> Work:
+        """Tell the judge when a write of a VM hears that there is no such VM."""
+
+        async def about(context: Context, who: Principal) -> OperationView:
+            try:
+                return await work(context, who)
+            except NotFound:
+                if vm_id and isinstance(context, Context) and not _has_missed_something():
+                    self._cluster.observe(ToldGone(vm_id))
+                raise
+
+        return about
 
     async def look(self) -> None:
         """List the VMs at any replica, which must know at least what was seen before."""
         floor = self._floor
 
         async def look(context: Context, who: Principal) -> VmList:
-            process = current()
-            if process is not None and process.missed_events:
-                # It cannot know before it compares its memory with etcd's list the next time.
+            if _has_missed_something():
                 raise Unavailable("a watch of this replica has left something out")
             if not isinstance(context, Context):
                 raise Unavailable("lists of 0.1 are of no moment")
@@ -139,11 +147,13 @@ class Client:
         vms = tuple((vm.id, _revision(vm.revision)) for vm in shown.items)
         self._cluster.observe(Viewed(revision, floor, vms))
 
-    async def _ask(self, verb: str, work: Work) -> str:
-        """Ask, follow what was accepted, and return how it ended: a state, or what was refused."""
+    async def _ask(self, verb: str, work: Work, vm_id: str = "") -> str:
+        """Ask, follow what was accepted, and return how it ended: a state, or what was refused.
+
+        ``vm_id``: which VM is to be changed.
+        """
         key = self._new_key() if self.has_keys and self._rng.random() < KEYED_SHARE else ""
-        if key:
-            work = _keyed(key, work)
+        work = self._about(vm_id, _write(key, work))
         try:
             operation = await self._patiently(work, repeatable=bool(key))
             self._cluster.observe(Acknowledged(operation.id, operation.target, key))
@@ -226,17 +236,26 @@ def use(use_case: Callable[..., Awaitable[OperationView]], *arguments: Any) -> W
     return lambda context, who: served(use_case, context, who, *arguments)
 
 
-def _keyed(key: str, work: Work) -> Work:
-    """Do as the API does with a request that carries an idempotency key."""
-    terms = RequestKey(id=key, principal="user", fingerprint=key)
+def _write(key: str, work: Work) -> Work:
+    """Do as the API does with a write, which may carry an idempotency key."""
+    terms = RequestKey(id=key, principal="user", fingerprint=key) if key else None
 
-    async def keyed(context: Context, who: Principal) -> OperationView:
-        known = await answer_again(context, who, terms)
-        if isinstance(known, OperationView):
-            return known
-        return await work(tied(context, TiedSubmit(context.submit, terms)), who)
+    async def write(context: Context, who: Principal) -> OperationView:
+        if not isinstance(context, Context):
+            return await work(context, who)
+        result, _ = await carry_out(
+            context, who, terms, lambda: None, lambda tied_to: work(tied_to, who)
+        )
+        assert isinstance(result, OperationView), "every write here is accepted as one"
+        return result
 
-    return keyed
+    return write
+
+
+def _has_missed_something() -> bool:
+    """Whether this replica cannot know better before it compares its memory with etcd's list."""
+    process = current()
+    return process is not None and process.missed_events
 
 
 async def _caught_up(state: ClusterState, floor: int) -> None:

@@ -139,6 +139,12 @@ class DeleteAsked(Struct, frozen=True):
     vm_id: str
 
 
+class ToldGone(Struct, frozen=True):
+    """A client that meant to change a VM was told that there is none."""
+
+    vm_id: str
+
+
 class Acknowledged(Struct, frozen=True):
     """A client was told that its operation is accepted; ``key``: which it had sent with it."""
 
@@ -188,6 +194,7 @@ SimEvent = (
     | Restarting
     | Pausing
     | DeleteAsked
+    | ToldGone
     | Acknowledged
     | Viewed
     | Measured

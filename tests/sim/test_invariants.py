@@ -64,6 +64,7 @@ from tests.sim.ledger import (
     SimEvent,
     Started,
     StillRuns,
+    ToldGone,
     Viewed,
 )
 
@@ -219,6 +220,7 @@ CASES: dict[str, tuple[tuple[SimEvent, ...], SimEvent]] = {
     "changes_are_audited": ((), commit(3, replace(OPERATION, id="op-b"))),
     "key_is_used_once": ((commit(3, KEY),), commit(4, replace(KEY, result="op-b"))),
     "views_are_monotone": ((Viewed(2, 2, (("vm-a", 2),)),), Viewed(2, 3, (("vm-a", 2),))),
+    "what_is_there_is_found": ((), ToldGone("vm-a")),
     "nothing_grows_without_bound": ((Measured("one", "x", 1, 1),), Measured("one", "x", 2, 1)),
     "end_was_wanted": ((RUNS,), Ended("a", "vm-a", 1, by_agent=True)),
     "erased_was_deleted": ((), Erased("a", "vm-a")),

@@ -181,8 +181,9 @@ class World:
         draft = Draft(self.state, self.ids, self.clock.now())
         decided = command.decide(draft)
         sealed = draft.sealed(self.state.last_seq)
-        revision = self.state.revision + 1
-        take_writes(self.state, sealed.changes, sealed.history, sealed.trimmed, revision)
+        if sealed:
+            revision = self.state.revision + 1
+            take_writes(self.state, sealed.changes, sealed.history, sealed.trimmed, revision)
         return decided
 
     async def submit(self, command: Command[Result]) -> Result:

@@ -7,7 +7,7 @@ recorded histories than the simulation's. Which promises they stand for:
 I1 one runner             single_runner, returned_guest_is_held
 I2 authority to start     start_was_permitted, generation_used_once, generations_only_rise
 I3 nothing is lost        nothing_acknowledged_is_lost; at rest: acknowledged_is_kept
-I4 linearizability        of recorded histories: tests/histories
+I4 linearizability        what_is_there_is_found; of recorded histories: tests/histories
 I5 one end                operation_ends_once; at rest: everything_settles
 I6 effects at most once   moves_are_begun_once, restarted_once, generation_used_once
 I7 idempotency            key_is_used_once
@@ -99,6 +99,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     records.key_is_used_once,
     records.nothing_acknowledged_is_lost,
     records.views_are_monotone,
+    records.what_is_there_is_found,
     records.nothing_grows_without_bound,
     records.no_process_dies_by_itself,
 )

@@ -17,6 +17,7 @@ from tests.sim.ledger import (
     Ledger,
     Measured,
     SimEvent,
+    ToldGone,
     Viewed,
     attempt_is_open,
 )
@@ -155,6 +156,14 @@ def views_are_monotone(before: Ledger, event: SimEvent) -> Iterator[str]:
                 f"{vm_id} is shown of {shown.get(vm_id)} at {event.revision}, "
                 f"it was written at {there.get(vm_id)}"
             )
+
+
+def what_is_there_is_found(before: Ledger, event: SimEvent) -> Iterator[str]:
+    """I4: A write is refused for what is gone, never for what a replica has not seen yet."""
+    if not isinstance(event, ToldGone) or event.vm_id in before.delete_asked:
+        return
+    if event.vm_id in before.vms:
+        yield f"somebody was told that there is no {event.vm_id}"
 
 
 def nothing_grows_without_bound(before: Ledger, event: SimEvent) -> Iterator[str]:

@@ -49,6 +49,7 @@ PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(control_plane.keys_are_not_kept, records.key_is_used_once, first=13),
     PlantedBug(control_plane.a_stop_is_not_audited, records.changes_are_audited, first=3),
     PlantedBug(control_plane.lost_watches_are_forgotten, records.views_are_monotone, first=1),
+    PlantedBug(control_plane.old_memory_says_what_is_there, records.what_is_there_is_found),
     PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=27),
     PlantedBug(migrations.switched_source_is_resumed, guests.single_runner),
     PlantedBug(migrations.return_codes_decide, moves.owner_has_the_guest, first=19),

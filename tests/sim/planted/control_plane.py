@@ -16,6 +16,8 @@ from controlplane.commands.draft import Draft, SealedDraft
 from controlplane.commands.operations import put_vm
 from controlplane.commands.terms import OnTerms
 from controlplane.reconcilers.silence import NoteSilence
+from controlplane.services import writes
+from controlplane.services.context import Context
 from controlplane.state import ClusterState
 from controlplane.store import applier
 from controlplane.store.applier import Applier
@@ -233,3 +235,12 @@ def takeover_without_a_listing() -> AbstractContextManager[Any]:
             await load(self, revision_min)
 
     return patch.object(Informer, "load", trusting)
+
+
+def old_memory_says_what_is_there() -> AbstractContextManager[Any]:
+    """A write is refused for what this replica's memory lacks, however old that is."""
+
+    async def at_once(context: Context) -> None:
+        return
+
+    return patch.object(writes, "_catch_up", at_once)
