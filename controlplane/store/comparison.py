@@ -14,13 +14,9 @@ import logging
 
 from controlplane.state import ClusterState
 from controlplane.store import keys
-from controlplane.store.informer import (
-    COMPARED_AT_ONCE,
-    Difference,
-    Informer,
-    known_revision,
-)
+from controlplane.store.informer import Difference, Informer
 from controlplane.store.port import KeyValue, Listing, Store
+from controlplane.store.reading import COMPARED_AT_ONCE, known_revision
 from shared.errors import NovacronError, RecordUnreadable
 
 log = logging.getLogger(__name__)
@@ -58,7 +54,10 @@ class Comparison:
         self._informer.note_differences(found)
 
     async def _differences(self) -> frozenset[Difference]:
-        """Return what memory has not, or has of before, or has no longer to have."""
+        """Return what memory has not, or has of before, or has no longer to have.
+
+        When there is nothing the informer is told at which revision.
+        """
         listing = await self._store.list(keys.ROOT, keys_only=True)
         found: set[Difference] = set()
         for start in range(0, len(listing.items), COMPARED_AT_ONCE):
@@ -67,7 +66,10 @@ class Comparison:
                 if known < item.mod_revision:
                     found.add(Difference(item.key, item.mod_revision, known))
             await asyncio.sleep(0)
-        return frozenset(found | self._unlisted(listing))
+        found |= self._unlisted(listing)
+        if not found:
+            self._informer.note_whole(listing.revision)
+        return frozenset(found)
 
     def _known(self, item: KeyValue) -> int:
         """Return at which revision memory has a key; of what it cannot have, the one listed."""

@@ -128,7 +128,7 @@ class GrpcMember:
         reply = await self._call(
             self._range, _range_request(request), deadline_s, revision=request.revision
         )
-        return Ranged(_header(reply), _key_values(reply.kvs), reply.more)
+        return Ranged(_header(reply), _key_values(reply.kvs), reply.more, reply.count)
 
     async def txn(self, request: Txn, deadline_s: float) -> TxnDone:
         message = pb.TxnRequest(
@@ -388,6 +388,7 @@ def _range_request(op: RangeOp) -> Any:
         limit=op.limit,
         revision=op.revision,
         keys_only=op.keys_only,
+        min_mod_revision=op.mod_revision_min,
     )
 
 

@@ -89,16 +89,26 @@ class EtcdStore:
         self._rng = rng
         self._page_keys = page_keys
 
-    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
+    async def list(
+        self, prefix: str, *, revision_min: int = 0, keys_only: bool = False, changed_from: int = 0
+    ) -> Listing:
+        wanted = RangeOp(
+            prefix,
+            prefix_end(prefix),
+            self._page_keys,
+            keys_only=keys_only,
+            mod_revision_min=changed_from,
+        )
         for _ in range(LISTINGS_MAX):
             try:
-                return await self._list(prefix, revision_min, keys_only)
+                return await self._list(wanted, revision_min)
             except Compacted as error:
                 problem = error
         raise StoreUnavailable(f"{prefix} changes faster than it can be listed") from problem
 
     async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
-        async for page in self._pages(prefix, 0):
+        wanted = RangeOp(prefix, prefix_end(prefix), self._page_keys)
+        async for page in self._pages(wanted, 0):
             yield page
 
     async def get(self, key: str, *, revision: int = 0) -> KeyValue | None:
@@ -224,26 +234,25 @@ class EtcdStore:
     async def close(self) -> None:
         await self._members.close()
 
-    async def _list(self, prefix: str, revision_min: int, keys_only: bool) -> Listing:
+    async def _list(self, wanted: RangeOp, revision_min: int) -> Listing:
         items: builtins.list[KeyValue] = []
-        revision = 0
-        async for page in self._pages(prefix, revision_min, keys_only=keys_only):
-            revision = page.revision
+        revision = count = 0
+        async for page in self._pages(wanted, revision_min):
+            revision, count = page.revision, page.count
             items += page.items
-        return Listing(revision, tuple(items))
+        return Listing(revision, tuple(items), count)
 
-    async def _pages(
-        self, prefix: str, revision_min: int, *, keys_only: bool = False
-    ) -> AsyncGenerator[Listing]:
-        end, start, revision = prefix_end(prefix), prefix, 0
+    async def _pages(self, wanted: RangeOp, revision_min: int) -> AsyncGenerator[Listing]:
+        revision = count = 0
         while True:
-            page = RangeOp(start, end, self._page_keys, revision, keys_only)
-            answer = await self._page(page, revision_min)
-            revision = revision or answer.header.revision
-            yield Listing(revision, answer.items)
+            answer = await self._page(wanted, revision_min)
+            # Of the first page: the following ones are counted from where they begin.
+            revision, count = revision or answer.header.revision, count or answer.count
+            yield Listing(revision, answer.items, count)
             if not answer.more:
                 return
             start = answer.items[-1].key + "\0"
+            wanted = structs.replace(wanted, key=start, revision=revision)
 
     async def _page(self, page: RangeOp, revision_min: int) -> Ranged:
         return await self._members.call(

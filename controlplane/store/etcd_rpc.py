@@ -54,7 +54,8 @@ class Compare(Struct, frozen=True):
 class RangeOp(Struct, frozen=True):
     """Read ``[key, range_end)``, or the one key without an end; 0 is no limit, newest revision.
 
-    With ``keys_only`` every value is empty.
+    With ``keys_only`` every value is empty. ``mod_revision_min`` leaves out what was last written
+    before that, but not from the count.
     """
 
     key: str
@@ -62,6 +63,7 @@ class RangeOp(Struct, frozen=True):
     limit: int = 0
     revision: int = 0
     keys_only: bool = False
+    mod_revision_min: int = 0
 
 
 class PutOp(Struct, frozen=True):
@@ -85,9 +87,12 @@ class Txn(Struct, frozen=True):
 
 
 class Ranged(Struct, frozen=True):
+    """``count`` is of all keys of the range, whatever was left out."""
+
     header: Header
     items: tuple[KeyValue, ...]
     more: bool
+    count: int
 
 
 class TxnDone(Struct, frozen=True):

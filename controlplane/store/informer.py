@@ -19,20 +19,17 @@ from msgspec import Struct
 from controlplane.state import Changes, ClusterState
 from controlplane.store import keys
 from controlplane.store.port import KeyValue, Store, WatchBatch
+from controlplane.store.reading import Missing, Reading
 from shared.codec import unpack
 from shared.errors import Compacted, NovacronError, RecordUnreadable
-from shared.model import Cluster, HistoryEntry, Record, Replica
+from shared.model import HistoryEntry, Record, Replica
 
 log = logging.getLogger(__name__)
 
 # The store's own client has tried every member before it gives up.
 RETRY_S = 1.0
-# Up to so many keys are read one by one, at a millisecond each; more are listed with all others.
-READ_SINGLY_MAX = 200
 # Records decoded and indexed before others get their turn: about 15 ms.
 TAKEN_AT_ONCE = 500
-# Revisions compared before others get their turn: about 10 ms.
-COMPARED_AT_ONCE = 5000
 # So many differences are told one by one; the rest is told as a number.
 DIFFERENCES_TOLD_MAX = 20
 
@@ -43,14 +40,6 @@ class Difference(Struct, frozen=True, order=True):
     key: str
     listed: int
     known: int
-
-
-class _Changes(Struct, frozen=True):
-    """What is listed at a revision, and of that the items that memory has otherwise."""
-
-    revision: int
-    listed: frozenset[str]
-    items: tuple[KeyValue, ...]
 
 
 class Informer:
@@ -73,6 +62,7 @@ class Informer:
         self.leader_key = Changes()
         self.mismatches = 0
         self.unreadable: set[str] = set()
+        self._reading = Reading(store, state, self.unreadable)
         self.replicas: dict[str, Replica] = {}
 
     def audit_only(self) -> None:
@@ -84,6 +74,10 @@ class Informer:
         """Advance the state by the watch again, from a fresh listing: memory may be ahead."""
         self._auditing = False
         self._must_list = True
+
+    def note_whole(self, revision: int) -> None:
+        """Take note that memory was found to have all that etcd had at a revision."""
+        self._reading.whole_at = revision
 
     def note_differences(self, found: frozenset[Difference]) -> None:
         """Count and tell what a comparison found; a follower makes it good."""
@@ -102,20 +96,19 @@ class Informer:
     async def load(self, revision_min: int) -> None:
         """Make the state what etcd lists at a revision not below ``revision_min``.
 
-        What memory has at the revision that etcd has it at is not read again: the watch may have
-        missed changes, but no key has two values at one revision, unless it is another epoch's. A
-        first listing of many records is taken in steps, which leave the event loop to others in
-        between: nobody reads before it is whole (``ClusterState.revision``). Later ones are taken
-        at once, since somebody may.
+        Once memory was whole, this is only for a replica that takes over. A first listing of many
+        records is taken in steps, which leave the event loop to others in between: nobody reads
+        before it is whole (``ClusterState.revision``). Later ones are taken at once, since somebody
+        may.
         """
         is_first = self._state.revision == 0
-        changes = await self._read(revision_min)
+        changes = await self._reading.at_takeover(revision_min)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
             if start and is_first:
                 await asyncio.sleep(0)
             for item in changes.items[start : start + TAKEN_AT_ONCE]:
                 self._take_item(item)
-        self._drop_unlisted(changes)
+        self._take_rest(changes)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Follow the watch for ever."""
@@ -151,55 +144,14 @@ class Informer:
         While the listing is under way this replica may have begun to lead: its memory is then the
         truth, and what was listed is older than it.
         """
-        changes = await self._read(0)
+        changes = await self._reading.everything(0)
         if self._auditing or changes.revision < self._state.revision:
             return False
         self._must_list = False
         for item in changes.items:
             self._take_item(item)
-        self._drop_unlisted(changes)
+        self._take_rest(changes)
         return True
-
-    async def _read(self, revision_min: int) -> _Changes:
-        """Read from etcd what memory does not have, or has otherwise: all as of one revision."""
-        listing = await self._store.list(keys.ROOT, revision_min=revision_min, keys_only=True)
-        if await self._began_anew(listing.revision):
-            log.warning("etcd was restored from a backup: all that it holds is read again")
-            listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
-            listed = frozenset(item.key for item in listing.items)
-            return _Changes(listing.revision, listed, listing.items)
-        wanted: list[str] = []
-        for start in range(0, len(listing.items), COMPARED_AT_ONCE):
-            part = listing.items[start : start + COMPARED_AT_ONCE]
-            wanted += [item.key for item in part if self._differs(item)]
-            await asyncio.sleep(0)
-        listed = frozenset(item.key for item in listing.items)
-        if len(wanted) > READ_SINGLY_MAX:
-            listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
-            listed = frozenset(item.key for item in listing.items)
-            return _Changes(listing.revision, listed, tuple(filter(self._differs, listing.items)))
-        found = [await self._store.get(key, revision=listing.revision) for key in wanted]
-        return _Changes(listing.revision, listed, tuple(each for each in found if each is not None))
-
-    async def _began_anew(self, revision: int) -> bool:
-        """Whether memory is of an earlier epoch: its revisions say nothing about this etcd's.
-
-        So it is in a replica that could not reach etcd, and was not stopped, during a restore.
-        """
-        known = self._state.cluster()
-        if known is None:
-            return False
-        found = await self._store.get(keys.CLUSTER, revision=revision)
-        return found is None or unpack(found.value, Cluster).epoch != known.epoch
-
-    def _differs(self, item: KeyValue) -> bool:
-        """Whether memory lacks a key, or has it at another revision."""
-        if item.key.startswith(keys.REPLICAS) or item.key in self.unreadable:
-            return True
-        try:
-            return known_revision(self._state, item) != item.mod_revision
-        except RecordUnreadable:
-            return True  # not a key of this release: it is looked at, and set aside
 
     async def _follow(self, next_revision: int) -> int:
         """Take batches until a listing is due; return the revision to go on from."""
@@ -214,21 +166,28 @@ class Informer:
             await batches.aclose()
         return next_revision
 
-    def _drop_unlisted(self, changes: _Changes) -> None:
+    def _take_rest(self, missing: Missing) -> None:
+        """Drop what is not there any more; what is there has been taken."""
+        if missing.listed is not None:
+            self._drop_unlisted(missing.listed)
+        registered = {item.key for item in missing.items if item.key.startswith(keys.REPLICAS)}
+        for name in list(self.replicas):
+            if keys.replica_key(name) not in registered:
+                del self.replicas[name]
+        self._reading.whole_at = missing.revision
+        self._state.advanced(missing.revision)
+
+    def _drop_unlisted(self, listed: frozenset[str]) -> None:
         # What is listed and can be read is in memory by now: when that is all, nothing is over.
-        readable = changes.listed - self.unreadable
+        readable = listed - self.unreadable
         if sum(map(keys.holds_record, readable)) != self._state.record_count():
             for kind, record_id in list(self._state.record_ids()):
-                if keys.key_of(kind, record_id) not in changes.listed:
+                if keys.key_of(kind, record_id) not in listed:
                     self._state.remove(kind, record_id)
         for seq in list(self._state.history):
-            if keys.history_key(seq) not in changes.listed:
+            if keys.history_key(seq) not in listed:
                 self._state.remove_history(seq)
-        for name in list(self.replicas):
-            if keys.replica_key(name) not in changes.listed:
-                del self.replicas[name]
-        self.unreadable &= changes.listed
-        self._state.advanced(changes.revision)
+        self.unreadable &= listed
 
     def _take_batch(self, batch: WatchBatch) -> None:
         if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):
@@ -296,20 +255,3 @@ class Informer:
     def _count(self, mismatches: int) -> None:
         self.mismatches += mismatches
         self._on_mismatch(mismatches)
-
-
-def known_revision(state: ClusterState, item: KeyValue) -> int:
-    """Return at which revision memory has a key, 0 when it is not there.
-
-    For keys that memory does not keep, or not with their revision, that is the one of the item.
-    Raises RecordUnreadable for a key that is not of this release.
-    """
-    if item.key.startswith(keys.HISTORY):
-        # Entries never change, and are only kept by their number.
-        return item.mod_revision if keys.history_seq(item.key) in state.history else 0
-    if not keys.holds_record(item.key):
-        return item.mod_revision
-    if item.key == keys.CLUSTER:
-        return next((stored.revision for stored in state.clusters.values()), 0)
-    stored = state.get(*keys.record_of(item.key))
-    return 0 if stored is None else stored.revision

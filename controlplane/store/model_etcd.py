@@ -114,22 +114,25 @@ class ModelEtcd:
     def defragment(self, member_id: int) -> None:
         self._files[member_id] = self._bytes
 
-    def range(self, op: RangeOp, newest: int) -> tuple[tuple[KeyValue, ...], bool]:
-        """Return the keys as of ``op.revision``, or of ``newest``, and whether more follow."""
+    def range(self, op: RangeOp, newest: int) -> tuple[tuple[KeyValue, ...], bool, int]:
+        """Return the keys as of ``op.revision``, or of ``newest``; whether more follow, and how
+        many there are in all.
+        """
         if op.revision > newest:
             raise StoreError("required revision is a future revision")
         revision = op.revision or newest
         if op.revision and op.revision < self.compact_revision:
             raise Compacted(op.revision + 1)
-        found: list[KeyValue] = []
+        there: list[KeyValue] = []
         for key in self._keys_in(op.key, op.range_end):
             version = self._version_at(key, revision)
-            if version is None or version.kv is None:
-                continue
-            if op.limit and len(found) == op.limit:
-                return tuple(found), True
-            found.append(replace(version.kv, value=b"") if op.keys_only else version.kv)
-        return tuple(found), False
+            if version is not None and version.kv is not None:
+                there.append(version.kv)
+        wanted = [kv for kv in there if kv.mod_revision >= op.mod_revision_min]
+        found = wanted[: op.limit] if op.limit else wanted
+        if op.keys_only:
+            found = [replace(kv, value=b"") for kv in found]
+        return tuple(found), len(found) < len(wanted), len(there)
 
     def txn(self, txn: Txn) -> tuple[bool, tuple[tuple[KeyValue, ...], ...]]:
         """Execute all or nothing; return which branch, and the results of its reads.

@@ -80,8 +80,8 @@ class ModelMember:
     async def range(self, request: RangeOp, deadline_s: float) -> Ranged:
         def execute() -> Ranged:
             newest = self._faults.read_revision(self._model.revision)
-            items, more = self._model.range(request, newest)
-            return Ranged(self._header(newest), items, more)
+            items, more, count = self._model.range(request, newest)
+            return Ranged(self._header(newest), items, more, count)
 
         return await self._call("range", execute, deadline_s)
 

@@ -32,10 +32,11 @@ class KeyValue(Struct, frozen=True):
 
 
 class Listing(Struct, frozen=True):
-    """All keys of a prefix at one revision, sorted by key."""
+    """Keys of a prefix at one revision, sorted by key; ``count`` is how many there are in all."""
 
     revision: int
     items: tuple[KeyValue, ...]
+    count: int
 
 
 class Put(Struct, frozen=True):
@@ -113,10 +114,13 @@ class MemberStatus(Struct, frozen=True):
 class Store(Protocol):
     """Raises StoreUnavailable (nothing happened), OutcomeUnknown (read back), StoreFull."""
 
-    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
+    async def list(
+        self, prefix: str, *, revision_min: int = 0, keys_only: bool = False, changed_from: int = 0
+    ) -> Listing:
         """Return a linearizable listing at one revision, read in pages, not older than asked.
 
-        With ``keys_only`` every value is empty: what has changed is known by its revisions.
+        With ``keys_only`` every value is empty: what has changed is known by its revisions. What
+        was last written before ``changed_from`` is counted only.
         """
         ...
 

@@ -32,8 +32,12 @@ class TimedStore:
         self._store = store
         self._observe = observe
 
-    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
-        listing = self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
+    async def list(
+        self, prefix: str, *, revision_min: int = 0, keys_only: bool = False, changed_from: int = 0
+    ) -> Listing:
+        listing = self._store.list(
+            prefix, revision_min=revision_min, keys_only=keys_only, changed_from=changed_from
+        )
         return await self._timed("list", listing)
 
     def scan(self, prefix: str) -> AsyncGenerator[Listing]:

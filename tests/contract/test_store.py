@@ -92,6 +92,30 @@ async def test_a_listing_of_keys_has_revisions_and_no_values(world: World) -> No
     assert all(item.value for item in whole.items)
 
 
+async def test_a_listing_of_what_has_changed_counts_the_rest(world: World) -> None:
+    first = await world.commit(await world.lead(), *_puts(5))
+    second = await world.commit(first, _puts(2)[1], Delete(_puts(3)[2].key))
+    for changed_from, listed in (
+        (first.mark_revision, 4),
+        (first.mark_revision + 1, 1),
+        (second.mark_revision, 1),
+        (second.mark_revision + 1, 0),
+    ):
+        found = await world.store.list(VMS, changed_from=changed_from)
+        assert (len(found.items), found.count) == (listed, 4), changed_from
+    found = await world.store.list(VMS, keys_only=True, changed_from=second.mark_revision)
+    assert [item.key for item in found.items] == [_puts(2)[1].key]
+    assert (await world.store.list(VMS)).count == 4
+
+
+async def test_pages_of_what_has_changed_are_counted_once(world: World) -> None:
+    fence = await world.commit(await world.lead(), *_puts(60))
+    since = fence.mark_revision + 1
+    await world.commit(fence, *_puts(60)[::2])
+    found = await world.new_store(page_keys=7).list(VMS, changed_from=since)
+    assert (len(found.items), found.count) == (30, 60)
+
+
 async def test_a_key_is_read_as_it_was_at_a_revision(world: World) -> None:
     put = _puts(1)[0]
     first = await world.commit(await world.lead(), put)

@@ -84,7 +84,7 @@ class OneMember:
 
     async def scan(self, prefix: str) -> AsyncGenerator[Listing]:
         record = pack(self._state.cluster())
-        yield Listing(self._state.revision, (KeyValue(keys.CLUSTER, record, 1, 1),))
+        yield Listing(self._state.revision, (KeyValue(keys.CLUSTER, record, 1, 1),), 1)
 
     async def members(self) -> tuple[MemberStatus, ...]:
         return (

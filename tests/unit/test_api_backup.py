@@ -39,12 +39,12 @@ class Scanned:
         self.begun.release()
         if self.fails_before is not None:
             raise self.fails_before
-        yield Listing(7, (self._item(f"{keys.STATE}a", b"a"),))
+        yield Listing(7, (self._item(f"{keys.STATE}a", b"a"),), 1)
         await self.may_go_on.wait()
         if self.fails_after is not None:
             raise self.fails_after
-        yield Listing(7, (self._item(keys.LEADER, b"leads"),))
-        yield Listing(7, (self._item(keys.CLUSTER, self.value),))
+        yield Listing(7, (self._item(keys.LEADER, b"leads"),), 1)
+        yield Listing(7, (self._item(keys.CLUSTER, self.value),), 1)
 
     def _item(self, key: str, value: bytes) -> KeyValue:
         return KeyValue(key, value, 1, 1)

@@ -9,8 +9,9 @@ import pytest
 
 from controlplane.store import keys
 from controlplane.store.comparison import PERIOD_S, SETTLE_S, Comparison
-from controlplane.store.informer import DIFFERENCES_TOLD_MAX, Informer
+from controlplane.store.informer import DIFFERENCES_TOLD_MAX
 from controlplane.store.port import Delete, Put, Store
+from controlplane.store.reading import Reading
 from shared.codec import pack
 from shared.model import ApiKey, Cluster, Replica
 from tests.unit.core_world import BORN
@@ -173,7 +174,6 @@ def test_the_cluster_s_record_is_read_once() -> None:
         async with following() as it:
             await it.commit(Put(keys.CLUSTER, pack(CLUSTER)))
             await asyncio.sleep(A_WHILE_S)
-            informer = Informer(cast(Store, it.store), it.state)
-            assert (await informer._read(0)).items == ()
+            assert (await Reading(cast(Store, it.store), it.state, set()).everything(0)).items == ()
 
     virtual(main())

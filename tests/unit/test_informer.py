@@ -51,16 +51,20 @@ class GatedStore:
         self.answers_pass = asyncio.Event()
         self.answers_pass.set()
         self.failures = 0
-        self.listings = 0
+        self.listed: list[str] = []
         self.reads: list[str] = []
         self.before_read: Callable[[], Awaitable[None]] = _nothing
 
-    async def list(self, prefix: str, *, revision_min: int = 0, keys_only: bool = False) -> Listing:
-        self.listings += 1
+    async def list(
+        self, prefix: str, *, revision_min: int = 0, keys_only: bool = False, changed_from: int = 0
+    ) -> Listing:
+        self.listed.append(prefix)
         if self.failures:
             self.failures -= 1
             raise StoreUnavailable("no member answers")
-        listing = await self._store.list(prefix, revision_min=revision_min, keys_only=keys_only)
+        listing = await self._store.list(
+            prefix, revision_min=revision_min, keys_only=keys_only, changed_from=changed_from
+        )
         await self.answers_pass.wait()
         return listing
 
@@ -68,6 +72,11 @@ class GatedStore:
         self.reads.append(key)
         await self.before_read()
         return await self._store.get(key, revision=revision)
+
+    @property
+    def listings(self) -> int:
+        """Return how often everything was listed."""
+        return self.listed.count(keys.ROOT)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -1,0 +1,198 @@
+"""What a new leader reads: what changed since memory was whole, and everything when in doubt."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, cast
+from unittest.mock import patch
+
+import pytest
+from msgspec import structs
+
+from controlplane.state import ClusterState
+from controlplane.store import keys, reading
+from controlplane.store.informer import Informer
+from controlplane.store.port import Delete, Put, Store, WatchBatch, Write
+from controlplane.store.reading import LEADERS
+from shared.codec import pack
+from shared.model import ApiKey, Cluster, IdempotencyRecord
+from tests.unit.core_world import BORN
+from tests.unit.test_informer import (
+    A_WHILE_S,
+    Following,
+    api_key,
+    event,
+    following,
+    put,
+    virtual,
+)
+
+
+def request(name: str) -> Put:
+    record = IdempotencyRecord(
+        id=name, principal="p", fingerprint="f", result="vm-1", created_at=BORN
+    )
+    return Put(keys.record_key(record), pack(record))
+
+
+def kept(state: ClusterState, informer: Informer) -> dict[str, Any]:
+    """Return all that memory has, with revisions."""
+    records = {each: state.get(*each) for each in state.record_ids()}
+    return {
+        "records": records,
+        "history": dict(state.history),
+        "replicas": dict(informer.replicas),
+        "unreadable": set(informer.unreadable),
+    }
+
+
+async def assert_whole(it: Following) -> None:
+    state = ClusterState()
+    fresh = Informer(cast(Store, it.world.store), state)
+    await fresh.load(0)
+    assert kept(it.state, it.informer) == kept(state, fresh)
+
+
+async def take_over(it: Following) -> bool:
+    """Load as a new leader does; return whether it did without listing everything."""
+    before = it.store.listings
+    it.informer.audit_only()
+    await it.informer.load(it.fence.mark_revision)
+    listed_all = it.store.listings > before
+    await assert_whole(it)
+    return not listed_all
+
+
+def test_a_healthy_memory_is_proven_by_what_has_changed() -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(put("key-b"), event(2), request("r-1"))
+            await it.commit(Delete(put("key-a").key), Delete(event(1).key), put("key-c"))
+            await asyncio.sleep(A_WHILE_S)
+            it.store.reads.clear()
+            assert await take_over(it)
+            assert it.store.reads == []
+
+    virtual(main())
+
+
+def forget_record(it: Following) -> None:
+    it.state.remove(ApiKey, "key-b")
+
+
+def forget_change(it: Following) -> None:
+    it.state.put(api_key("key-a"), it.state.api_keys["key-a"].revision - 1)
+
+
+def forget_history(it: Following) -> None:
+    it.state.remove_history(2)
+
+
+def forget_request(it: Following) -> None:
+    it.state.remove(IdempotencyRecord, "r-1")
+
+
+@pytest.mark.parametrize("lose", [forget_record, forget_change, forget_history, forget_request])
+def test_what_the_watch_has_not_brought_is_read_alone(lose: Callable[[Following], None]) -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(put("key-b"), put("key-a", "newer"), event(2), request("r-1"))
+            await asyncio.sleep(A_WHILE_S)
+            lose(it)
+            it.store.reads.clear()
+            assert await take_over(it)
+            assert len(it.store.reads) == 1
+
+    virtual(main())
+
+
+def test_much_that_was_missed_is_listed_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "READ_SINGLY_MAX", 3)
+
+    async def main() -> None:
+        async with following() as it:
+            it.informer.audit_only()
+            await it.commit(*(put(f"key-{n}") for n in range(4)), event(2))
+            it.store.listed.clear()
+            it.store.reads.clear()
+            assert await take_over(it)
+            assert it.store.listed == [*LEADERS, keys.REPLICAS, *LEADERS]
+            assert it.store.reads == []
+
+    virtual(main())
+
+
+@pytest.mark.parametrize(
+    "gone", [put("key-a"), event(1), request("r-0"), Put(f"{keys.STATE}quotas/q-1", b"?")]
+)
+def test_a_deletion_that_was_missed_makes_it_list_everything(gone: Put) -> None:
+    async def main() -> None:
+        async with following() as it:
+            await it.commit(request("r-0"), Put(f"{keys.STATE}quotas/q-1", b"?"))
+            await asyncio.sleep(A_WHILE_S)
+            it.informer.audit_only()
+            # As many come as go.
+            await it.commit(Delete(gone.key), put("key-new"), event(2))
+            assert not await take_over(it)
+
+    virtual(main())
+
+
+def test_a_memory_of_before_a_restore_is_proven_by_nothing() -> None:
+    async def main() -> None:
+        async with following() as it:
+            cluster = Cluster(id="cluster-1", cell="abc123", epoch=1, created_at=BORN)
+            await it.commit(Put(keys.CLUSTER, pack(cluster)))
+            await asyncio.sleep(A_WHILE_S)
+            it.informer.audit_only()
+            await it.commit(Put(keys.CLUSTER, pack(structs.replace(cluster, epoch=2))))
+            # The watch that began again has brought it nothing of that.
+            assert not await take_over(it)
+
+    virtual(main())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_a_watch_loses_memory_is_whole_after_a_takeover(seed: int) -> None:
+    """Random changes, of which the watch leaves some out without a word."""
+    paths: Counter[bool] = Counter()
+
+    async def main() -> None:
+        rng = random.Random(seed)
+        async with following() as it:
+            take = it.informer._take_batch
+
+            def lossy(batch: WatchBatch) -> None:
+                if rng.random() < 0.1:
+                    batch = structs.replace(
+                        batch,
+                        puts=batch.puts[: rng.randrange(len(batch.puts) + 1)],
+                        deletes=batch.deletes[: rng.randrange(len(batch.deletes) + 1)],
+                    )
+                take(batch)
+
+            with patch.object(it.informer, "_take_batch", lossy):
+                for _ in range(12):
+                    for _ in range(rng.randrange(4)):
+                        await it.commit(*random_writes(rng))
+                    await asyncio.sleep(1)
+                    paths[await take_over(it)] += 1
+                    it.informer._auditing = False
+
+    virtual(main())
+    assert paths[True], "not every takeover lists everything"
+
+
+def random_writes(rng: random.Random) -> list[Write]:
+    """Return puts and deletions of a few keys, some of them of another release."""
+    writes: dict[str, Write] = {}
+    for _ in range(rng.randrange(1, 5)):
+        n = rng.randrange(6)
+        key = rng.choice((put(f"key-{n}"), event(n + 1), request(f"r-{n}")))
+        if rng.random() < 0.1:
+            key = Put(f"{keys.STATE}quotas/q-{n}", b"?")
+        writes[key.key] = Delete(key.key) if rng.random() < 0.4 else key
+    return list(writes.values())
