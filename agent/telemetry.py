@@ -1,6 +1,8 @@
 """Empties the outbox towards a replica: one stream, batches in order, cumulative acknowledgements.
 
-While nobody answers the outbox keeps what it can; nothing here ever holds up the sampler.
+Nodes are spread over the replicas by rendezvous hashing. A node whose replica does not answer goes
+to the next in its order; after a stream that had served it begins with the first again. While
+nobody answers the outbox keeps what it can; nothing here ever holds up the sampler.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from shared.protocol import (
     TelemetryMessage,
     TelemetryRefused,
 )
+from shared.rendezvous import in_order
 from shared.retry import Backoff
 
 log = logging.getLogger(__name__)
@@ -66,21 +69,21 @@ class Telemetry:
     async def run(self) -> None:
         """Keep a stream to some replica, for ever."""
         delays = RECONNECT_BACKOFF.delays(self._rng)
-        turn = self._rng.randrange(len(self._replicas))
+        turn = 0
         while True:
             hello = self._hello()
             if hello is None:
                 await asyncio.sleep(JOIN_WAIT_S)
                 continue
-            address = self._replicas[turn % len(self._replicas)]
+            address = in_order(hello.node_id, self._replicas)[turn % len(self._replicas)]
             self._acknowledged = False
             try:
                 await self._serve(await self._dial(address), hello)
             except NovacronError as error:
                 log.warning("no telemetry to %s: %s", address, error)
-            if self._acknowledged:
-                delays = RECONNECT_BACKOFF.delays(self._rng)
             turn += 1
+            if self._acknowledged:
+                delays, turn = RECONNECT_BACKOFF.delays(self._rng), 0
             await asyncio.sleep(next(delays))
 
     async def _serve(self, channel: TelemetryChannel, hello: TelemetryHello) -> None:

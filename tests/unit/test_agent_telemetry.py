@@ -13,6 +13,7 @@ from shared.errors import Disconnected, Forbidden
 from shared.model import Sample
 from shared.problems import problem_of
 from shared.protocol import Batch, BatchSeen, TelemetryHello, TelemetryRefused
+from shared.rendezvous import in_order
 from tests.sim.virtual_loop import run_virtual
 from tests.unit.agent_world import StillClock
 from tests.unit.pipes import PipeEnd, pipe
@@ -24,6 +25,7 @@ class Site:
     def __init__(self) -> None:
         self.outbox = Outbox(1.0)
         self.dialled: list[float] = []
+        self.addresses: list[str] = []
         self.refusing = False
         self.joined = True
         self.streams: asyncio.Queue[PipeEnd] = asyncio.Queue()
@@ -39,6 +41,7 @@ class Site:
 
     async def _dial(self, address: str) -> PipeEnd:
         self.dialled.append(asyncio.get_running_loop().time())
+        self.addresses.append(address)
         if self.refusing:
             raise Disconnected("nobody listens")
         ours, theirs = pipe()
@@ -98,6 +101,24 @@ def test_a_refusal_is_an_end_and_another_replica_is_tried() -> None:
             await stream.send(TelemetryRefused(problem=problem_of(Forbidden("not you"))))
         await it.accept()
         assert not it.running.done()
+
+    virtual(main())
+
+
+def test_it_begins_with_its_own_replica_and_comes_back_to_it() -> None:
+    async def main() -> None:
+        it = Site()
+        own, other = in_order(HELLO.node_id, ("r1:8444", "r2:8444"))
+        for _ in range(2):
+            stream = await it.accept()
+            await stream.send(TelemetryRefused(problem=problem_of(Forbidden("not now"))))
+        it.sample()
+        stream = await it.accept()
+        await stream.send(BatchSeen(number=1))
+        await asyncio.sleep(1)
+        await stream.close()
+        await it.accept()
+        assert it.addresses == [own, other, own, own]
 
     virtual(main())
 
