@@ -64,7 +64,7 @@ async def serve(config: AgentConfig) -> None:
     clock = SystemClock()
     relays = NodeRelays(relay_settings(config), os.environ)
     hypervisor = open_driver(config, node.boot_id, clock, rng)
-    dialler = Dialler(tls)
+    dialler = Dialler(tls, rng)
     outbox = Outbox(config.telemetry.batch_period_s)
     agent = Agent(
         node,

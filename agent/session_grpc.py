@@ -6,6 +6,7 @@ The replica must show a certificate of this cell's CA for the address that was d
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,9 @@ from shared.protocol import (
 from shared.tls import TlsMaterial
 
 CONNECT_TIMEOUT_S = 5.0
+# A replica that goes is lost by every agent at once; so long they spread out before they connect to
+# it again. Whoever wants a stream meanwhile does not wait for that.
+HOLD_JITTER_S = 5.0
 # gRPC waits up to two minutes between attempts by default; a leader is back long before that.
 RECONNECT_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -34,8 +38,9 @@ RECONNECT_OPTIONS = (
 
 
 class Dialler:
-    def __init__(self, tls: TlsMaterial) -> None:
+    def __init__(self, tls: TlsMaterial, rng: random.Random) -> None:
         self._credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        self._rng = rng
         self._channels: dict[str, Any] = {}
 
     async def session(self, address: str) -> LeaderChannel:
@@ -62,6 +67,7 @@ class Dialler:
             # gRPC connects again by itself only while somebody asks for a stream.
             state = channel.get_state(try_to_connect=True)
             await channel.wait_for_state_change(state)
+            await asyncio.sleep(self._rng.uniform(0, HOLD_JITTER_S))
 
     def _channel(self, address: str) -> Any:
         channel = self._channels.get(address)

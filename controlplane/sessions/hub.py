@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -68,6 +69,9 @@ log = logging.getLogger(__name__)
 GREETING_TIMEOUT_S = 15.0
 # Greetings under way at once: each is a commit and a listing of the node's VMs.
 GREETINGS_MAX = 50
+# Agents that wait for their turn, their hellos unread: a little more than are greeted before the
+# first of them gives up, at 5 ms each. More are sent away, and come back with back-off.
+GREETINGS_WAITING_MAX = 4000
 # The stages in which a node removes what it has of a generation.
 _CLEANS = frozenset(
     {
@@ -107,6 +111,7 @@ class Hub:
         self._sessions: dict[str, AgentSession] = {}
         self._sessions_changed = 0
         self._greetings = asyncio.Semaphore(GREETINGS_MAX)
+        self._waiting = 0
         self._trust_observers: list[Callable[[str], None]] = []
         self._migration_observers: list[Callable[[], None]] = []
         self._progress = progress
@@ -184,17 +189,18 @@ class Hub:
             session.queries.pop(query.id, None)
 
     async def serve(self, channel: AgentChannel, identity: Identity) -> None:
-        """Greet an agent and serve its session until one side ends it."""
-        if self._greetings.locked():
-            await _reject(channel, Overloaded("too many agents are being greeted"))
-            return
+        """Greet an agent in its turn and serve its session until one side ends it."""
         try:
-            async with self._greetings, asyncio.timeout(GREETING_TIMEOUT_S):
-                session = await self._greet(channel, identity)
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                async with self._turn(channel):
+                    session = await self._greet(channel, identity)
         except Disconnected:
             return
         except TimeoutError:
             await _reject(channel, Unavailable("the greeting took too long"))
+            return
+        except Overloaded as busy:
+            await _reject(channel, busy)
             return
         except NovacronError as error:
             log.warning("the session of %s is refused: %s", identity.name, error)
@@ -204,6 +210,23 @@ class Hub:
             await self._run(session)
         finally:
             self._forget(session)
+
+    @asynccontextmanager
+    async def _turn(self, channel: AgentChannel) -> AsyncIterator[None]:
+        """Wait for a place among the greetings under way. Raises Overloaded."""
+        if self._waiting >= GREETINGS_WAITING_MAX:
+            # Answered before its hello, the agent would find the stream over and learn nothing.
+            await channel.receive()
+            raise Overloaded("too many agents wait to be greeted")
+        self._waiting += 1
+        try:
+            await self._greetings.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._greetings.release()
 
     async def _greet(self, channel: AgentChannel, identity: Identity) -> AgentSession:
         hello = await channel.receive()

@@ -106,7 +106,7 @@ async def simulated_agent(
     disk, sampling = ThreadOffload("fence"), ThreadOffload("sampling")
     log = FileLog(state_dir / "fence")
     driver = SimulatedDriver(node, clock, SlowCalls())
-    dialler = Dialler(tls)
+    dialler = Dialler(tls, rng)
     facts = NodeFacts(
         name=node.name,
         address="127.0.0.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import uuid
 
 from agent.session import LeaderChannel
@@ -22,7 +23,7 @@ class Stranger:
 
     def __init__(self, address: str, tls: TlsMaterial) -> None:
         self._address = address
-        self._dialler = Dialler(tls)
+        self._dialler = Dialler(tls, random.Random(1))
 
     async def __aenter__(self) -> Stranger:
         return self

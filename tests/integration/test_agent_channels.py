@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 
 import pytest
@@ -29,7 +30,7 @@ async def test_a_connection_to_every_replica_is_held_and_made_again(world: World
 
     servers = [await listen() for _ in range(2)]
     ports = [port for _, port in servers]
-    dialler = Dialler(world.cell.node_tls("n1"))
+    dialler = Dialler(world.cell.node_tls("n1"), random.Random(1))
     holding = asyncio.ensure_future(dialler.keep_open(f"127.0.0.1:{port}" for port in ports))
     try:
         async with asyncio.timeout(30):

@@ -10,6 +10,7 @@ standard input.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -70,8 +71,8 @@ class Member:
         self._replicas = replicas
         directory = cell / "nodes" / self._name
         tls = load_material(cell / "ca.crt", directory / "agent.crt", directory / "agent.key")
-        self._dialler = Dialler(tls)
         self._rng = random.Random(number)
+        self._dialler = Dialler(tls, self._rng)
         self._reports: dict[str, VmReport] = {}
         self._term = Term(0, 0)
         self.joined = asyncio.Event()
@@ -84,13 +85,11 @@ class Member:
         hint: str | None = None
         for turn in itertools.count(self._rng.randrange(len(self._replicas))):
             address, hint = hint or self._replicas[turn % len(self._replicas)], None
-            self.joined.clear()
-            try:
+            with contextlib.suppress(NovacronError, TimeoutError):
                 hint = await self._attempt(address)
-            except (NovacronError, TimeoutError):
-                pass
-            else:
+            if self.joined.is_set():
                 delays = RECONNECT_BACKOFF.delays(self._rng)
+            self.joined.clear()
             await asyncio.sleep(next(delays))
 
     async def _attempt(self, address: str) -> str | None:

@@ -13,8 +13,10 @@ from controlplane.commands.attempts import BindVm, PermitStart
 from controlplane.commands.draft import Command
 from controlplane.commands.recovery import NoteTold
 from controlplane.commands.vms import ActOnVm, CreateVm
+from controlplane.sessions import hub as hub_module
 from controlplane.sessions.hub import (
     GREETING_TIMEOUT_S,
+    GREETINGS_MAX,
     QUERIES_PER_NODE_MAX,
     QUERY_TIMEOUT_S,
     STORE_FULL_PAUSE_S,
@@ -242,6 +244,45 @@ def test_an_agent_that_accepts_another_term_is_rejected() -> None:
             await stream.send(TermAccepted(term=Term(9, 9)))
             await stream.expect(Rejected)
             assert not it.hub.trusts(it.node_id)
+
+    virtual(main())
+
+
+async def greet(it: Site, name: str) -> None:
+    stream = it.dial(name)
+    await stream.send(a_hello(node_name=name))
+    welcome = await stream.expect(Welcome)
+    await stream.send(TermAccepted(term=welcome.term))
+    await stream.expect(InSync)
+
+
+def test_agents_that_come_all_at_once_are_greeted_in_turn() -> None:
+    async def main() -> None:
+        async with site() as it:
+            await asyncio.gather(*(greet(it, f"m{n}") for n in range(5 * GREETINGS_MAX)))
+            assert len(it.hub.connected()) == 5 * GREETINGS_MAX
+
+    virtual(main())
+
+
+def test_more_than_can_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "GREETINGS_WAITING_MAX", 3)
+
+    async def main() -> None:
+        async with site() as it:
+            slow = [it.dial(f"m{n}") for n in range(GREETINGS_MAX + 3)]
+            late = it.dial("late")
+            await asyncio.sleep(A_WHILE_S)
+            # It has read the hello by then: an agent that still sends learns nothing.
+            assert not late.peer.sent
+            await late.send(a_hello(node_name="late"))
+            assert (await late.expect(Rejected)).problem == problem_of(
+                Overloaded("too many agents wait to be greeted")
+            )
+            for each in slow:
+                await each.close()
+            await asyncio.sleep(A_WHILE_S)
+            await greet(it, "late")
 
     virtual(main())
 
