@@ -7,6 +7,7 @@ The leader's copy is advanced by its own commits; a follower's by the informer. 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -118,6 +119,7 @@ class ClusterState:
         self._observers: list[Observer] = []
         self._history_observers: list[HistoryObserver] = []
         self._vm_names: dict[tuple[str, str], str] = {}
+        self._vm_counts: Counter[str] = Counter()
         self._node_names: dict[str, str] = {}
         self._vms_on: dict[str, set[str]] = {}
         self._unbound: set[str] = set()
@@ -130,6 +132,10 @@ class ClusterState:
 
     def vm_id_by_name(self, tenant: str, name: str) -> str | None:
         return self._vm_names.get((tenant, name))
+
+    def vm_count(self, tenant: str) -> int:
+        """Return how many VMs a tenant has."""
+        return self._vm_counts[tenant]
 
     def node_id_by_name(self, name: str) -> str | None:
         return self._node_names.get(name)
@@ -254,6 +260,7 @@ class ClusterState:
     def _index(self, record: Record) -> None:
         if isinstance(record, Vm):
             self._vm_names[record.tenant, record.name] = record.id
+            self._vm_counts[record.tenant] += 1
             self._index_vm(record)
         elif isinstance(record, Node):
             self._node_names[record.name] = record.id
@@ -282,6 +289,7 @@ class ClusterState:
 
     def _unindex(self, record: Record) -> None:
         if isinstance(record, Vm):
+            self._vm_counts[record.tenant] -= 1
             self._unbound.discard(record.id)
             self._to_start.discard(record.id)
             self._claimed.discard(record.id)

@@ -17,7 +17,7 @@ from controlplane.commands.draft import Author, Draft
 from controlplane.commands.operations import put_vm, vm_gone_from_node
 from controlplane.commands.restored import RECOVERED, check_recovered, is_of_before_restore
 from controlplane.commands.upgrade import MOVES_LEVEL, has_level
-from shared.errors import StateConflict
+from shared.errors import Conflict, StateConflict
 from shared.model import (
     Attempt,
     AttemptState,
@@ -45,6 +45,9 @@ from shared.states import (
 STABLE_AFTER = timedelta(minutes=5)
 RESTART_FIRST = timedelta(seconds=1)
 RESTART_CAP = timedelta(minutes=5)
+
+# Reports that are taken together leave room in their group, which holds twice as many writes.
+TOGETHER_WRITES_MAX = 60
 
 # A domain that was found so was started under its permit, or may have been.
 _AFTER_A_START = frozenset({ObservedPower.STOPPED, ObservedPower.SHUT_OFF, ObservedPower.CRASHED})
@@ -149,6 +152,38 @@ class ObserveVm(Struct, frozen=True, kw_only=True):
             vm, status=replace(vm.status, observed_revision=observed.status.observed_revision)
         ):
             put_vm(draft, observed)
+
+
+class TakenReports(Struct, frozen=True):
+    """How many reports were taken, from the first on, and of those what was refused of which VM."""
+
+    count: int
+    refused: tuple[tuple[str, str], ...]
+
+
+class ObserveVms(Struct, frozen=True, kw_only=True):
+    """Takes an agent's reports in order, as many as one group has room for.
+
+    A node that comes back tells of all its VMs, and mostly nothing new: one command for them is a
+    twentieth of the work. A report that cannot be taken must not cost the others anything.
+    """
+
+    node_id: str
+    reports: tuple[VmReport, ...]
+    by: Author
+
+    def decide(self, draft: Draft) -> TakenReports:
+        began_with, refused = draft.size(), list[tuple[str, str]]()
+        for count, report in enumerate(self.reports):
+            if draft.size() - began_with >= TOGETHER_WRITES_MAX:
+                return TakenReports(count, tuple(refused))
+            savepoint = draft.savepoint()
+            try:
+                ObserveVm(node_id=self.node_id, report=report, by=self.by).decide(draft)
+            except Conflict as problem:
+                draft.rollback(savepoint)
+                refused.append((report.vm_id, str(problem)))
+        return TakenReports(len(self.reports), tuple(refused))
 
 
 class NotePlacement(Struct, frozen=True, kw_only=True):

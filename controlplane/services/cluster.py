@@ -120,7 +120,6 @@ async def show_cluster(context: Context, principal: Principal) -> ClusterView:
         raise Unavailable("this replica has not read the cluster's record yet")
     leadership = context.leadership()
     states = [stored.record.state for stored in state.nodes.values()]
-    tenant = principal.scope.tenant
     return ClusterView(
         id=cluster.id,
         cell=cluster.cell,
@@ -136,7 +135,7 @@ async def show_cluster(context: Context, principal: Principal) -> ClusterView:
         nodes=NodeCounts(
             ready=states.count(NodeState.READY), silent=states.count(NodeState.SILENT)
         ),
-        vms=sum(stored.record.tenant == tenant for stored in state.vms.values()),
+        vms=state.vm_count(principal.scope.tenant),
         restore=_restore(state, cluster),
         revision=cluster_revision(state),
     )

@@ -16,14 +16,14 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.commands.attempts import ObserveVm
+from controlplane.commands.attempts import ObserveVms
 from controlplane.commands.draft import Author
 from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.commands.restored import must_tell
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.peer_messages import AgentList
-from controlplane.sessions.session import AgentChannel, AgentSession
+from controlplane.sessions.session import AgentChannel, AgentSession, Said
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
 from shared.errors import (
@@ -67,8 +67,9 @@ log = logging.getLogger(__name__)
 
 # A greeting is two messages and one commit; an agent that takes longer is not well.
 GREETING_TIMEOUT_S = 15.0
-# Greetings under way at once: each is a commit and a listing of the node's VMs.
-GREETINGS_MAX = 50
+# Greetings under way at once: a commit takes longer than what there is to think about, and what
+# clients want in between should not wait for all of them.
+GREETINGS_MAX = 16
 # Agents that wait for their turn, their hellos unread: a little more than are greeted before the
 # first of them gives up, at 5 ms each. More are sent away, and come back with back-off.
 GREETINGS_WAITING_MAX = 4000
@@ -274,24 +275,28 @@ class Hub:
 
     async def _take_hello(self, session: AgentSession, hello: Hello) -> None:
         """Take what the agent found; only then is the node trusted with anything new."""
-        # Together: fifty VMs are one group of the applier, not fifty.
-        await asyncio.gather(*(self._observe(session, report) for report in hello.domains))
+        await self._observe(session, hello.domains)
         session.greeted = True
         self._tell_trust(session.node_id)
         await self._applier.submit(
             SetNodeState(node_id=session.node_id, state=NodeState.READY, by=Author("leader"))
         )
 
-    async def _observe(self, session: AgentSession, report: VmReport) -> None:
-        """Take a report; one VM's that cannot be taken must not cost the node its session."""
+    async def _observe(self, session: AgentSession, reports: tuple[VmReport, ...]) -> None:
+        """Take reports; one VM's that cannot be taken must not cost the node its session."""
         by = Author(f"agent:{session.node_name}")
-        try:
-            told = _told_of_leftover(session.node_id, report)
-            if told is not None:
+        for told in filter(None, (_told_of_leftover(session.node_id, each) for each in reports)):
+            try:
                 await self._applier.submit(told)
-            await self._applier.submit(ObserveVm(node_id=session.node_id, report=report, by=by))
-        except Conflict as refused:
-            log.error("a report on %s was not taken: %s", report.vm_id, refused)
+            except Conflict as refused:
+                log.error("a leftover of %s was not heard of: %s", told.vm_id, refused)
+        while reports:
+            taken = await self._applier.submit(
+                ObserveVms(node_id=session.node_id, reports=reports, by=by)
+            )
+            for vm_id, why in taken.refused:
+                log.error("a report on %s was not taken: %s", vm_id, why)
+            reports = reports[taken.count :]
 
     def _refuse_twin(self, hello: Hello) -> None:
         """Refuse a second machine with a node's certificate: a new boot would end its attempts.
@@ -395,8 +400,8 @@ class Hub:
                 session.say_again(said)
                 await asyncio.sleep(STORE_FULL_PAUSE_S)
 
-    async def _take(self, session: AgentSession, said: VmReport | InventoryReport) -> None:
-        if isinstance(said, VmReport):
+    async def _take(self, session: AgentSession, said: Said) -> None:
+        if not isinstance(said, InventoryReport):
             await self._observe(session, said)
             return
         await self._applier.submit(

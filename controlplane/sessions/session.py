@@ -6,6 +6,7 @@ Everything that waits here is bounded by the number of the node's VMs.
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 
 from shared.channel import Channel
 from shared.errors import NodeUnreachable
@@ -22,6 +23,8 @@ from shared.protocol import (
 )
 
 AgentChannel = Channel[LeaderMessage, AgentMessage]
+# Reports on several VMs, or what the node has.
+Said = tuple[VmReport, ...] | InventoryReport
 
 
 class AgentSession:
@@ -61,21 +64,23 @@ class AgentSession:
             self._reports[message.vm_id] = message
         self._said.set()
 
-    def say_again(self, message: VmReport | InventoryReport) -> None:
+    def say_again(self, said: Said) -> None:
         """Put back what could not be taken, unless the agent has said something newer of it."""
-        if isinstance(message, InventoryReport):
-            self._inventory = self._inventory or message
+        if isinstance(said, InventoryReport):
+            self._inventory = self._inventory or said
         else:
-            self._reports.setdefault(message.vm_id, message)
+            for report in said:
+                self._reports.setdefault(report.vm_id, report)
         self._said.set()
 
-    async def next_said(self) -> VmReport | InventoryReport:
+    async def next_said(self) -> Said:
         """Return what the agent said and nobody has taken yet, oldest first."""
         while not self._reports and self._inventory is None:
             self._said.clear()
             await self._said.wait()
         if self._reports:
-            return self._reports.pop(next(iter(self._reports)))
+            vm_ids = list(islice(self._reports, TOGETHER_MAX))
+            return tuple(self._reports.pop(vm_id) for vm_id in vm_ids)
         said, self._inventory = self._inventory, None
         assert said is not None, "one of the two was there"
         return said

@@ -146,3 +146,15 @@ def parts(value: object) -> Iterator[Struct]:
     if isinstance(value, tuple):
         for each in value:
             yield from parts(each)
+
+
+def test_vms_are_counted_by_tenant() -> None:
+    state, vm = ClusterState(), next(each for each in SAMPLES if isinstance(each, Vm))
+    for n in range(3):
+        state.put(replace(vm, id=f"vm-{n}", name=f"web-{n}"), 1)
+    state.put(replace(vm, id="vm-9", tenant="other"), 1)
+    state.put(replace(vm, id="vm-0", name="renamed"), 2)
+    assert (state.vm_count(vm.tenant), state.vm_count("other"), state.vm_count("no")) == (3, 1, 0)
+    state.remove(Vm, "vm-0")
+    state.remove(Vm, "vm-0")
+    assert state.vm_count(vm.tenant) == 2
