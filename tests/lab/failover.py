@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
-from tests.lab.failover_cell import WRITERS, FailoverCell, Line
+from tests.lab.failover_cell import REPLICA_LIMIT_S, WRITERS, FailoverCell, Line
+from tests.lab.link import wait_until
 
 # A replica that stands still for longer than any lease of it.
 PAUSED_S = 8.0
@@ -48,8 +49,11 @@ def lose_leader(cell: FailoverCell) -> None:
 
 
 def stop_leader(cell: FailoverCell) -> None:
-    """SIGTERM: it hands over."""
-    os.kill(cell.lab.link.pid_of(cell.leader()), signal.SIGTERM)
+    """SIGTERM: it hands over, and answers until it ends."""
+    leader, link = cell.leader(), cell.lab.link
+    before = link.program(leader)
+    os.kill(link.pid_of(leader), signal.SIGTERM)
+    wait_until(lambda: link.program(leader) != before, f"a new {leader}", limit_s=REPLICA_LIMIT_S)
 
 
 def pause_leader(cell: FailoverCell) -> None:
