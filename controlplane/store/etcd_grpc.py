@@ -370,7 +370,9 @@ def _header(reply: Any) -> Header:
 def _key_value(kv: Any) -> KeyValue:
     # A foreign key that is no UTF-8 must not stop a listing.
     key = kv.key.decode("utf-8", "surrogateescape")
-    return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+    return KeyValue(
+        key, kv.value, kv.create_revision, kv.mod_revision, kv.lease, version=kv.version
+    )
 
 
 def _key_values(kvs: Sequence[Any]) -> tuple[KeyValue, ...]:

@@ -62,6 +62,8 @@ class Informer:
         self.leader_key = Changes()
         self.mismatches = 0
         self.unreadable: set[str] = set()
+        # Up to which write of the mark memory has every one; None when it may lack some.
+        self._marks_seen: int | None = None
         self._reading = Reading(store, state, self.unreadable)
         self.replicas: dict[str, Replica] = {}
 
@@ -74,6 +76,7 @@ class Informer:
         """Advance the state by the watch again, from a fresh listing: memory may be ahead."""
         self._auditing = False
         self._must_list = True
+        self._marks_seen = None
 
     def note_whole(self, revision: int) -> None:
         """Take note that memory was found to have all that etcd had at a revision."""
@@ -102,7 +105,7 @@ class Informer:
         may.
         """
         is_first = self._state.revision == 0
-        changes = await self._reading.at_takeover(revision_min)
+        changes = await self._reading.at_takeover(revision_min, self._marks_seen)
         for start in range(0, len(changes.items), TAKEN_AT_ONCE):
             if start and is_first:
                 await asyncio.sleep(0)
@@ -158,7 +161,7 @@ class Informer:
         batches = self._store.watch(keys.ROOT, next_revision)
         try:
             async for batch in batches:
-                if self._must_list:
+                if self._must_list or self._lacks_commits(batch):
                     break
                 self._take_batch(batch)
                 next_revision = batch.revision + 1
@@ -174,7 +177,7 @@ class Informer:
         for name in list(self.replicas):
             if keys.replica_key(name) not in registered:
                 del self.replicas[name]
-        self._reading.whole_at = missing.revision
+        self._reading.whole_at, self._marks_seen = missing.revision, missing.marks
         self._state.advanced(missing.revision)
 
     def _drop_unlisted(self, listed: frozenset[str]) -> None:
@@ -188,6 +191,22 @@ class Informer:
             if keys.history_key(seq) not in listed:
                 self._state.remove_history(seq)
         self.unreadable &= listed
+
+    def _lacks_commits(self, batch: WatchBatch) -> bool:
+        """Tell whether the watch has left out commits before this one: each writes the mark once.
+
+        Then everything is listed, before readers are shown what lacks them.
+        """
+        mark = next((item for item in batch.puts if item.key == keys.MARK), None)
+        if mark is None or self._auditing or self._marks_seen is None:
+            return False
+        lacking = mark.version - self._marks_seen - 1
+        self._marks_seen = mark.version
+        if lacking:
+            log.error("the watch has left out commits before revision %d", batch.revision)
+            self._count(1)
+            self._must_list = True
+        return self._must_list
 
     def _take_batch(self, batch: WatchBatch) -> None:
         if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):

@@ -294,7 +294,7 @@ class ModelEtcd:
         if old is not None and old.kv is not None:
             created, number = old.kv.create_revision, old.number + 1
             self._unlease(old.kv)
-        kv = KeyValue(op.key, op.value, created, revision, op.lease)
+        kv = KeyValue(op.key, op.value, created, revision, op.lease, number)
         if op.lease:
             self._leases[op.lease].keys[op.key] = None
         self._remember(op.key, _Version(revision, number, kv))

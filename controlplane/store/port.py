@@ -24,11 +24,14 @@ STORE_IS_FULL = (
 
 
 class KeyValue(Struct, frozen=True):
+    """``version`` counts the key's writes since it was created."""
+
     key: str
     value: bytes
     create_revision: int
     mod_revision: int
     lease: int = 0
+    version: int = 0
 
 
 class Listing(Struct, frozen=True):

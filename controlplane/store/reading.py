@@ -1,12 +1,16 @@
 """What a replica has to read from etcd for its memory to be whole.
 
 Nothing is read twice: a key has no two values at one revision, so that keys and revisions say what
-memory lacks. Once memory was compared with everything that etcd has, at one revision, only what
-changed since then is listed, and the rest is counted: a key that is there, has not changed since
-and is not in memory cannot be, unless something was dropped without a deletion; and what memory has
-too much of makes the numbers differ. Watches of etcd have lost events without a word (etcd issues
-15271, 17529, 18089 and 19179), so that a new leader does not take its memory for whole; but a
-listing of the keys of 50,000 VMs takes a second on a busy machine, in which nobody leads.
+memory lacks. Watches of etcd have lost revisions without a word (etcd issues 15271, 17529, 18089
+and 19179), so that a new leader must not take its memory for whole unasked; but to list the keys of
+50,000 VMs takes a second on a busy machine, in which nobody leads. Three ways, from the cheapest:
+
+- Each commit writes the applier's mark once, and etcd counts a key's writes. Where the watch has
+  brought every number up to the mark as it is now, it has brought every commit.
+- Once memory was compared with everything, only what has changed since is listed, and the rest is
+  counted. A key that is there, has not changed since and is not in memory cannot be; what memory
+  has too much of makes the numbers differ.
+- Everything is compared.
 """
 
 from __future__ import annotations
@@ -35,10 +39,12 @@ LEADERS = (keys.STATE, keys.IDEMPOTENCY, keys.HISTORY)
 class Missing(Struct, frozen=True):
     """What memory has to take to be as etcd is at a revision.
 
-    ``listed`` are all keys that there are; None where memory is known to have none besides.
+    ``marks`` is how often the mark had been written by then. ``listed`` are all keys that there
+    are; None where memory is known to have none besides.
     """
 
     revision: int
+    marks: int
     items: tuple[KeyValue, ...]
     listed: frozenset[str] | None = None
 
@@ -55,13 +61,17 @@ class Reading:
         self._unreadable = unreadable
         self.whole_at = 0
 
-    async def at_takeover(self, revision_min: int) -> Missing:
-        """Return what a new leader's memory lacks; ``revision_min`` is its term's."""
-        if self.whole_at:
-            changed = await self._changed(revision_min)
-            if changed is not None:
-                return changed
-        return await self.everything(revision_min)
+    async def at_takeover(self, revision_min: int, marks_seen: int | None) -> Missing:
+        """Return what a new leader's memory lacks; ``revision_min`` is its term's.
+
+        ``marks_seen``: up to which write of the mark it has every one; None when it does not know.
+        """
+        found: Missing | None = None
+        if marks_seen is not None:
+            found = await self._proven(revision_min, marks_seen)
+        if found is None and self.whole_at:
+            found = await self._changed(revision_min)
+        return found or await self.everything(revision_min)
 
     async def everything(self, revision_min: int) -> Missing:
         """Compare with all keys that there are; memory may be of any moment."""
@@ -74,11 +84,11 @@ class Reading:
                 await asyncio.sleep(0)
             if len(wanted) <= READ_SINGLY_MAX:
                 items = await self._read(wanted, listing.revision)
-                return Missing(listing.revision, items, _keys_of(listing))
+                return Missing(listing.revision, _marks_in(listing), items, _keys_of(listing))
         listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
         is_new = await self._began_anew(listing.revision)
         items = tuple(item for item in listing.items if is_new or self._differs(item))
-        return Missing(listing.revision, items, _keys_of(listing))
+        return Missing(listing.revision, _marks_in(listing), items, _keys_of(listing))
 
     async def _began_anew(self, revision: int) -> bool:
         """Whether memory is of an earlier epoch: its revisions say nothing about this etcd's.
@@ -90,6 +100,15 @@ class Reading:
             return False
         found = await self._store.get(keys.CLUSTER, revision=revision)
         return found is None or unpack(found.value, Cluster).epoch != known.epoch
+
+    async def _proven(self, revision_min: int, marks_seen: int) -> Missing | None:
+        """Return the replicas alone; None unless every commit has been seen."""
+        replicas = await self._store.list(keys.REPLICAS, revision_min=revision_min)
+        revision = replicas.revision
+        marks, is_new = await asyncio.gather(self._marks(revision), self._began_anew(revision))
+        if is_new or marks != marks_seen:
+            return None
+        return Missing(revision, marks, replicas.items)
 
     async def _changed(self, revision_min: int) -> Missing | None:
         """Return what has changed since memory was whole; None when that does not add up."""
@@ -109,7 +128,12 @@ class Reading:
         else:
             lists = [await self._list_changed(each, revision, keys_only=False) for each in LEADERS]
             items = tuple(item for each in lists for item in each.items if self._differs(item))
-        return Missing(revision, (*replicas.items, *items))
+        return Missing(revision, await self._marks(revision), (*replicas.items, *items))
+
+    async def _marks(self, revision: int) -> int:
+        """Return how often the mark had been written by a revision."""
+        mark = await self._store.get(keys.MARK, revision=revision)
+        return 0 if mark is None else mark.version
 
     async def _list_changed(self, prefix: str, revision_min: int, *, keys_only: bool) -> Listing:
         return await self._store.list(
@@ -166,6 +190,10 @@ def known_revision(state: ClusterState, item: KeyValue) -> int:
         return next((stored.revision for stored in state.clusters.values()), 0)
     stored = state.get(*keys.record_of(item.key))
     return 0 if stored is None else stored.revision
+
+
+def _marks_in(listing: Listing) -> int:
+    return next((item.version for item in listing.items if item.key == keys.MARK), 0)
 
 
 def _keys_of(listing: Listing) -> frozenset[str]:

@@ -116,6 +116,26 @@ async def test_pages_of_what_has_changed_are_counted_once(world: World) -> None:
     assert (len(found.items), found.count) == (30, 60)
 
 
+async def test_the_writes_of_a_key_are_counted_from_its_creation_on(world: World) -> None:
+    put = _puts(1)[0]
+    fence = await world.commit(await world.lead(), put)
+    first = fence.mark_revision
+    for write, version in ((put, 2), (put, 3), (Delete(put.key), 0), (put, 1)):
+        fence = await world.commit(fence, write)
+        found = await world.store.get(put.key)
+        assert (0 if found is None else found.version) == version
+    mark = await world.store.get(keys.MARK)
+    assert mark is not None
+    assert mark.version == 5
+    seen: list[int] = []
+    async with aclosing(world.store.watch(keys.MARK, first)) as batches:
+        async for batch in batches:
+            seen += [item.version for item in batch.puts]
+            if len(seen) == 5:
+                break
+    assert seen == [1, 2, 3, 4, 5]
+
+
 async def test_a_key_is_read_as_it_was_at_a_revision(world: World) -> None:
     put = _puts(1)[0]
     first = await world.commit(await world.lead(), put)

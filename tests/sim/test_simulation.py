@@ -25,7 +25,7 @@ SEEDS_PER_PART = 10
 SEARCH_MAX = 1000
 # Many faults in a short time, so that every kind comes within a few seeds.
 BUSY = SimulationSettings(faults=60, duration_s=200.0)
-BUSY_SEEDS = range(100, 105)
+BUSY_SEEDS = range(100, 107)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -25,7 +25,7 @@ from controlplane.store.etcd_members import Effect
 from controlplane.store.etcd_pool import EtcdStore
 from controlplane.store.etcd_rpc import Txn, TxnDone
 from controlplane.store.informer import Informer
-from controlplane.store.port import Committed, NotCommitted, Write
+from controlplane.store.port import Committed, NotCommitted, WatchBatch, Write
 from controlplane.store.port import Fence as StoreFence
 from shared.errors import OutcomeUnknown
 from shared.ids import IdSource
@@ -216,14 +216,22 @@ def a_stop_is_not_audited() -> AbstractContextManager[Any]:
     return patch.object(Draft, "audit", partial)
 
 
-def lost_watches_are_forgotten() -> AbstractContextManager[Any]:
-    """After a watch was lost, the next begins with what comes then."""
+@contextmanager
+def lost_watches_are_forgotten() -> Iterator[None]:
+    """After a watch was lost, the next begins with what comes then, and nobody counts commits."""
     follow = Informer._follow
 
     async def careless(self: Informer, next_revision: int) -> int:
         return await follow(self, 0 if self._state.revision else next_revision)
 
-    return patch.object(Informer, "_follow", careless)
+    def blind(self: Informer, batch: WatchBatch) -> bool:
+        return False
+
+    with (
+        patch.object(Informer, "_follow", careless),
+        patch.object(Informer, "_lacks_commits", blind),
+    ):
+        yield
 
 
 def takeover_without_a_listing() -> AbstractContextManager[Any]:
