@@ -25,7 +25,7 @@ class PlantedBug(Struct, frozen=True):
 
 
 PLANTED: tuple[PlantedBug, ...] = (
-    PlantedBug(agents.fence_forgets_generations, guests.generation_used_once, first=29),
+    PlantedBug(agents.fence_forgets_generations, guests.generation_used_once, first=36),
     PlantedBug(agents.stop_removes, guests.erased_was_deleted),
     PlantedBug(agents.strays_are_stopped, guests.end_was_wanted),
     PlantedBug(agents.answers_are_forgotten, guests.restarted_once),
@@ -40,21 +40,23 @@ PLANTED: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(control_plane.commits_without_the_term, records.written_by_the_leader, first=12),
     PlantedBug(control_plane.commits_without_the_mark, records.history_is_dense, first=3),
-    PlantedBug(control_plane.silence_is_death, guests.single_runner, first=26),
-    PlantedBug(control_plane.starts_without_room, records.within_capacity, first=16),
+    PlantedBug(control_plane.silence_is_death, guests.single_runner, first=59),
+    PlantedBug(control_plane.starts_without_room, records.within_capacity, first=25),
     PlantedBug(control_plane.refused_change_uses_a_number, records.history_is_dense),
-    PlantedBug(control_plane.leftovers_are_no_rivals, moves.start_has_no_rival, first=7),
+    PlantedBug(control_plane.leftovers_are_no_rivals, moves.start_has_no_rival, first=64),
     PlantedBug(control_plane.ids_are_used_again, records.operation_ends_once),
     PlantedBug(control_plane.ids_are_used_again, guests.deleted_is_gone),
     PlantedBug(control_plane.keys_are_not_kept, records.key_is_used_once, first=13),
     PlantedBug(control_plane.a_stop_is_not_audited, records.changes_are_audited, first=3),
     PlantedBug(control_plane.lost_watches_are_forgotten, records.views_are_monotone, first=1),
-    PlantedBug(control_plane.old_memory_says_what_is_there, records.what_is_there_is_found),
-    PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=27),
+    PlantedBug(
+        control_plane.old_memory_says_what_is_there, records.what_is_there_is_found, first=14
+    ),
+    PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=85),
     PlantedBug(migrations.switched_source_is_resumed, guests.single_runner),
     PlantedBug(migrations.return_codes_decide, moves.owner_has_the_guest, first=19),
     PlantedBug(
-        migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned, first=54
+        migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned, first=138
     ),
     PlantedBug(migrations.departures_are_forgotten, moves.moves_are_begun_once, first=2),
     PlantedBug(migrations.unreachable_is_empty, moves.claim_outlives_the_guest, first=7),
