@@ -95,7 +95,7 @@ async def serve(config: ControlPlaneConfig) -> None:
     await agents.start(config.agents.listen, tls)
     log.info("serving", extra={"api": config.api.listen, "agents": config.agents.listen})
     try:
-        await run_until_asked_to_stop(replica.run(), api.run(), watch_stalls(metrics.loop_stalled))
+        await run_until_asked_to_stop(_served(replica, api), watch_stalls(metrics.loop_stalled))
     finally:
         await agents.stop()
         await peers.close()
@@ -103,6 +103,25 @@ async def serve(config: ControlPlaneConfig) -> None:
         await history.close()
         history_thread.close()
         planning_thread.close()
+
+
+async def _served(replica: ControlPlane, api: ApiServer) -> None:
+    """Run a replica and its API until cancelled, or until one of them ends.
+
+    Then requests under way come to their end as at any time: this replica hands over, and goes on
+    following whoever leads until they have.
+    """
+    following, serving = asyncio.ensure_future(replica.run()), asyncio.ensure_future(api.run())
+    try:
+        await asyncio.wait((following, serving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        replica.hand_over()
+        for each in (serving, following):
+            each.cancel()
+            await asyncio.wait({each})
+    for each in (serving, following):
+        if not each.cancelled():
+            each.result()
 
 
 def _settle_memory() -> None:

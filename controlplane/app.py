@@ -194,6 +194,11 @@ class ControlPlane:
             tasks.create_task(self._following.run())
             tasks.create_task(self._stay_registered())
 
+    def hand_over(self) -> None:
+        """Let another replica lead; this one goes on following, for requests under way."""
+        self._election.retire()
+        self.leader.give_up()
+
     def hub(self) -> Hub | None:
         """Return the sessions of the present term, if this replica leads."""
         return self.leader.hub

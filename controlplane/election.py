@@ -106,6 +106,7 @@ class Election:
         self._rng = rng
         self._next_change = next_change
         self._stands_back_until_s = 0.0
+        self._retired = False
         self._lease = 0
         self._unfit = ""
         self._failure = ""
@@ -136,6 +137,10 @@ class Election:
                 self._tell_failure(str(error))
             self.leader = None if self._is_me(self.leader) else self.leader
             await asyncio.sleep(self._rng.uniform(0.1, CAMPAIGN_JITTER_S))
+
+    def retire(self) -> None:
+        """Never stand again; who leads is still looked at."""
+        self._retired = True
 
     async def give_back(self) -> None:
         """Resign a term that an earlier process of this replica held, before anything is read.
@@ -171,7 +176,8 @@ class Election:
             changed.cancel()
 
     def _may_stand(self, unfit: str) -> bool:
-        return not unfit and self._clock.boottime_s() >= self._stands_back_until_s
+        stands_back = self._clock.boottime_s() < self._stands_back_until_s
+        return not (unfit or self._retired or stands_back)
 
     async def _stand(self) -> Reign | None:
         """Try to make the key ours; None when another replica was first."""

@@ -101,6 +101,11 @@ class Leader:
     def leads(self) -> bool:
         return self._applier is not None
 
+    def give_up(self) -> None:
+        """Have the present term, if there is one, end soon: what is being written comes first."""
+        if self._applier is not None:
+            self._applier.given_up.set()
+
     async def submit(self, command: Command[Result], limit_s: float) -> Result:
         """Commit a command under the present term. Raises NoLeader when there is none here."""
         if self._applier is None:

@@ -28,8 +28,9 @@ KEEP_ALIVE_S = 75
 # From the first byte (or none) to the end of the headers.
 HEAD_TIMEOUT_S = 15.0
 HEAD_BYTES_MAX = 32 * KIB
-# What is under way at a stop may go on for so long: longer than any request but a long poll.
-STOP_S = 5
+# What is under way at a stop may go on for so long: longer than a write waits for a leader (6 s),
+# and by that longer than any request but a long poll, which is ended.
+STOP_S = 8
 
 
 class ApiServerSettings(Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from controlplane.store import keys
 from controlplane.store.port import KeyValue
 from shared.codec import unpack
 from shared.model import LeaderKey
-from tests.integration.replica_api import Api, until
+from tests.integration.replica_api import Api, Lost, new_vm, until
 from tests.integration.test_two_replicas import follower
 from tests.integration.world import LONG_LEASE, World, new_world
 
@@ -109,6 +110,35 @@ async def test_asked_to_end_it_hands_over_although_its_lease_lives(world: World)
         assert f"resigned the term {old.create_revision}" in log
         assert "Traceback" not in log
         world.api = api
+
+
+@pytest.mark.parametrize("stops", ["leader", "follower"])
+async def test_requests_under_way_at_a_stop_are_answered_as_ever(stops: str) -> None:
+    """A replica that ends goes on following until they have: no 500, no doubt, no refusal."""
+    async with new_world(LONG_LEASE) as world, follower(world) as (replica, api):
+        ending, its_api = (world.replica, world.api) if stops == "leader" else (replica, api)
+        answers: list[int] = []
+
+        async def write_on(writer: int) -> None:
+            for number in itertools.count():
+                body = new_vm(f"web-{writer}-{number}", power="stopped")
+                try:
+                    answer = await its_api.send("POST", "/api/v1/vms", body)
+                except Lost:
+                    return  # it listens no more
+                answers.append(answer.status_code)
+
+        writing = [asyncio.ensure_future(write_on(writer)) for writer in range(8)]
+
+        async def written() -> bool:
+            return len(answers) > 40
+
+        await until(written, "writes")
+        assert await asyncio.to_thread(ending.terminate) == 0
+        await asyncio.gather(*writing)
+        assert set(answers) == {202}
+        assert "Traceback" not in ending.log_text()
+        world.api = api if stops == "leader" else world.api
 
 
 async def test_writes_of_every_replica_go_on_over_many_hand_overs() -> None:

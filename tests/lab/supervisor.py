@@ -34,7 +34,7 @@ RESTART_BACKOFF = Backoff(first_s=0.2, cap_s=5.0)
 # A program that ran this long had started well: its next restart is its first.
 STEADY_S = 10.0
 # An agent or replica that got SIGTERM ends its streams first; past this it is killed.
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 15.0
 REAP_PERIOD_S = 0.5
 # Requests carry one program's arguments and environment.
 REQUEST_BYTES_MAX = 1 << 20

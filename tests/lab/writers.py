@@ -81,12 +81,16 @@ class Writer(threading.Thread):
                 )
             self._connection.request("PATCH", f"/api/v1/vms/{self._vm}", body, headers)
             answer = self._connection.getresponse()
-            said = json.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            text = answer.read()
+        except (OSError, http.client.HTTPException) as error:
             self._drop()
             return 0, type(error).__name__, True
         if answer.status != 200:
             self._drop()
+        try:
+            said = json.loads(text)
+        except ValueError:
+            return answer.status, f"no JSON: {text[:80]!r}", False
         return answer.status, said.get("code", ""), bool(said.get("retryable"))
 
     def _drop(self) -> None:
