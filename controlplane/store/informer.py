@@ -200,13 +200,13 @@ class Informer:
         mark = next((item for item in batch.puts if item.key == keys.MARK), None)
         if mark is None or self._auditing or self._marks_seen is None:
             return False
-        lacking = mark.version - self._marks_seen - 1
-        self._marks_seen = mark.version
-        if lacking:
-            log.error("the watch has left out commits before revision %d", batch.revision)
-            self._count(1)
-            self._must_list = True
-        return self._must_list
+        if mark.version == self._marks_seen + 1:
+            self._marks_seen = mark.version
+            return False
+        log.error("the watch has left out commits before revision %d", batch.revision)
+        self._count(1)
+        self._must_list, self._marks_seen = True, None
+        return True
 
     def _take_batch(self, batch: WatchBatch) -> None:
         if keys.LEADER in batch.deletes or any(item.key == keys.LEADER for item in batch.puts):

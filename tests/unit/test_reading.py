@@ -13,7 +13,7 @@ from msgspec import structs
 
 from controlplane.state import ClusterState
 from controlplane.store import keys, reading
-from controlplane.store.informer import Informer
+from controlplane.store.informer import RETRY_S, Informer
 from controlplane.store.port import Delete, Put, Store, Write
 from controlplane.store.reading import LEADERS
 from shared.codec import pack
@@ -186,6 +186,23 @@ def test_a_commit_that_the_watch_has_left_out_is_noticed_with_the_next() -> None
             await asyncio.sleep(A_WHILE_S)
             assert sorted(it.state.api_keys) == ["key-b", "key-c"]
             assert it.informer.mismatches == 1
+
+    virtual(main())
+
+
+def test_a_takeover_that_comes_before_the_listing_finds_what_was_left_out() -> None:
+    async def main() -> None:
+        async with following() as it:
+            it.store.loses = lambda: True
+            await it.commit(put("key-b"))
+            await asyncio.sleep(A_WHILE_S)
+            it.store.loses = lambda: False
+            it.store.failures = 1
+            await it.commit(put("key-c"))
+            await asyncio.sleep(RETRY_S / 2)
+            assert sorted(it.state.api_keys) == ["key-a"], "it waits to list again"
+            await take_over(it)
+            assert sorted(it.state.api_keys) == ["key-a", "key-b", "key-c"]
 
     virtual(main())
 
