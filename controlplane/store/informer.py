@@ -117,11 +117,11 @@ class Informer:
         """Follow the watch for ever."""
         await self._load_at_last()
         on_ready()
-        next_revision = self._state.revision + 1
+        next_revision = self._reading.whole_at + 1
         while True:
             try:
                 if self._must_list and await self._list_again():
-                    next_revision = self._state.revision + 1
+                    next_revision = self._reading.whole_at + 1
                 next_revision = await self._follow(next_revision)
             except Compacted as compacted:
                 log.warning("the watch fell behind a compaction: %s", compacted)
@@ -178,7 +178,7 @@ class Informer:
             if keys.replica_key(name) not in registered:
                 del self.replicas[name]
         self._reading.whole_at, self._marks_seen = missing.revision, missing.marks
-        self._state.advanced(missing.revision)
+        self._state.advanced(missing.committed or missing.revision)
 
     def _drop_unlisted(self, listed: frozenset[str]) -> None:
         # What is listed and can be read is in memory by now: when that is all, nothing is over.
@@ -223,7 +223,10 @@ class Informer:
                 self.replicas.pop(key.removeprefix(keys.REPLICAS), None)
             elif not self._auditing:
                 self._take_deletion(key)
-        if not self._auditing and (batch.puts or batch.deletes):
+        # Who leads, and who is registered, is written past the leader: its memory does not come to
+        # such revisions, and a client that has seen one here would wait for them there.
+        written = (*(item.key for item in batch.puts), *batch.deletes)
+        if not self._auditing and any(map(keys.is_committed, written)):
             self._state.advanced(batch.revision)
 
     def _take_item(self, item: KeyValue) -> bool:

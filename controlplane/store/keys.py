@@ -38,6 +38,11 @@ def holds_record(key: str) -> bool:
     return key.startswith((STATE, IDEMPOTENCY))
 
 
+def is_committed(key: str) -> bool:
+    """Tell whether a key is one that only a leader's commits write."""
+    return key == MARK or key.startswith((STATE, IDEMPOTENCY, HISTORY))
+
+
 def record_kind(key: str) -> type[Record]:
     """Return which Struct a record's key holds. Raises RecordUnreadable for a foreign key."""
     if key == CLUSTER:

@@ -39,11 +39,13 @@ LEADERS = (keys.STATE, keys.IDEMPOTENCY, keys.HISTORY)
 class Missing(Struct, frozen=True):
     """What memory has to take to be as etcd is at a revision.
 
-    ``marks`` is how often the mark had been written by then. ``listed`` are all keys that there
-    are; None where memory is known to have none besides.
+    ``marks`` is how often the mark had been written by then, and ``committed`` the revision of the
+    last commit, or of what was written past the leader after it; 0 where there was none. ``listed``
+    are all keys that there are; None where memory is known to have none besides.
     """
 
     revision: int
+    committed: int
     marks: int
     items: tuple[KeyValue, ...]
     listed: frozenset[str] | None = None
@@ -84,11 +86,11 @@ class Reading:
                 await asyncio.sleep(0)
             if len(wanted) <= READ_SINGLY_MAX:
                 items = await self._read(wanted, listing.revision)
-                return Missing(listing.revision, _marks_in(listing), items, _keys_of(listing))
+                return _all_of(listing, items)
         listing = await self._store.list(keys.ROOT, revision_min=listing.revision)
         is_new = await self._began_anew(listing.revision)
         items = tuple(item for item in listing.items if is_new or self._differs(item))
-        return Missing(listing.revision, _marks_in(listing), items, _keys_of(listing))
+        return _all_of(listing, items)
 
     async def _began_anew(self, revision: int) -> bool:
         """Whether memory is of an earlier epoch: its revisions say nothing about this etcd's.
@@ -105,10 +107,12 @@ class Reading:
         """Return the replicas alone; None unless every commit has been seen."""
         replicas = await self._store.list(keys.REPLICAS, revision_min=revision_min)
         revision = replicas.revision
-        marks, is_new = await asyncio.gather(self._marks(revision), self._began_anew(revision))
+        (committed, marks), is_new = await asyncio.gather(
+            self._mark(revision), self._began_anew(revision)
+        )
         if is_new or marks != marks_seen:
             return None
-        return Missing(revision, marks, replicas.items)
+        return Missing(revision, committed, marks, replicas.items)
 
     async def _changed(self, revision_min: int) -> Missing | None:
         """Return what has changed since memory was whole; None when that does not add up."""
@@ -128,12 +132,12 @@ class Reading:
         else:
             lists = [await self._list_changed(each, revision, keys_only=False) for each in LEADERS]
             items = tuple(item for each in lists for item in each.items if self._differs(item))
-        return Missing(revision, await self._marks(revision), (*replicas.items, *items))
+        return Missing(revision, *await self._mark(revision), (*replicas.items, *items))
 
-    async def _marks(self, revision: int) -> int:
-        """Return how often the mark had been written by a revision."""
+    async def _mark(self, revision: int) -> tuple[int, int]:
+        """Return when the mark had been written last by a revision, and how often."""
         mark = await self._store.get(keys.MARK, revision=revision)
-        return 0 if mark is None else mark.version
+        return (0, 0) if mark is None else (mark.mod_revision, mark.version)
 
     async def _list_changed(self, prefix: str, revision_min: int, *, keys_only: bool) -> Listing:
         return await self._store.list(
@@ -192,9 +196,13 @@ def known_revision(state: ClusterState, item: KeyValue) -> int:
     return 0 if stored is None else stored.revision
 
 
-def _marks_in(listing: Listing) -> int:
-    return next((item.version for item in listing.items if item.key == keys.MARK), 0)
-
-
-def _keys_of(listing: Listing) -> frozenset[str]:
-    return frozenset(item.key for item in listing.items)
+def _all_of(listing: Listing, items: tuple[KeyValue, ...]) -> Missing:
+    """Return what memory lacks of a listing of everything."""
+    committed = (each.mod_revision for each in listing.items if keys.is_committed(each.key))
+    return Missing(
+        revision=listing.revision,
+        committed=max(committed, default=0),
+        marks=next((each.version for each in listing.items if each.key == keys.MARK), 0),
+        items=items,
+        listed=frozenset(each.key for each in listing.items),
+    )

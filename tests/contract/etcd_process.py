@@ -87,8 +87,15 @@ class EtcdCluster:
         self._processes[index].wait()
 
     def stop(self, index: int) -> None:
-        """Suspend a member (SIGSTOP): its connections stay open and silent."""
-        self._processes[index].send_signal(signal.SIGSTOP)
+        """Suspend a member (SIGSTOP): its connections stay open and silent, once this returns.
+
+        A thread that runs just then may answer a request before the signal has come to it.
+        """
+        process = self._processes[index]
+        process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{process.pid}/task")
+        while not all(_stands_still(each) for each in threads.iterdir()):
+            time.sleep(0.001)
 
     def resume(self, index: int) -> None:
         self._processes[index].send_signal(signal.SIGCONT)
@@ -194,3 +201,13 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in held:
             each.close()
+
+
+def _stands_still(thread: Path) -> bool:
+    """Tell whether a thread is stopped, or over."""
+    try:
+        stat = (thread / "stat").read_text()
+    except OSError:
+        return True
+    # The state follows the program's name, which may hold anything but comes in brackets.
+    return stat.rpartition(")")[2].split()[0] in ("T", "t", "Z", "X")

@@ -33,6 +33,14 @@ from tests.unit.core_world import BORN
 
 # Longer than any heartbeat or back-off of the watch, in virtual seconds.
 A_WHILE_S = 10.0
+REPLICA = Replica(
+    name="r1",
+    incarnation="i",
+    url="https://r1",
+    agent_address="r1:8444",
+    version="1",
+    started_at=BORN,
+)
 
 
 def api_key(name: str, role: str = "admin") -> ApiKey:
@@ -257,21 +265,35 @@ def test_a_listing_takes_poisoned_and_foreign_keys() -> None:
 def test_replicas_are_known_while_they_are_registered() -> None:
     async def main() -> None:
         async with following() as it:
-            replica = Replica(
-                name="r1",
-                incarnation="i",
-                url="https://r1",
-                agent_address="r1:8444",
-                version="1",
-                started_at=BORN,
-            )
             lease = await it.world.store.grant_lease(60)
-            await it.world.store.register_replica("r1", pack(replica), lease)
+            await it.world.store.register_replica("r1", pack(REPLICA), lease)
             await asyncio.sleep(A_WHILE_S)
-            assert it.informer.replicas == {"r1": replica}
+            assert it.informer.replicas == {"r1": REPLICA}
             await it.world.store.revoke_lease(lease)
             await asyncio.sleep(A_WHILE_S)
             assert it.informer.replicas == {}
+
+    virtual(main())
+
+
+def test_memory_is_at_a_revision_that_its_leader_comes_to_as_well() -> None:
+    """Who leads, and who is registered, is written past the leader and its memory."""
+
+    async def main() -> None:
+        async with following() as it:
+            committed = it.fence.mark_revision
+            lease = await it.world.store.grant_lease(60)
+            await it.world.store.register_replica("r1", pack(REPLICA), lease)
+            await asyncio.sleep(A_WHILE_S)
+            assert it.informer.replicas == {"r1": REPLICA}
+            assert it.state.revision == committed
+            # Neither does a listing show what nobody has committed.
+            state = ClusterState()
+            informer = Informer(cast(Store, it.store), state)
+            await informer.load(0)
+            assert state.revision == committed
+            await informer.load(0)
+            assert state.revision == committed
 
     virtual(main())
 
