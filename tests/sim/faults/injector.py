@@ -50,7 +50,10 @@ class Faults:
         step of a saga; in every other walk they strike a little after the step has begun.
         """
         aimed = self._rng.sample(range(count), count // 2)
-        places = [self._seed * len(aimed) + turn for turn in range(len(aimed))]
+        # A walk takes as many seeds as there are turns of seeds with an upgrade, in which sagas are
+        # few: each walk begins a seed later, or the same pairs would always fall to those.
+        walk = self._seed * len(aimed) // len(ALL_PAIRS)
+        places = [(self._seed + walk) * len(aimed) + turn for turn in range(len(aimed))]
         times = sorted(self._rng.uniform(0, duration_s) for _ in range(count))
         start_s = asyncio.get_running_loop().time()
         async with asyncio.TaskGroup() as under_way:

@@ -52,11 +52,11 @@ PLANTED: tuple[PlantedBug, ...] = (
     PlantedBug(
         control_plane.old_memory_says_what_is_there, records.what_is_there_is_found, first=14
     ),
-    PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=85),
+    PlantedBug(control_plane.takeover_without_a_listing, everything_settles, first=80),
     PlantedBug(migrations.switched_source_is_resumed, guests.single_runner),
     PlantedBug(migrations.return_codes_decide, moves.owner_has_the_guest, first=19),
     PlantedBug(
-        migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned, first=138
+        migrations.running_destination_is_cleaned, moves.arrived_guest_is_not_cleaned, first=131
     ),
     PlantedBug(migrations.departures_are_forgotten, moves.moves_are_begun_once, first=2),
     PlantedBug(migrations.unreachable_is_empty, moves.claim_outlives_the_guest, first=7),
