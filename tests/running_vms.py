@@ -18,6 +18,16 @@ from shared.model import (
 )
 
 
+def typical_spec(vcpus: int) -> VmSpec:
+    return VmSpec(
+        vcpus=vcpus,
+        memory_mib=2048,
+        boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=ttyS0"),
+        disks=(DiskSpec(name="root", size_gib=20),),
+        nics=(NicSpec(network="lan"),),
+    )
+
+
 def running_vm(vm_id: str, number: int, node_id: str, boot_id: str, at: datetime) -> Vm:
     """Return the record of a VM that runs in its first generation since ``at``."""
     return Vm(
@@ -26,13 +36,7 @@ def running_vm(vm_id: str, number: int, node_id: str, boot_id: str, at: datetime
         labels={"tier": "gold", "team": f"t{number % 10}"},
         created_at=at,
         updated_at=at,
-        spec=VmSpec(
-            vcpus=1,
-            memory_mib=2048,
-            boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=ttyS0"),
-            disks=(DiskSpec(name="root", size_gib=20),),
-            nics=(NicSpec(network="lan"),),
-        ),
+        spec=typical_spec(vcpus=1),
         domain_name=vm_id,
         domain_uuid=domain_uuid(vm_id),
         status=VmStatus(

@@ -15,6 +15,9 @@ CLUSTER = f"{STATE}cluster"
 # Not below STATE, where 0.1 complains of what it does not know; elsewhere it looks past it.
 IDEMPOTENCY = f"{ROOT}idempotency/"
 
+# Where only a leader's commits write, besides the mark.
+COMMITTED = (STATE, IDEMPOTENCY, HISTORY)
+
 _FOLDERS: dict[type[Record], str] = {
     Vm: f"{STATE}vms/",
     Node: f"{STATE}nodes/",
@@ -40,7 +43,7 @@ def holds_record(key: str) -> bool:
 
 def is_committed(key: str) -> bool:
     """Tell whether a key is one that only a leader's commits write."""
-    return key == MARK or key.startswith((STATE, IDEMPOTENCY, HISTORY))
+    return key == MARK or key.startswith(COMMITTED)
 
 
 def record_kind(key: str) -> type[Record]:

@@ -16,6 +16,7 @@ and 19179), so that a new leader must not take its memory for whole unasked; but
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Set
 
 from msgspec import Struct
@@ -27,13 +28,12 @@ from shared.codec import unpack
 from shared.errors import RecordUnreadable
 from shared.model import Cluster, IdempotencyRecord
 
+log = logging.getLogger(__name__)
+
 # Up to so many keys are read one by one, at a millisecond each; more are listed with all others.
 READ_SINGLY_MAX = 200
 # Revisions compared before others get their turn: about 10 ms.
 COMPARED_AT_ONCE = 5000
-# What only a leader writes. While one takes over nobody does, so that these may be listed one after
-# the other as if at one moment.
-LEADERS = (keys.STATE, keys.IDEMPOTENCY, keys.HISTORY)
 
 
 class Missing(Struct, frozen=True):
@@ -101,7 +101,10 @@ class Reading:
         if known is None:
             return False
         found = await self._store.get(keys.CLUSTER, revision=revision)
-        return found is None or unpack(found.value, Cluster).epoch != known.epoch
+        if found is not None and unpack(found.value, Cluster).epoch == known.epoch:
+            return False
+        log.warning("etcd was restored from a backup: all that it holds is read again")
+        return True
 
     async def _proven(self, revision_min: int, marks_seen: int) -> Missing | None:
         """Return the replicas alone; None unless every commit has been seen."""
@@ -117,7 +120,9 @@ class Reading:
     async def _changed(self, revision_min: int) -> Missing | None:
         """Return what has changed since memory was whole; None when that does not add up."""
         revision, wanted = 0, list[str]()
-        for prefix in LEADERS:
+        # Only a leader writes there, and while one takes over nobody does: one after the other is
+        # as if at one moment.
+        for prefix in keys.COMMITTED:
             listing = await self._list_changed(prefix, revision_min, keys_only=True)
             new = sum(not self._has(item) for item in listing.items)
             if listing.count != self._held(prefix) + new:
@@ -130,7 +135,10 @@ class Reading:
         if len(wanted) <= READ_SINGLY_MAX:
             items = await self._read(wanted, revision)
         else:
-            lists = [await self._list_changed(each, revision, keys_only=False) for each in LEADERS]
+            lists = [
+                await self._list_changed(prefix, revision, keys_only=False)
+                for prefix in keys.COMMITTED
+            ]
             items = tuple(item for each in lists for item in each.items if self._differs(item))
         return Missing(revision, *await self._mark(revision), (*replicas.items, *items))
 

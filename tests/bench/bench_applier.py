@@ -35,11 +35,12 @@ from controlplane.store.history import History
 from controlplane.store.informer import Informer
 from shared.clock import SystemClock
 from shared.ids import IdSource, new_cell
-from shared.model import BootSpec, DiskSpec, NicSpec, Term, VmSpec
+from shared.model import Term
 from shared.offload import ThreadOffload
 from tests.bench.bootstrap import lower_bound
 from tests.bench.result import BenchResult, figure
 from tests.contract.etcd_process import EtcdCluster
+from tests.running_vms import typical_spec
 from tests.unit.lone_replica import NO_PEERS
 
 KEYS_PER_CREATE = 4
@@ -239,12 +240,6 @@ def _create(number: int) -> CreateVm:
         name=f"web-{number}",
         tenant="default",
         labels={"tier": "gold", "team": f"t{number % 10}"},
-        spec=VmSpec(
-            vcpus=2,
-            memory_mib=2048,
-            boot=BootSpec(kernel="tiny-kernel", initrd="tiny-initrd", cmdline="console=ttyS0"),
-            disks=(DiskSpec(name="root", size_gib=20),),
-            nics=(NicSpec(network="lan"),),
-        ),
+        spec=typical_spec(vcpus=2),
         by=Author("user-bench", "req-bench"),
     )

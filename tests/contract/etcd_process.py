@@ -94,7 +94,9 @@ class EtcdCluster:
         process = self._processes[index]
         process.send_signal(signal.SIGSTOP)
         threads = Path(f"/proc/{process.pid}/task")
+        deadline = time.monotonic() + START_S
         while not all(_stands_still(each) for each in threads.iterdir()):
+            assert time.monotonic() < deadline, "it does not stop"
             time.sleep(0.001)
 
     def resume(self, index: int) -> None:

@@ -90,7 +90,7 @@ class Writer(threading.Thread):
         try:
             said = json.loads(text)
         except ValueError:
-            return answer.status, f"no JSON: {text[:80]!r}", False
+            raise RuntimeError(f"writer {self._number}: {answer.status} {text[:80]!r}") from None
         return answer.status, said.get("code", ""), bool(said.get("retryable"))
 
     def _drop(self) -> None:

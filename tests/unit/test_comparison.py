@@ -13,10 +13,11 @@ from controlplane.store.informer import DIFFERENCES_TOLD_MAX
 from controlplane.store.port import Delete, Put, Store
 from controlplane.store.reading import Reading
 from shared.codec import pack
-from shared.model import ApiKey, Cluster, Replica
-from tests.unit.core_world import BORN
-from tests.unit.test_informer import (
+from shared.model import ApiKey
+from tests.unit.informer_world import (
     A_WHILE_S,
+    CLUSTER,
+    REPLICA,
     Following,
     api_key,
     event,
@@ -24,8 +25,6 @@ from tests.unit.test_informer import (
     put,
     virtual,
 )
-
-CLUSTER = Cluster(id="cluster-1", cell="abc123", epoch=1, created_at=BORN)
 
 
 def comparison(it: Following) -> Comparison:
@@ -122,16 +121,8 @@ def test_what_arrives_meanwhile_is_no_difference() -> None:
 def test_what_is_not_kept_or_cannot_be_is_not_compared() -> None:
     async def main() -> None:
         async with following() as it:
-            replica = Replica(
-                name="r1",
-                incarnation="i",
-                url="https://r1",
-                agent_address="r1:8444",
-                version="1",
-                started_at=BORN,
-            )
             lease = await it.world.store.grant_lease(3600)
-            await it.world.store.register_replica("r1", pack(replica), lease)
+            await it.world.store.register_replica("r1", pack(REPLICA), lease)
             await it.commit(
                 Put(keys.CLUSTER, pack(CLUSTER)),
                 Put(f"{keys.STATE}quotas/q-1", b"?"),

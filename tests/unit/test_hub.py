@@ -125,6 +125,16 @@ def a_hello(**changes: Any) -> Hello:
     return Hello(**{**fields, **changes})
 
 
+async def greeted(it: Site, name: str) -> PipeEnd:
+    """Return the stream of an agent that has been told of all its VMs."""
+    stream = it.dial(name)
+    await stream.send(a_hello(node_name=name))
+    welcome = await stream.expect(Welcome)
+    await stream.send(TermAccepted(term=welcome.term))
+    await stream.expect(InSync)
+    return stream
+
+
 def a_report(vm_id: str, power: ObservedPower, generation: int = 1) -> VmReport:
     return VmReport(vm_id=vm_id, generation=generation, power=power, permit_used=True)
 
@@ -248,18 +258,10 @@ def test_an_agent_that_accepts_another_term_is_rejected() -> None:
     virtual(main())
 
 
-async def greet(it: Site, name: str) -> None:
-    stream = it.dial(name)
-    await stream.send(a_hello(node_name=name))
-    welcome = await stream.expect(Welcome)
-    await stream.send(TermAccepted(term=welcome.term))
-    await stream.expect(InSync)
-
-
 def test_agents_that_come_all_at_once_are_greeted_in_turn() -> None:
     async def main() -> None:
         async with site() as it:
-            await asyncio.gather(*(greet(it, f"m{n}") for n in range(5 * GREETINGS_MAX)))
+            await asyncio.gather(*(greeted(it, f"m{n}") for n in range(5 * GREETINGS_MAX)))
             assert len(it.hub.connected()) == 5 * GREETINGS_MAX
 
     virtual(main())
@@ -282,7 +284,7 @@ def test_more_than_can_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatc
             for each in slow:
                 await each.close()
             await asyncio.sleep(A_WHILE_S)
-            await greet(it, "late")
+            await greeted(it, "late")
 
     virtual(main())
 

@@ -23,18 +23,15 @@ from shared.moves import EndState, Leftover, MigrationStage
 from shared.protocol import (
     Desired,
     DestinationLayout,
-    InSync,
     MigrationOrder,
     MigrationReport,
     MigrationRole,
     MigrationTarget,
-    TermAccepted,
     VmReport,
-    Welcome,
 )
 from tests.unit.core_world import USER, no_check
 from tests.unit.pipes import PipeEnd
-from tests.unit.test_hub import A_WHILE_S, Site, a_hello, a_report, site, virtual
+from tests.unit.test_hub import A_WHILE_S, Site, a_report, greeted, site, virtual
 
 TOKEN = "a-token-that-opens-the-relay"
 TARGET = MigrationTarget(
@@ -77,15 +74,6 @@ class Move:
         node_id = self.site.state.node_id_by_name(node)
         assert node_id is not None
         return self.site.hub.migration_report(self.vm_id, node_id)
-
-
-async def greeted(it: Site, name: str) -> PipeEnd:
-    stream = it.dial(name)
-    await stream.send(a_hello(node_name=name))
-    welcome = await stream.expect(Welcome)
-    await stream.send(TermAccepted(term=welcome.term))
-    await stream.expect(InSync)
-    return stream
 
 
 async def a_move(it: Site) -> Move:

@@ -15,12 +15,12 @@ from controlplane.state import ClusterState
 from controlplane.store import keys, reading
 from controlplane.store.informer import RETRY_S, Informer
 from controlplane.store.port import Delete, Put, Store, Write
-from controlplane.store.reading import LEADERS
 from shared.codec import pack
-from shared.model import ApiKey, Cluster, IdempotencyRecord
+from shared.model import ApiKey, IdempotencyRecord
 from tests.unit.core_world import BORN
-from tests.unit.test_informer import (
+from tests.unit.informer_world import (
     A_WHILE_S,
+    CLUSTER,
     Following,
     api_key,
     event,
@@ -138,7 +138,7 @@ def test_much_that_was_missed_is_listed_with_its_values(monkeypatch: pytest.Monk
             await it.commit(*(put(f"key-{n}") for n in range(4)), event(2))
             doubt(it)
             assert await take_over(it)
-            assert it.store.listed == [*LEADERS, keys.REPLICAS, *LEADERS]
+            assert it.store.listed == [*keys.COMMITTED, keys.REPLICAS, *keys.COMMITTED]
             assert it.store.reads == [keys.MARK]
 
     virtual(main())
@@ -163,11 +163,10 @@ def test_a_deletion_that_was_missed_makes_it_list_everything(gone: Put) -> None:
 def test_a_memory_of_before_a_restore_is_proven_by_nothing() -> None:
     async def main() -> None:
         async with following() as it:
-            cluster = Cluster(id="cluster-1", cell="abc123", epoch=1, created_at=BORN)
-            await it.commit(Put(keys.CLUSTER, pack(cluster)))
+            await it.commit(Put(keys.CLUSTER, pack(CLUSTER)))
             await asyncio.sleep(A_WHILE_S)
             it.informer.audit_only()
-            await it.commit(Put(keys.CLUSTER, pack(structs.replace(cluster, epoch=2))))
+            await it.commit(Put(keys.CLUSTER, pack(structs.replace(CLUSTER, epoch=2))))
             # The watch that began again has brought it nothing of that.
             assert not await take_over(it)
 

@@ -50,8 +50,9 @@ class Faults:
         step of a saga; in every other walk they strike a little after the step has begun.
         """
         aimed = self._rng.sample(range(count), count // 2)
-        # A walk takes as many seeds as there are turns of seeds with an upgrade, in which sagas are
-        # few: each walk begins a seed later, or the same pairs would always fall to those.
+        # Each walk begins a seed later than the one before: it takes a multiple of eight seeds, and
+        # of eight one begins with the release before, whose sagas are few. The same pairs would
+        # always fall to those.
         walk = self._seed * len(aimed) // len(ALL_PAIRS)
         places = [(self._seed + walk) * len(aimed) + turn for turn in range(len(aimed))]
         times = sorted(self._rng.uniform(0, duration_s) for _ in range(count))
