@@ -381,6 +381,28 @@ def test_an_error_of_the_store_ends_the_term_and_not_the_process() -> None:
     virtual(main())
 
 
+def test_one_that_has_retired_never_stands_and_still_knows_who_leads() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            old = it.stand("r1")
+            await asyncio.sleep(TAKEOVER_S)
+            assert old.leads
+            old.election.retire()
+            await asyncio.sleep(TAKEOVER_S)
+            assert old.leads, "it gives up nothing by that"
+            new = it.stand("r2")
+            await it.world.store.resign(old.election.leader_revision)
+            await asyncio.sleep(TAKEOVER_S)
+            assert new.leads
+            assert old.election.leader == new.election.leader
+            await new.stop()
+            await asyncio.sleep(60)
+            assert not old.leads
+            assert await it.key() is None
+
+    virtual(main())
+
+
 def test_one_that_is_unfit_never_stands_and_still_knows_who_leads(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
