@@ -96,11 +96,9 @@ class Lab:
         """Build everything and return once every node is ready; nothing stays when it fails."""
         self.plan.check()
         require_able()
-        refuse_leftovers()
-        artefact_dir = self._guest() if self.plan.artefacts else None
         try:
             self._claim_machine()
-            self._build(artefact_dir)
+            self._build(self._guest() if self.plan.artefacts else None)
         except BaseException:
             self.down()
             raise
@@ -194,12 +192,18 @@ class Lab:
         self._write_state()
 
     def _claim_machine(self) -> None:
-        """Take the lab's directory and start the supervisor; only one lab can."""
-        with signals.held():
-            try:
-                layout.STATE_DIR.mkdir(mode=0o755)
-            except FileExistsError:
-                raise LabError(_leftover_text([f"directory {layout.STATE_DIR}"])) from None
+        """Take the lab's directory and start the supervisor; only one lab can.
+
+        What a lab left that died with all its processes, as when the machine went down, is removed.
+        """
+        with signals.held(), leftovers.alone():
+            found = leftovers.find()
+            if leftovers.processes():
+                raise LabError(_leftover_text(found))
+            if found:
+                self._say(f"a lab that died left this, it is removed: {', '.join(found)}")
+                leftovers.remove()
+            layout.STATE_DIR.mkdir(mode=0o755)
             self._built = True
             layout.STATE_DIR.chmod(0o755)
             self.link.launch()
@@ -333,13 +337,6 @@ def require_able() -> None:
         raise LabError(f"{error}: is libvirt-daemon-system installed?") from error
 
 
-def refuse_leftovers() -> None:
-    """Raise LabError when a lab runs or left something behind."""
-    found = leftovers.find()
-    if found:
-        raise LabError(_leftover_text(found))
-
-
 def take_down(link: SupervisorLink | None = None) -> None:
     """End and remove any lab, whether it runs or was killed; signals do not stop this."""
     with signals.held():
@@ -357,7 +354,7 @@ def _make_shared_pool() -> None:
 
 def _leftover_text(found: list[str]) -> str:
     listed = "".join(f"\n  {line}" for line in found)
-    return f"a lab runs already or was killed; `./dev lab down` removes it:{listed}"
+    return f"a lab runs, or its supervisor was killed; `./dev lab down` removes it:{listed}"
 
 
 def _replica_program(replica: Replica, release: Release) -> Program:

@@ -6,8 +6,11 @@ which may be missing. Never touches a process that is not shown to be the lab's.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 
 from tests.lab import network
 from tests.lab.layout import KEPT_LOG_DIR, LOG_DIR, MARK, STATE_DIR
@@ -31,9 +34,29 @@ def processes() -> list[ProcessKey]:
     return sorted(key for key in keys if key.pid != os.getpid())
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keep other processes from claiming or clearing the machine meanwhile.
+
+    The lock is on the directory that the lab's own is made in, so that it leaves nothing itself.
+    """
+    directory = os.open(STATE_DIR.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
 def clear() -> None:
     """End every process of a lab and remove its devices and files; its logs go to the cache."""
-    kill_all(processes)
+    with alone():
+        kill_all(processes)
+        remove()
+
+
+def remove() -> None:
+    """Remove a lab's devices and files once its processes are gone; call it ``alone``."""
     network.remove_links()
     if LOG_DIR.is_dir():
         shutil.rmtree(KEPT_LOG_DIR, ignore_errors=True)

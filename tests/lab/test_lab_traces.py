@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from tests.lab.cluster import Lab, LabPlan
 from tests.lab.commands import run
 from tests.lab.layout import MARK, REPOSITORY, STATE_DIR
 from tests.lab.link import wait_until
-from tests.lab.processes import find_by_environment, find_by_mount
+from tests.lab.processes import find_by_environment, find_by_mount, kill_all, send
+from tests.lab.state import SUPERVISOR, read_pids
 
 pytestmark = pytest.mark.lab
 
@@ -91,14 +91,34 @@ def test_a_killed_builder_takes_its_lab_along() -> None:
 def test_down_removes_a_lab_whose_supervisor_was_killed() -> None:
     before = _traces()
     assert _dev_lab("up", "--nodes=1", "--replicas=0").returncode == 0
-    supervisors = find_by_environment(MARK)
-    for key in supervisors:
-        os.kill(key.pid, signal.SIGKILL)
+    supervisor = next(p for p in read_pids() if p.name == SUPERVISOR)
+    send(supervisor.key, signal.SIGKILL)
     refused = _dev_lab("up", "--nodes=1", "--replicas=0")
     assert refused.returncode == 1
     assert "./dev lab down" in refused.stderr
     assert _dev_lab("down").returncode == 0
     assert _traces() == before
+
+
+def test_a_lab_that_died_whole_does_not_stand_in_the_way_of_the_next() -> None:
+    before = _traces()
+    assert _dev_lab("up", "--nodes=1", "--replicas=0").returncode == 0
+    _kill_all_at_once()
+    assert leftovers.find() != []
+    built = _dev_lab("up", "--nodes=1", "--replicas=0")
+    assert built.returncode == 0, built.stderr
+    assert f"directory {STATE_DIR}" in built.stderr
+    assert _dev_lab("down").returncode == 0
+    assert _traces() == before
+
+
+def _kill_all_at_once() -> None:
+    """End a lab like a power cut: nothing of it lives to clear up."""
+    living = leftovers.processes()
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for key in living:
+            send(key, number)
+    kill_all(leftovers.processes)
 
 
 def _builder(step: str) -> subprocess.Popen[str]:
