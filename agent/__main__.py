@@ -14,7 +14,7 @@ from pathlib import Path
 from agent.app import Agent, AgentPorts
 from agent.append_log import FileLog
 from agent.config import AgentConfig
-from agent.drivers import open_driver, remember_probe
+from agent.drivers import Driver, open_driver, remember_probe
 from agent.exporter import CONTENT_TYPE, AgentExporter
 from agent.figures import Figures
 from agent.inventory import NodeFacts
@@ -32,6 +32,7 @@ from shared.errors import NovacronError
 from shared.lifetime import run_until_asked_to_stop
 from shared.log import set_up_logging
 from shared.offload import ThreadOffload
+from shared.systemd import Systemd
 from shared.tls import load_material
 from shared.version import VERSION
 
@@ -47,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, AgentConfig, os.environ)
-        set_up_logging(config.log_level)
+        set_up_logging(config.log_level, os.environ)
         asyncio.run(serve(config))
     except NovacronError as error:
         sys.exit(f"novacron-agent: {error}")
@@ -55,6 +56,7 @@ def main() -> None:
 
 async def serve(config: AgentConfig) -> None:
     """Serve until a signal asks to stop; guests are left as they are."""
+    systemd = Systemd(os.environ)
     tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
     rng = random.SystemRandom()
     node = _node_facts(config)
@@ -103,8 +105,10 @@ async def serve(config: AgentConfig) -> None:
             telemetry.run(),
             relays.run(),
             dialler.keep_open(config.controlplane),
+            _watched(systemd, hypervisor),
         )
     finally:
+        systemd.ending()
         remembering.cancel()
         relays.stop()
         await metrics.close()
@@ -113,6 +117,16 @@ async def serve(config: AgentConfig) -> None:
         state.close()
         disk.close()
         sampling.close()
+
+
+async def _watched(systemd: Systemd, hypervisor: Driver) -> None:
+    """Tell systemd once libvirt answers, and from then on that this agent lives.
+
+    A control plane that is away keeps no agent from being ready: its guests are looked after.
+    """
+    await hypervisor.wait_connected()
+    systemd.serving("looks after this node's VMs")
+    await systemd.stay_alive()
 
 
 def _node_facts(config: AgentConfig) -> NodeFacts:

@@ -26,6 +26,10 @@ class Driver(Hypervisor, Protocol):
         """Keep what the driver needs alive, until cancelled or closed."""
         ...
 
+    async def wait_connected(self) -> None:
+        """Return once the hypervisor can be asked."""
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -19,6 +19,7 @@ from controlplane.api.server import ApiServer, ApiServerSettings
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
 from controlplane.config import DEFAULT_CONFIG, ControlPlaneConfig
 from controlplane.replica_files import etcd_tls, history_file, only_process, read_founding
+from controlplane.services.cluster import readiness
 from controlplane.sessions.grpc_server import AgentServer
 from controlplane.sessions.peer_grpc import PeerDialler
 from controlplane.store.etcd_pool import connect
@@ -34,10 +35,14 @@ from shared.errors import NovacronError
 from shared.lifetime import run_until_asked_to_stop
 from shared.log import set_up_logging
 from shared.offload import ThreadOffload
+from shared.systemd import Systemd
 from shared.tls import load_material
 from shared.version import VERSION
 
 log = logging.getLogger(__name__)
+
+# Somebody waits for a start; who leads changes within seconds.
+READY_POLL_S = 0.1
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, ControlPlaneConfig, os.environ)
-        set_up_logging(config.log_level)
+        set_up_logging(config.log_level, os.environ)
         with only_process(config.data_dir):
             asyncio.run(serve(config))
     except NovacronError as error:
@@ -55,6 +60,7 @@ def main() -> None:
 
 async def serve(config: ControlPlaneConfig) -> None:
     """Serve until a signal asks to stop."""
+    systemd = Systemd(os.environ)
     tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
     founding = read_founding(config.bootstrap)
     history_thread, planning_thread = ThreadOffload("history"), ThreadOffload("planning")
@@ -95,8 +101,13 @@ async def serve(config: ControlPlaneConfig) -> None:
     await agents.start(config.agents.listen, tls)
     log.info("serving", extra={"api": config.api.listen, "agents": config.agents.listen})
     try:
-        await run_until_asked_to_stop(_served(replica, api), watch_stalls(metrics.loop_stalled))
+        await run_until_asked_to_stop(
+            _served(replica, api),
+            _watched(systemd, replica, api, config.api.advertise),
+            watch_stalls(metrics.loop_stalled),
+        )
     finally:
+        systemd.ending()
         await agents.stop()
         await peers.close()
         await store.close()
@@ -122,6 +133,15 @@ async def _served(replica: ControlPlane, api: ApiServer) -> None:
     for each in (serving, following):
         if not each.cancelled():
             each.result()
+
+
+async def _watched(systemd: Systemd, replica: ControlPlane, api: ApiServer, url: str) -> None:
+    """Tell systemd once this replica can answer, and from then on that it lives."""
+    await api.started()
+    while not readiness(replica.context()).ready:  # noqa: ASYNC110 - who leads has no event
+        await asyncio.sleep(READY_POLL_S)
+    systemd.serving(f"answers at {url}")
+    await systemd.stay_alive()
 
 
 def _settle_memory() -> None:
