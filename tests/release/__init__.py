@@ -1,0 +1,1 @@
+"""What `./dev build` makes: the files that a release is installed from, without any network."""
