@@ -6,6 +6,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from shared.config import Address
+
 
 class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ca: Path
@@ -40,7 +42,7 @@ class CapacityConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class MetricsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    listen: str = "127.0.0.1:9177"
+    listen: Address = "127.0.0.1:9177"
 
 
 class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +55,7 @@ class TelemetryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class RelayConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where other nodes' relays reach this one, and where they then come out."""
 
-    listen: str = "0.0.0.0:8445"
+    listen: Address = "0.0.0.0:8445"
     libvirt_socket: Path = Path("/run/libvirt/libvirt-sock")
 
 
@@ -63,7 +65,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     node_name: str
     state_dir: Path = Path("/var/lib/novacron/agent")
     address: str
-    controlplane: tuple[str, ...]
+    controlplane: tuple[Address, ...]
     log_level: str = "info"
     labels: dict[str, str] = {}
     networks: dict[str, str] = {}

@@ -6,6 +6,7 @@ not say is left empty rather than guessed.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -16,6 +17,8 @@ from agent.hypervisor import HypervisorFacts
 from agent.libvirt_settings import LibvirtSettings
 from shared.model import CpuFacts, NumaCell, PoolFacts
 from shared.units import GIB, MIB
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURE = "x86_64"
 # The names that libvirt hands to QEMU, which is server and client of migrations.
@@ -66,8 +69,19 @@ def existing_networks(settings: LibvirtSettings) -> tuple[str, ...]:
 
 
 def has_qemu_tls(settings: LibvirtSettings) -> bool:
-    """Return whether QEMU finds here what it encrypts migrations with; the agent reads no key."""
-    return all((settings.qemu_tls_dir / name).exists() for name in QEMU_TLS_FILES)
+    """Return whether QEMU finds here what it encrypts migrations with; the agent reads no key.
+
+    What the agent may not look into counts as missing, and is told: nobody would find it otherwise.
+    """
+    try:
+        return all((settings.qemu_tls_dir / name).exists() for name in QEMU_TLS_FILES)
+    except PermissionError:
+        log.warning(
+            "%s: the agent may not look into it, so VMs are not migrated; it has to be of mode "
+            "0755, while the keys in it are QEMU's alone",
+            settings.qemu_tls_dir,
+        )
+        return False
 
 
 def kvm_is_offered(connection: libvirt.virConnect) -> bool:

@@ -12,6 +12,7 @@ from controlplane.election import ElectionSettings
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.store.port import ETCD_QUOTA_BYTES
+from shared.config import Address, Url
 
 DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
 
@@ -19,13 +20,13 @@ DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
 class ApiConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``advertise`` is the URL that clients and other replicas use."""
 
-    listen: str = "0.0.0.0:8443"
-    advertise: str
+    listen: Address = "0.0.0.0:8443"
+    advertise: Url
 
 
 class AgentsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    listen: str = "0.0.0.0:8444"
-    advertise: str
+    listen: Address = "0.0.0.0:8444"
+    advertise: Address
 
 
 class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +42,7 @@ class EtcdConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tell, and new VMs are refused before it is used up.
     """
 
-    endpoints: tuple[str, ...]
+    endpoints: tuple[Address, ...]
     quota_bytes: Annotated[int, Meta(ge=1)] = ETCD_QUOTA_BYTES
     tls: TlsConfig | None = None
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import FieldInfo, fields
 
 from shared.errors import ConfigInvalid, FieldError
@@ -21,6 +21,19 @@ from shared.errors import ConfigInvalid, FieldError
 C = TypeVar("C", bound=Struct)
 
 PREFIX = "NOVACRON_"
+
+# Where something listens or is reached. No scheme: what is spoken there goes without saying.
+Address = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}$",
+        description="name:port or address:port, as 10.0.0.1:8444 or [fd00::1]:8444",
+    ),
+]
+Url = Annotated[
+    str,
+    Meta(pattern=r"^https?://[^/\s]+$", description="a URL without a path: https://10.0.0.1:8443"),
+]
 
 
 def load_config(path: Path, kind: type[C], environ: Mapping[str, str]) -> C:
@@ -89,7 +102,21 @@ def _value_faults(value: object, entry: FieldInfo, pointer: str) -> Iterator[Fie
     try:
         msgspec.convert(value, entry.type, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        yield FieldError(pointer, "invalid", str(error))
+        yield FieldError(pointer, "invalid", _told(error, entry.type))
+
+
+def _told(error: msgspec.ValidationError, kind: object) -> str:
+    """Return what a person can act on: the rule in words, where the type has them."""
+    described = _description(kind)
+    return str(error) if described is None else f"must be {described}"
+
+
+def _description(kind: object) -> str | None:
+    for meta in getattr(kind, "__metadata__", ()):
+        if meta.description is not None:
+            return str(meta.description)
+    found = (_description(inner) for inner in get_args(kind))
+    return next((text for text in found if text is not None), None)
 
 
 def _section(entry: FieldInfo) -> type[Struct] | None:

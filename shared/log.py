@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 from cysystemd import journal
@@ -54,6 +55,8 @@ def journal_entry(record: logging.LogRecord) -> dict[str, str]:
     entry = {
         "MESSAGE": message,
         "PRIORITY": str(_priority(record.levelno)),
+        # Else the journal shows the interpreter's name.
+        "SYSLOG_IDENTIFIER": Path(sys.argv[0]).name,
         "NOVACRON_LOGGER": record.name,
     }
     for key, value in _fields(record).items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec import Struct
 
-from shared.config import load_config
+from shared.config import Address, Url, load_config
 from shared.errors import ConfigInvalid
 
 
@@ -89,3 +89,29 @@ def test_an_unreadable_file_is_a_fault_of_its_own(tmp_path: Path, content: bytes
         file.write_bytes(content)
     with pytest.raises(ConfigInvalid, match=r"c\.toml"):
         load_config(file, Config, {})
+
+
+class Peers(Struct, frozen=True, kw_only=True):
+    listen: Address
+    url: Url
+    peers: tuple[Address, ...] = ()
+
+
+def _peers(path: Path, listen: str, url: str, peer: str) -> Peers:
+    file = path / "c.toml"
+    file.write_text(f'listen = "{listen}"\nurl = "{url}"\npeers = ["{peer}"]\n')
+    return load_config(file, Peers, {})
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:8444", "[fd00::1]:1", "n1.example.org:65000"])
+def test_an_address_is_a_host_and_a_port(tmp_path: Path, address: str) -> None:
+    assert _peers(tmp_path, address, "https://n1:8443", address).peers == (address,)
+
+
+def test_what_is_no_address_is_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        _peers(tmp_path, "10.0.0.1", "10.0.0.1:8443", "http://127.0.0.1:2379")
+    told = {error.pointer: error.message for error in caught.value.errors}
+    assert told["/listen"].startswith("must be name:port or address:port")
+    assert told["/url"].startswith("must be a URL without a path")
+    assert told["/peers"] == told["/listen"]
