@@ -221,11 +221,20 @@ class Election:
         try:
             await self._rule(reign, lead)
         except (asyncio.CancelledError, SteppedDown):
-            with contextlib.suppress(NovacronError, TimeoutError):
-                async with asyncio.timeout(RESIGN_TIMEOUT_S):
-                    if await self._store.resign(reign.leader_revision):
-                        log.info("resigned the term %d", reign.leader_revision)
+            resigning = asyncio.ensure_future(self._resign(reign.leader_revision))
+            try:
+                await asyncio.shield(resigning)
+            except asyncio.CancelledError:
+                # A process that ends asks for this while its term does: half of it is nothing.
+                await resigning
+                raise
             raise
+
+    async def _resign(self, leader_revision: int) -> None:
+        with contextlib.suppress(NovacronError, TimeoutError):
+            async with asyncio.timeout(RESIGN_TIMEOUT_S):
+                if await self._store.resign(leader_revision):
+                    log.info("resigned the term %d", leader_revision)
 
     async def _rule(self, reign: Reign, lead: Lead) -> None:
         log.info("leading: term revision %d", reign.leader_revision)

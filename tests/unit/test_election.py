@@ -169,6 +169,27 @@ def test_when_a_leader_stops_the_term_is_given_back_at_once() -> None:
     virtual(main())
 
 
+def test_a_leader_that_is_stopped_while_it_steps_down_still_gives_the_term_back() -> None:
+    async def main() -> None:
+        async with cluster() as it:
+            leader = it.stand("r1")
+            await asyncio.sleep(3)
+            members = range(len(it.model.switches))
+            for member in members:
+                it.model.stop(member)
+            leader.end_with(SteppedDown("asked to stop"))
+            await asyncio.sleep(0.05)
+            leader.running.cancel()
+            await asyncio.sleep(0.05)
+            assert not leader.running.done()
+            for member in members:
+                it.model.resume(member)
+            await asyncio.wait({leader.running})
+            assert await it.key() is None
+
+    virtual(main())
+
+
 def test_a_term_of_an_earlier_process_is_given_back_before_the_first_campaign() -> None:
     async def main() -> None:
         async with cluster() as it:
