@@ -7,7 +7,9 @@ time around its fault in which no write was accepted.
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +26,10 @@ LOST_S = 12.0
 # Around a fault: from a little before it until the slowest gate has passed twice.
 WINDOW_BEFORE_S, WINDOW_AFTER_S = 0.5, 30.0
 Strike = Callable[[FailoverCell], None]
+
+_BUCKET = re.compile(
+    r'^novacron_event_loop_stall_seconds_bucket\{le="(?P<le>[^"]+)"\} (?P<count>[0-9.e+]+)', re.M
+)
 
 
 class Fault(Struct, frozen=True):
@@ -82,21 +88,44 @@ FAULTS = (
 
 
 class Run(Struct, frozen=True):
-    """One fault: the longest gap, and the answers in its window that were no acceptance."""
+    """One fault: the longest gap, and the answers in its window that were no acceptance.
+
+    ``stalls``: how late the looks at the event loop of who leads since came, of each bound in
+    seconds how many came within it.
+    """
 
     gap_s: float
     errors: tuple[str, ...]
+    stalls: dict[float, float]
 
 
 def done_to(cell: FailoverCell, fault: Fault) -> Run:
     """Do a fault to a cell at rest, and return what came of it once it is at rest again."""
     cell.settle()
+    before = cell.scrapes()
     at = time.monotonic()
     fault.strike(cell)
     cell.settle()
+    leader = cell.leader()
+    stalls = stalls_between(before[leader], cell.scrapes()[leader])
     assert cell.writers_live(), "a writer heard what no client should: see the lab's writers.log"
     lines = cell.lines()
-    return Run(longest_gap_s(lines, at), errors_of(lines, at))
+    return Run(longest_gap_s(lines, at), errors_of(lines, at), stalls)
+
+
+def stalls_between(before: str, after: str) -> dict[float, float]:
+    """Return a replica's looks at its event loop between two scrapes, of each bound how many.
+
+    A process that is new since then has all its looks in the second.
+    """
+    earlier, later = _stalls(before), _stalls(after)
+    if earlier[math.inf] > later[math.inf]:
+        return later
+    return {bound: count - earlier[bound] for bound, count in later.items()}
+
+
+def _stalls(scrape: str) -> dict[float, float]:
+    return {float(found["le"]): float(found["count"]) for found in _BUCKET.finditer(scrape)}
 
 
 def writers_that_lost(cell: FailoverCell) -> int:

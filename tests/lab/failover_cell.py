@@ -133,15 +133,15 @@ class FailoverCell:
         """Return the count that a writer's VM has, as the API says."""
         return int(self.api.vm(f"written-{writer}").labels.get("count", "0"))
 
-    def scrapes(self) -> list[str]:
-        """Return what each replica exports."""
+    def scrapes(self) -> dict[str, str]:
+        """Return what each replica exports, by its name."""
         tls = ssl.create_default_context(cafile=self.lab.state().ca)
-        texts = []
+        texts = {}
         for replica in self.lab.replicas:
             connection = http.client.HTTPSConnection(replica.address, API_PORT, context=tls)
             with closing(connection):
                 connection.request("GET", "/metrics", headers={"Authorization": self._bearer()})
-                texts.append(connection.getresponse().read().decode())
+                texts[replica.name] = connection.getresponse().read().decode()
         return texts
 
     def settle(self) -> None:

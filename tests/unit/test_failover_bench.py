@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from controlplane.telemetry.stalls import LOOK_S, watch_stalls
 from tests.bench.bench_failover import GATES, percentile
-from tests.lab.failover import FAULTS, errors_of, longest_gap_s
+from tests.lab.failover import FAULTS, errors_of, longest_gap_s, stalls_between
 from tests.lab.failover_cell import Line
 
 LINES = [
@@ -51,3 +52,17 @@ async def test_a_stall_of_the_loop_is_seen() -> None:
         assert await seen.get() >= 2 * LOOK_S
     finally:
         watching.cancel()
+
+
+def _scrape(**counts: int) -> str:
+    name = "novacron_event_loop_stall_seconds_bucket"
+    return "".join(f'{name}{{le="{bound}"}} {count}.0\n' for bound, count in counts.items())
+
+
+def test_stalls_are_those_between_two_looks_at_one_process() -> None:
+    before = _scrape(**{"0.05": 90, "0.1": 95, "+Inf": 100})
+    later = _scrape(**{"0.05": 190, "0.1": 197, "+Inf": 202})
+    other = _scrape(**{"0.05": 3, "0.1": 4, "+Inf": 5})
+
+    assert stalls_between(before, later) == {0.05: 100, 0.1: 102, math.inf: 102}
+    assert stalls_between(before, other) == {0.05: 3, 0.1: 4, math.inf: 5}
