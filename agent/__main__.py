@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import random
-import sys
 import uuid
 from pathlib import Path
 
 from agent.app import Agent, AgentPorts
 from agent.append_log import FileLog
-from agent.config import AgentConfig
+from agent.config import AgentConfig, check_pools
 from agent.drivers import Driver, open_driver, remember_probe
 from agent.exporter import CONTENT_TYPE, AgentExporter
 from agent.figures import Figures
@@ -28,7 +26,7 @@ from agent.telemetry import Telemetry
 from shared.addresses import host_and_port
 from shared.clock import SystemClock
 from shared.config import load_config
-from shared.errors import NovacronError
+from shared.daemon import run_daemon
 from shared.lifetime import run_until_asked_to_stop
 from shared.log import set_up_logging
 from shared.offload import ThreadOffload
@@ -43,15 +41,18 @@ BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="novacron-agent", description=__doc__)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
-    arguments = parser.parse_args()
-    try:
-        config = load_config(arguments.config, AgentConfig, os.environ)
-        set_up_logging(config.log_level, os.environ)
-        asyncio.run(serve(config))
-    except NovacronError as error:
-        sys.exit(f"novacron-agent: {error}")
+    run_daemon("novacron-agent", __doc__, DEFAULT_CONFIG, _load, _run)
+
+
+def _load(path: Path) -> AgentConfig:
+    config = load_config(path, AgentConfig, os.environ)
+    check_pools(config.hypervisor)
+    return config
+
+
+def _run(config: AgentConfig) -> None:
+    set_up_logging(config.log_level, os.environ)
+    asyncio.run(serve(config))
 
 
 async def serve(config: AgentConfig) -> None:

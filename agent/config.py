@@ -7,6 +7,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from shared.config import Address
+from shared.errors import ConfigInvalid, FieldError
 
 
 class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,3 +76,12 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     metrics: MetricsConfig = MetricsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     relay: RelayConfig = RelayConfig()
+
+
+def check_pools(config: HypervisorConfig) -> None:
+    """Raises ConfigInvalid for a pool that is called shared and is none of the node's."""
+    strangers = sorted(set(config.shared_pools) - set(config.pools))
+    if strangers:
+        message = f"{', '.join(strangers)}: not among pools"
+        fault = FieldError("/hypervisor/shared_pools", "unknown_pool", message)
+        raise ConfigInvalid("of the agent", (fault,))

@@ -15,7 +15,7 @@ from agent.hypervisor import Hypervisor
 from agent.libvirt_driver import LibvirtDriver
 from agent.libvirt_settings import LibvirtSettings
 from shared.clock import Clock
-from shared.errors import ConfigInvalid, FieldError, HypervisorError
+from shared.errors import HypervisorError
 
 # libvirtd may be away when the agent starts.
 RETRY_S = 5.0
@@ -41,14 +41,7 @@ class ProbeResult(Struct, frozen=True):
 
 
 def open_driver(config: AgentConfig, boot_id: str, clock: Clock, rng: random.Random) -> Driver:
-    """Raises ConfigInvalid for a pool that is called shared and is none of the node's."""
     hypervisor = config.hypervisor
-    strangers = sorted(set(hypervisor.shared_pools) - set(hypervisor.pools))
-    if strangers:
-        message = f"{', '.join(strangers)}: not among pools"
-        raise ConfigInvalid(
-            "of the agent", (FieldError("/hypervisor/shared_pools", "unknown_pool", message),)
-        )
     settings = LibvirtSettings(
         uri=hypervisor.uri,
         artefact_dir=hypervisor.artefact_dir,

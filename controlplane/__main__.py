@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import logging
 import os
 import random
-import sys
 import uuid
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from controlplane.telemetry.windows import Windows
 from shared.addresses import host_and_port
 from shared.clock import SystemClock
 from shared.config import load_config
-from shared.errors import NovacronError
+from shared.daemon import run_daemon
 from shared.lifetime import run_until_asked_to_stop
 from shared.log import set_up_logging
 from shared.offload import ThreadOffload
@@ -46,16 +44,17 @@ READY_POLL_S = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="novacron-controlplane", description=__doc__)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
-    arguments = parser.parse_args()
-    try:
-        config = load_config(arguments.config, ControlPlaneConfig, os.environ)
-        set_up_logging(config.log_level, os.environ)
-        with only_process(config.data_dir):
-            asyncio.run(serve(config))
-    except NovacronError as error:
-        sys.exit(f"novacron-controlplane: {error}")
+    run_daemon("novacron-controlplane", __doc__, DEFAULT_CONFIG, _load, _run)
+
+
+def _load(path: Path) -> ControlPlaneConfig:
+    return load_config(path, ControlPlaneConfig, os.environ)
+
+
+def _run(config: ControlPlaneConfig) -> None:
+    set_up_logging(config.log_level, os.environ)
+    with only_process(config.data_dir):
+        asyncio.run(serve(config))
 
 
 async def serve(config: ControlPlaneConfig) -> None:
