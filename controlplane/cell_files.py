@@ -3,14 +3,18 @@
     cluster.json                 id, cell, created_at
     ca.crt  ca.key               the CA; the key leaves this directory only as a copy to replicas
     qemu-ca.crt  qemu-ca.key     the CA of the nodes' QEMUs; nothing else trusts it
+    etcd-ca.crt  etcd-ca.key     the CA of etcd's members and of those who may talk to them
     admin.token                  the first admin's token, as text
     admin-key.json               shared.model.ApiKey of that token
     replicas/NAME/controlplane.{crt,key}
+    replicas/NAME/etcd.{crt,key} what it shows to etcd
+    members/NAME/etcd.{crt,key}  what a member shows to replicas and other members
     nodes/NAME/agent.{crt,key}
     nodes/NAME/qemu/             what the node's /etc/pki/qemu is to hold, by QEMU's own file names
 
 Agents know a replica by its address and our CA. A node's address is in its QEMU's certificate too,
 and a guest may break out into QEMU: so QEMU's certificates are of a CA that agents never see.
+etcd lets in whomever its CA vouches for, to all that it holds: so nobody else gets one of that CA.
 
 Every step adds what is missing and changes nothing that exists, so that a run that was cut off, or
 one with more names, is simply run again. A key is always written before what is derived from it.
@@ -19,6 +23,7 @@ one with more names, is simply run again. A key is always written before what is
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -36,6 +41,15 @@ from shared.tls import Identity, Role
 ADMIN = "admin"
 _CA = "ca"
 _QEMU_CA = "qemu-ca"
+_ETCD_CA = "etcd-ca"
+# By the names that libvirt hands to QEMU.
+_QEMU_FILES = (
+    "server-key.pem",
+    "server-cert.pem",
+    "client-key.pem",
+    "client-cert.pem",
+    "ca-cert.pem",
+)
 
 
 class ClusterFile(Struct, frozen=True):
@@ -72,22 +86,44 @@ class CellFiles:
         cluster = self._cluster()
         self._ensure_authority(_CA, f"NovaCron cell {cluster.cell}")
         self._ensure_authority(_QEMU_CA, f"NovaCron cell {cluster.cell} QEMU")
+        self._ensure_authority(_ETCD_CA, f"NovaCron cell {cluster.cell} etcd")
         self._ensure_admin(cluster.cell, token_ttl)
         return cluster
 
+    def missing(
+        self, replicas: Iterable[str], nodes: Iterable[str], members: Iterable[str]
+    ) -> list[Path]:
+        """Return what a run with these names would make, and make nothing."""
+        names = ["cluster.json"]
+        names += [f"{stem}.{end}" for stem in (_CA, _QEMU_CA, _ETCD_CA) for end in ("key", "crt")]
+        if not (self.root / "admin-key.json").exists():
+            names += ["admin.token", "admin-key.json"]
+        stems = [
+            f"replicas/{name}/{part}" for name in replicas for part in ("controlplane", "etcd")
+        ]
+        stems += [f"members/{name}/etcd" for name in members]
+        for name in nodes:
+            stems.append(f"nodes/{name}/agent")
+            names += [f"nodes/{name}/qemu/{file}" for file in _QEMU_FILES]
+        names += [f"{stem}.{end}" for stem in stems for end in ("key", "crt")]
+        return [path for path in map(self.root.joinpath, names) if not path.exists()]
+
     def add_replica(self, name: str, address: str) -> None:
         place = self.root / "replicas" / name
-        certificate, key = place / "controlplane.crt", place / "controlplane.key"
-        self._enrol(Role.REPLICA, name, address, certificate, key)
+        self._enrol(_CA, Role.REPLICA, name, address, place / "controlplane")
+        self._enrol(_ETCD_CA, Role.REPLICA, name, address, place / "etcd")
+
+    def add_member(self, name: str, address: str) -> None:
+        self._enrol(_ETCD_CA, Role.MEMBER, name, address, self.root / "members" / name / "etcd")
 
     def add_node(self, name: str, address: str) -> None:
         place = self.root / "nodes" / name
-        self._enrol(Role.AGENT, name, address, place / "agent.crt", place / "agent.key")
+        self._enrol(_CA, Role.AGENT, name, address, place / "agent")
         self._add_qemu(name, address, place / "qemu")
 
     def _add_qemu(self, name: str, address: str, directory: Path) -> None:
         certificate, key = directory / "server-cert.pem", directory / "server-key.pem"
-        self._enrol(Role.QEMU, name, address, certificate, key)
+        self._issue(_QEMU_CA, Role.QEMU, name, address, certificate, key)
         # A node's QEMU receives and sends as the same one.
         self._copy(key, directory / "client-key.pem", pki.KEY_MODE)
         self._copy(certificate, directory / "client-cert.pem", pki.PUBLIC_MODE)
@@ -130,8 +166,18 @@ class CellFiles:
         )
         self._write(record_file, _json(record), pki.SECRET_MODE)
 
-    def _enrol(
-        self, role: Role, name: str, address: str, certificate_file: Path, key_file: Path
+    def _enrol(self, authority: str, role: Role, name: str, address: str, stem: Path) -> None:
+        certificate, key = stem.with_suffix(".crt"), stem.with_suffix(".key")
+        self._issue(authority, role, name, address, certificate, key)
+
+    def _issue(
+        self,
+        authority: str,
+        role: Role,
+        name: str,
+        address: str,
+        certificate_file: Path,
+        key_file: Path,
     ) -> None:
         directory = certificate_file.parent
         pki.make_directory(directory.parent)
@@ -140,9 +186,9 @@ class CellFiles:
         if certificate_file.exists():
             return
         identity = Identity(self._cluster().cell, role, name)
-        stem = self.root / (_QEMU_CA if role is Role.QEMU else _CA)
-        authority = pki.load_authority(stem.with_suffix(".crt"), stem.with_suffix(".key"))
-        pem = pki.issue(authority, identity, [address], key, self._clock.now())
+        stem = self.root / authority
+        signer = pki.load_authority(stem.with_suffix(".crt"), stem.with_suffix(".key"))
+        pem = pki.issue(signer, identity, [address], key, self._clock.now())
         self._write(certificate_file, pem, pki.PUBLIC_MODE)
 
     def _copy(self, source: Path, target: Path, mode: int) -> None:

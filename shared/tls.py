@@ -29,14 +29,16 @@ _PEM_BYTES_MAX = 1024 * 1024
 
 
 class Role(enum.StrEnum):
-    """What a certificate's holder may be; there is no fourth kind.
+    """What a certificate's holder may be; there is no fifth kind.
 
-    A node's QEMU speaks to other nodes' QEMUs only: whoever talks to agents or replicas refuses it.
+    A node's QEMU speaks to other nodes' QEMUs only, a member of etcd to members and replicas:
+    whoever talks to agents or replicas refuses both.
     """
 
     AGENT = "agent"
     REPLICA = "replica"
     QEMU = "qemu"
+    MEMBER = "member"
 
 
 class Identity(Struct, frozen=True):

@@ -43,30 +43,50 @@ _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
     multiple=True,
     help="A node, and its address.",
 )
+@click.option(
+    "--member",
+    "members",
+    type=KeyValue(),
+    metavar="NAME=HOST",
+    multiple=True,
+    help="A member of etcd, and the name or address it is reached at.",
+)
 @click.option("--token-ttl", type=Duration(), help="How long the admin token is valid.")
+@click.option("--dry-run", is_flag=True, help="Say what is missing, and make nothing.")
 @pass_invocation
 def init(
     invocation: Invocation,
     directory: Path,
     replicas: tuple[tuple[str, str], ...],
     nodes: tuple[tuple[str, str], ...],
+    members: tuple[tuple[str, str], ...],
     token_ttl: float | None,
+    dry_run: bool,
 ) -> None:
-    """Make a cell's CA, certificates and first admin token.
+    """Make a cell's CAs, certificates and first admin token.
 
     Run again with more names, it adds what is missing and changes nothing that exists.
     """
     _check("--replica", replicas)
     _check("--node", nodes)
+    _check("--member", members)
     files = CellFiles(directory, SystemClock(), invocation.rng)
+    terminal = invocation.terminal
+    if dry_run:
+        missing = files.missing(dict(replicas), dict(nodes), dict(members))
+        for path in missing:
+            terminal.print(str(path))
+        terminal.tell(f"{len(missing)} files would be made in {directory}")
+        return
     cluster = files.ensure_cell(None if token_ttl is None else timedelta(seconds=token_ttl))
     for name, address in replicas:
         files.add_replica(name, address)
     for name, address in nodes:
         files.add_node(name, address)
+    for name, address in members:
+        files.add_member(name, address)
     for path in files.made:
-        invocation.terminal.print(str(path))
-    terminal = invocation.terminal
+        terminal.print(str(path))
     terminal.tell(f"cell {cluster.cell}: {len(files.made)} files made in {directory}")
     if files.token_file in files.made:
         terminal.tell(

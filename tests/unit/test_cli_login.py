@@ -145,6 +145,21 @@ def test_init_makes_a_cell_and_says_how_to_log_in(fresh: Cli, tmp_path: Path) ->
     assert sorted(printed[2:]) == sorted(str(path) for path in (node / "qemu").iterdir())
 
 
+def test_a_dry_run_of_init_says_what_is_missing_and_makes_nothing(
+    fresh: Cli, tmp_path: Path
+) -> None:
+    root = tmp_path / "new"
+    words = ("init", "--dir", str(root), "--replica", "r1=10.88.0.1", "--member", "r1=10.88.0.1")
+
+    assert fresh.run(*words, "--dry-run") == 0
+    told = fresh.stdout.splitlines()
+    assert not root.exists()
+    assert fresh.run(*words) == 0
+    assert sorted(fresh.stdout.splitlines()) == sorted(told)
+    assert fresh.run(*words, "--dry-run") == 0
+    assert fresh.stdout == ""
+
+
 @pytest.mark.parametrize(
     "argument",
     [

@@ -127,6 +127,7 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
     cluster = files.ensure_cell()
     files.add_replica("r1", "10.88.0.1")
     files.add_node("n1", "10.88.0.11")
+    files.add_member("m1", "10.88.0.1")
 
     root = tmp_path / "cell"
     assert {str(p.relative_to(root)): oct(mode(p)) for p in files.made} == {
@@ -135,10 +136,16 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
         "ca.crt": "0o644",
         "qemu-ca.key": "0o400",
         "qemu-ca.crt": "0o644",
+        "etcd-ca.key": "0o400",
+        "etcd-ca.crt": "0o644",
         "admin.token": "0o600",
         "admin-key.json": "0o600",
         "replicas/r1/controlplane.key": "0o400",
         "replicas/r1/controlplane.crt": "0o644",
+        "replicas/r1/etcd.key": "0o400",
+        "replicas/r1/etcd.crt": "0o644",
+        "members/m1/etcd.key": "0o400",
+        "members/m1/etcd.crt": "0o644",
         "nodes/n1/agent.key": "0o400",
         "nodes/n1/agent.crt": "0o644",
         "nodes/n1/qemu/server-key.pem": "0o400",
@@ -147,7 +154,8 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
         "nodes/n1/qemu/client-cert.pem": "0o644",
         "nodes/n1/qemu/ca-cert.pem": "0o644",
     }
-    directories = (root, *(root / d for d in ("replicas/r1", "nodes/n1", "nodes/n1/qemu")))
+    inner = ("replicas/r1", "members/m1", "nodes/n1", "nodes/n1/qemu")
+    directories = (root, *(root / directory for directory in inner))
     assert {mode(d) for d in directories} == {0o700}
     assert cluster == msgspec.json.decode((root / "cluster.json").read_bytes(), type=ClusterFile)
     assert cluster.id.startswith(f"cluster-{cluster.cell}")
@@ -190,6 +198,28 @@ def test_what_qemu_shows_is_nothing_to_whoever_trusts_the_cell(tmp_path: Path) -
             leaf.verify_directly_issued_by(certificate_of(tmp_path / "ca.crt"))
     agents = certificate_of(tmp_path / "nodes" / "n1" / "agent.crt")
     assert agents.public_key() != leaf.public_key()
+
+
+def test_etcd_knows_members_and_replicas_by_a_ca_of_its_own(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    cell = files.ensure_cell().cell
+    files.add_replica("r1", "10.88.0.1")
+    files.add_member("m1", "10.88.0.1")
+    authority = certificate_of(tmp_path / "etcd-ca.crt")
+
+    for place, role, name in (
+        ("members/m1", Role.MEMBER, "m1"),
+        ("replicas/r1", Role.REPLICA, "r1"),
+    ):
+        leaf = certificate_of(tmp_path / place / "etcd.crt")
+        leaf.verify_directly_issued_by(authority)
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+        assert parse_identity(uri) == Identity(cell, role, name)
+    with pytest.raises(ValueError, match="Issuer"):
+        certificate_of(tmp_path / "replicas/r1/controlplane.crt").verify_directly_issued_by(
+            authority
+        )
 
 
 def test_the_admin_key_is_the_digest_of_the_token(tmp_path: Path) -> None:
@@ -241,7 +271,7 @@ def test_a_cell_from_before_qemu_had_certificates_gets_them(tmp_path: Path) -> N
 
 
 QEMU_FILES = ("server-cert.pem", "client-key.pem", "client-cert.pem", "ca-cert.pem")
-LOST = ("ca.crt", "admin-key.json", "nodes/n1/agent.crt", "qemu-ca.crt")
+LOST = ("ca.crt", "admin-key.json", "nodes/n1/agent.crt", "qemu-ca.crt", "etcd-ca.crt")
 
 
 @pytest.mark.parametrize("lost", [*LOST, *(f"nodes/n1/qemu/{name}" for name in QEMU_FILES)])
@@ -262,6 +292,22 @@ def test_a_run_that_was_cut_off_is_completed(tmp_path: Path, lost: str) -> None:
     pki.load_authority(tmp_path / "ca.crt", tmp_path / "ca.key")
 
 
+def test_what_is_missing_is_what_a_run_makes(tmp_path: Path) -> None:
+    files = cell_files(tmp_path)
+    missing = files.missing(["r1"], ["n1"], ["m1"])
+    assert everything(tmp_path) == {}
+
+    files.ensure_cell()
+    files.add_replica("r1", "10.88.0.1")
+    files.add_node("n1", "10.88.0.11")
+    files.add_member("m1", "10.88.0.1")
+
+    assert sorted(missing) == sorted(files.made)
+    assert files.missing(["r1"], ["n1"], ["m1"]) == []
+    files.token_file.unlink()
+    assert cell_files(tmp_path).missing(["r1"], [], []) == []
+
+
 def test_a_token_that_was_removed_on_purpose_stays_away(tmp_path: Path) -> None:
     files = cell_files(tmp_path)
     files.ensure_cell()
@@ -272,7 +318,13 @@ def test_a_token_that_was_removed_on_purpose_stays_away(tmp_path: Path) -> None:
     assert not files.token_file.exists()
 
 
-KEYS = ("ca.key", "qemu-ca.key", "nodes/n1/agent.key", "nodes/n1/qemu/server-key.pem")
+KEYS = (
+    "ca.key",
+    "qemu-ca.key",
+    "etcd-ca.key",
+    "nodes/n1/agent.key",
+    "nodes/n1/qemu/server-key.pem",
+)
 
 
 @pytest.mark.parametrize("key", KEYS)
