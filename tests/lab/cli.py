@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import msgspec
 
 from controlplane.cli.errors import CliError
-from tests.lab import layout, leftovers, signals, state
-from tests.lab.cluster import Lab, LabPlan, take_down
+from tests.lab import layout, leftovers, machine, signals, state
+from tests.lab.cluster import Lab, LabPlan
 from tests.lab.demo import run_demo
 from tests.lab.layout import LabError
 
@@ -82,7 +82,7 @@ def _down(options: argparse.Namespace) -> int:
     if not leftovers.find():
         _say("there is no lab")
         return 0
-    take_down()
+    machine.clear()
     _say("the lab is gone")
     return 0
 

@@ -18,7 +18,6 @@ import random
 import shutil
 import ssl
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +26,15 @@ from msgspec import Struct
 
 from controlplane.cell_files import CellFiles
 from shared.clock import SystemClock
-from tests.lab import configs, etcd, layout, leftovers, network, runtime, signals, state
+from tests.lab import configs, etcd, layout, machine, network, runtime, signals, state
 from tests.lab.api import LabApi
-from tests.lab.capabilities import keep_capabilities, share_capabilities
+from tests.lab.capabilities import share_capabilities
 from tests.lab.configs import CELL_DIR, Replica
 from tests.lab.etcd import Member
 from tests.lab.guest_image import ensure_guest_artefacts
 from tests.lab.layout import LabError
 from tests.lab.link import SupervisorLink
+from tests.lab.machine import Say
 from tests.lab.nodes import LightNode
 from tests.lab.runtime import Release
 from tests.lab.supervisor import Program
@@ -43,8 +43,6 @@ COMMANDS = ("etcd", "ip", "libvirtd", "nft", "nsenter", "qemu-system-x86_64", "s
 # The first inventory includes a trial boot under KVM, on a busy machine one after the other.
 NODES_READY_LIMIT_S = 180.0
 REPLICA_READY_LIMIT_S = 60.0
-
-Say = Callable[[str], None]
 
 
 class LabPlan(Struct, frozen=True, kw_only=True):
@@ -109,7 +107,7 @@ class Lab:
         with signals.held():
             if self._built:
                 self._built = False
-                take_down(self.link)
+                machine.clear(self.link)
 
     def release(self) -> None:
         """Let the lab live on after this process; ``./dev lab down`` ends it."""
@@ -192,21 +190,9 @@ class Lab:
         self._write_state()
 
     def _claim_machine(self) -> None:
-        """Take the lab's directory and start the supervisor; only one lab can.
-
-        What a lab left that died with all its processes, as when the machine went down, is removed.
-        """
-        with signals.held(), leftovers.alone():
-            found = leftovers.find()
-            if leftovers.processes():
-                raise LabError(_leftover_text(found))
-            if found:
-                self._say(f"a lab that died left this, it is removed: {', '.join(found)}")
-                leftovers.remove()
-            layout.STATE_DIR.mkdir(mode=0o755)
+        with signals.held():
+            machine.claim(self.link, self._say)
             self._built = True
-            layout.STATE_DIR.chmod(0o755)
-            self.link.launch()
 
     def _build(self, artefact_dir: Path | None) -> None:
         runtime.prepare()
@@ -337,24 +323,11 @@ def require_able() -> None:
         raise LabError(f"{error}: is libvirt-daemon-system installed?") from error
 
 
-def take_down(link: SupervisorLink | None = None) -> None:
-    """End and remove any lab, whether it runs or was killed; signals do not stop this."""
-    with signals.held():
-        keep_capabilities()
-        (link or SupervisorLink()).shut_down()
-        leftovers.clear()
-
-
 def _make_shared_pool() -> None:
     qemu = pwd.getpwnam(layout.QEMU_USER)
     layout.SHARED_POOL_DIR.mkdir()
     layout.SHARED_POOL_DIR.chmod(0o711)
     os.chown(layout.SHARED_POOL_DIR, qemu.pw_uid, qemu.pw_gid)
-
-
-def _leftover_text(found: list[str]) -> str:
-    listed = "".join(f"\n  {line}" for line in found)
-    return f"a lab runs, or its supervisor was killed; `./dev lab down` removes it:{listed}"
 
 
 def _replica_program(replica: Replica, release: Release) -> Program:

@@ -26,6 +26,7 @@ BRIDGE = "nclab0"
 SUBNET = "10.88.0"
 PREFIX_LENGTH = 24
 VETH_PREFIX = "nclab-"
+CGROUP_PREFIX = "nclab-"
 GUEST_BRIDGE = "br-lan"
 
 # Replicas take .1 to .9, nodes .11 and up; both limits keep them apart inside the /24.

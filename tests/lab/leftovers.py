@@ -11,9 +11,10 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.lab import network
-from tests.lab.layout import KEPT_LOG_DIR, LOG_DIR, MARK, STATE_DIR
+from tests.lab.layout import CGROUP_PREFIX, KEPT_LOG_DIR, LOG_DIR, MARK, STATE_DIR
 from tests.lab.processes import ProcessKey, find_by_environment, find_by_mount, is_alive, kill_all
 from tests.lab.state import read_pids
 
@@ -22,6 +23,7 @@ def find() -> list[str]:
     """Describe, in a line each, everything that is left of a lab; empty when there is nothing."""
     found = [f"directory {STATE_DIR}"] if STATE_DIR.exists() else []
     found += [f"network device {name}" for name in network.leftover_links()]
+    found += [f"cgroup {path}" for path in _cgroups()]
     found += [f"process {key.pid}" for key in processes()]
     return found
 
@@ -32,6 +34,12 @@ def processes() -> list[ProcessKey]:
     keys.update(find_by_mount(f"{STATE_DIR.name}/nodes/"))
     keys.update(find_by_environment(MARK))
     return sorted(key for key in keys if key.pid != os.getpid())
+
+
+def _cgroups() -> list[Path]:
+    """Return the cgroups of full nodes; they stay when the last process in them has ended."""
+    hierarchies = (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/"))
+    return [path for each in hierarchies for path in each.glob(f"{CGROUP_PREFIX}*/")]
 
 
 @contextlib.contextmanager
@@ -58,6 +66,9 @@ def clear() -> None:
 def remove() -> None:
     """Remove a lab's devices and files once its processes are gone; call it ``alone``."""
     network.remove_links()
+    for top in _cgroups():
+        for path in (*sorted(top.rglob("*/"), reverse=True), top):
+            path.rmdir()
     if LOG_DIR.is_dir():
         shutil.rmtree(KEPT_LOG_DIR, ignore_errors=True)
         shutil.copytree(LOG_DIR, KEPT_LOG_DIR, dirs_exist_ok=True)
