@@ -102,8 +102,6 @@ SAMPLE = frozenset(
         "kill-source-qemu-transfer",
         "kill-destination-qemu-transfer-middle",
         "kill-replica-claim",
-        "stop-etcd-admit",
-        "stop-source-libvirtd-precheck",
         "kill-etcd-finalize",
         "cut-network-transfer-middle",
     }

@@ -10,7 +10,7 @@ def main() -> int:
     try:
         build(lambda line: print(line, file=sys.stderr))
     except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(error.cmd)} failed; its words are above", file=sys.stderr)
+        print(f"{error.output.decode()}error: {' '.join(error.cmd)} failed", file=sys.stderr)
         return 1
     return 0
 

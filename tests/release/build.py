@@ -91,5 +91,8 @@ def _pip(*words: str) -> None:
         [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words],
         check=True,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # What it says besides is of use only where it fails.
+        stderr=subprocess.STDOUT,
         env=os.environ | {"SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH},
     )
