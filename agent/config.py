@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
-from shared.config import Address
+from shared.config import Address, LogLevel
 from shared.errors import ConfigInvalid, FieldError
 
 
@@ -17,7 +18,7 @@ class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``driver`` is ``libvirt`` or ``simulated``.
+    """What looks after guests, and what VMs may use of it.
 
     ``shared_pools``: which of ``pools`` are on storage that other nodes see as well.
     ``probe_kvm``: boot a tiny guest once per boot of the node to learn whether KVM works here;
@@ -25,7 +26,7 @@ class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     certificates that encrypt migrations, as its qemu.conf says.
     """
 
-    driver: str = "libvirt"
+    driver: Literal["libvirt"] = "libvirt"
     uri: str = "qemu:///system"
     artefact_dir: Path = Path("/var/lib/novacron/artefacts")
     pools: tuple[str, ...] = ("default",)
@@ -67,7 +68,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     state_dir: Path = Path("/var/lib/novacron/agent")
     address: str
     controlplane: tuple[Address, ...]
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     labels: dict[str, str] = {}
     networks: dict[str, str] = {}
     tls: TlsConfig

@@ -12,7 +12,7 @@ from controlplane.election import ElectionSettings
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.sessions.hub import HubSettings
 from controlplane.store.port import ETCD_QUOTA_BYTES
-from shared.config import Address, Url
+from shared.config import Address, LogLevel, Url
 
 DEFAULT_CONFIG = Path("/etc/novacron/controlplane.toml")
 
@@ -57,7 +57,7 @@ class BootstrapConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ControlPlaneConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     data_dir: Path = Path("/var/lib/novacron/controlplane")
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     api: ApiConfig
     agents: AgentsConfig
     tls: TlsConfig

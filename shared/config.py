@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -30,6 +30,7 @@ Address = Annotated[
         description="name:port or address:port, as 10.0.0.1:8444 or [fd00::1]:8444",
     ),
 ]
+LogLevel = Literal["debug", "info", "warning", "error"]
 Url = Annotated[
     str,
     Meta(pattern=r"^https?://[^/\s]+$", description="a URL without a path: https://10.0.0.1:8443"),
