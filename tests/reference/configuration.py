@@ -105,7 +105,7 @@ def _default(entry: FieldInfo) -> str:
         return "needed"
     value = entry.default
     if value is NODEFAULT:
-        value = entry.default_factory()  # type: ignore[operator]
+        value = entry.default_factory()
     if value is None:
         return ""
     return f"`{msgspec.json.encode(value, enc_hook=str).decode()}`"

@@ -28,33 +28,38 @@ from tests.release.parts import PARTS, REPOSITORY, SOURCE_DATE_EPOCH, Part, writ
 DIST_DIR = REPOSITORY / "dist"
 
 
-def archive_name(part: Part) -> str:
+def archive_name(part: Part, version: str = VERSION) -> str:
     """Return the name of a part's archive, which says what it can be installed on."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return f"{part.distribution}-{VERSION}-{python}-{platform.machine()}.tar"
+    return f"{part.distribution}-{version}-{python}-{platform.machine()}.tar"
 
 
-def build(say: Callable[[str], None], dist: Path = DIST_DIR) -> tuple[Path, ...]:
-    """Build every part's archive in ``dist`` and return them; raises CalledProcessError."""
+def build(
+    say: Callable[[str], None], dist: Path = DIST_DIR, version: str = VERSION
+) -> tuple[Path, ...]:
+    """Build every part's archive in ``dist`` and return them; raises CalledProcessError.
+
+    ``version``: what it calls itself, for those who try an upgrade to the same code.
+    """
     dist.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         projects = Path(scratch) / "projects"
         own = Path(scratch) / "own"
-        for project in write_projects(projects):
+        for project in write_projects(projects, version):
             _pip("wheel", "--no-deps", "--wheel-dir", str(own), str(project))
         archives = []
         for part in PARTS:
             root = Path(scratch) / part.distribution
-            _gather(part, own, root)
-            archives.append(_archive(root, dist / archive_name(part)))
+            _gather(part, version, own, root)
+            archives.append(_archive(root, dist / archive_name(part, version)))
             say(f"{archives[-1]}: {archives[-1].stat().st_size / 2**20:.1f} MiB")
     return tuple(archives)
 
 
-def _gather(part: Part, own: Path, root: Path) -> None:
+def _gather(part: Part, version: str, own: Path, root: Path) -> None:
     """Put everything that a part is installed from under ``root``."""
     wheels = root / "wheels"
-    requirement = f"{part.distribution}=={VERSION}"
+    requirement = f"{part.distribution}=={version}"
     _pip("wheel", "--find-links", str(own), "--wheel-dir", str(wheels), requirement)
     (root / "requirements.txt").write_text("".join(map(_pinned, sorted(wheels.iterdir()))))
     units = root / "systemd"

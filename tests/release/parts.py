@@ -46,21 +46,28 @@ PARTS = (AGENT, CONTROLPLANE)
 SHARED = "novacron-shared"
 
 
-def write_projects(directory: Path) -> tuple[Path, ...]:
-    """Write a project for each part and one for what they share; returns their directories."""
+def write_projects(directory: Path, version: str = VERSION) -> tuple[Path, ...]:
+    """Write a project for each part and one for what they share; returns their directories.
+
+    With another ``version`` they call themselves that, and are the same otherwise.
+    """
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    project["project"]["version"] = version
     shared = _write(directory, SHARED, "shared", _metadata(project, SHARED, (), ()), project)
     parts = [
         _write(directory, part.distribution, part.name, _part_metadata(project, part), project)
         for part in PARTS
     ]
+    named = shared / "shared" / "version.py"
+    named.write_text(named.read_text().replace(f'"{VERSION}"', f'"{version}"'))
     return (shared, *parts)
 
 
 def _part_metadata(project: dict[str, Any], part: Part) -> list[str]:
     extras = project["project"]["optional-dependencies"]
     needs = {need for extra in part.extras for need in extras[extra]}
-    return _metadata(project, part.distribution, (f"{SHARED}=={VERSION}", *needs), part.scripts)
+    own = f"{SHARED}=={project['project']['version']}"
+    return _metadata(project, part.distribution, (own, *needs), part.scripts)
 
 
 def _metadata(
@@ -71,7 +78,7 @@ def _metadata(
     return [
         "[project]",
         f'name = "{name}"',
-        f'version = "{VERSION}"',
+        f'version = "{told["version"]}"',
         f'description = "{told["description"]}"',
         f'requires-python = "{told["requires-python"]}"',
         f"dependencies = {needed}",
