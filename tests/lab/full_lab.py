@@ -17,6 +17,7 @@ from tests.lab.full_node import FullNode, make_key
 from tests.lab.full_root import ensure_root
 from tests.lab.layout import LabError
 from tests.lab.link import SupervisorLink
+from tests.lab.processes import kill_all
 
 COMMANDS = ("ip", "mmdebstrap", "ssh", "ssh-keygen", "systemd-nspawn", "unshare")
 
@@ -59,6 +60,8 @@ class FullLab:
         with signals.held():
             if self._built:
                 self._built = False
+                # Machines that shut down in order wait for each other's replicas and members.
+                kill_all(lambda: [key for node in self.nodes for key in node.processes()])
                 machine.clear(self.link)
 
     def __enter__(self) -> FullLab:

@@ -26,6 +26,8 @@ from tests.lab.supervisor import Program
 
 SSH_DIR = STATE_DIR / "ssh"
 KEY_FILE = SSH_DIR / "key"
+# Says that the node's namespaces are there, and that it waits for its cable.
+READY_FILE = "waits-for-its-cable"
 # A node boots in two seconds; five at once on two cores take a while longer.
 BOOT_LIMIT_S = 120.0
 COMMAND_LIMIT_S = 120.0
@@ -45,6 +47,7 @@ for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; d
     echo $$ >$hierarchy/{cgroup}/cgroup.procs
 done
 mount -t overlay overlay -o lowerdir={root},upperdir={dir}/upper,workdir={dir}/scratch {dir}/mounted
+touch {dir}/{ready}
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip link set lo up
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --console=read-only \\
@@ -77,6 +80,7 @@ class FullNode(Struct, frozen=True, kw_only=True):
         (upper / "etc" / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         script = INIT.format(
             name=self.name,
+            ready=READY_FILE,
             dir=self.directory,
             root=root,
             cgroup=f"{CGROUP_PREFIX}{self.name}",
@@ -86,6 +90,8 @@ class FullNode(Struct, frozen=True, kw_only=True):
 
     def boot(self, link: SupervisorLink) -> None:
         """Switch the node on; see ``wait_running``."""
+        ready = self.directory / READY_FILE
+        ready.unlink(missing_ok=True)
         anchor = link.start(
             Program(
                 name=anchor_program(self.name),
@@ -97,6 +103,7 @@ class FullNode(Struct, frozen=True, kw_only=True):
                 restart=False,
             )
         )
+        link.wait_for(anchor_program(self.name), ready.exists, f"{self.name} to mount its files")
         network.plug_node(self.name, self.address, anchor)
 
     def wait_running(self, link: SupervisorLink) -> None:

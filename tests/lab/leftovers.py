@@ -7,15 +7,25 @@ which may be missing. Never touches a process that is not shown to be the lab's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.lab import network
 from tests.lab.layout import CGROUP_PREFIX, KEPT_LOG_DIR, LOG_DIR, MARK, STATE_DIR
-from tests.lab.processes import ProcessKey, find_by_environment, find_by_mount, is_alive, kill_all
+from tests.lab.processes import (
+    KILL_WAIT_S,
+    POLL_S,
+    ProcessKey,
+    find_by_environment,
+    find_by_mount,
+    is_alive,
+    kill_all,
+)
 from tests.lab.state import read_pids
 
 
@@ -34,6 +44,20 @@ def processes() -> list[ProcessKey]:
     keys.update(find_by_mount(f"{STATE_DIR.name}/nodes/"))
     keys.update(find_by_environment(MARK))
     return sorted(key for key in keys if key.pid != os.getpid())
+
+
+def _remove_cgroup(top: Path) -> None:
+    """Remove a cgroup and all below it; the kernel lets go of those that have ended a bit later."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    for path in (*sorted(top.rglob("*/"), reverse=True), top):
+        while True:
+            try:
+                path.rmdir()
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_S)
 
 
 def _cgroups() -> list[Path]:
@@ -67,8 +91,7 @@ def remove() -> None:
     """Remove a lab's devices and files once its processes are gone; call it ``alone``."""
     network.remove_links()
     for top in _cgroups():
-        for path in (*sorted(top.rglob("*/"), reverse=True), top):
-            path.rmdir()
+        _remove_cgroup(top)
     if LOG_DIR.is_dir():
         shutil.rmtree(KEPT_LOG_DIR, ignore_errors=True)
         shutil.copytree(LOG_DIR, KEPT_LOG_DIR, dirs_exist_ok=True)

@@ -233,9 +233,7 @@ class ClientWrites:
         trace: TracebackType | None,
     ) -> None:
         status = self._process.poll()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(REST_LIMIT_S)
+        self._process.communicate(timeout=REST_LIMIT_S)
         if error is None and status is not None:
             raise LabError("the client was answered what no client should be: see its words above")
 
