@@ -12,7 +12,7 @@ from tests.lab.failover_cell import FailoverCell
 
 pytestmark = pytest.mark.lab
 
-SAMPLE = {"leader_killed", "leader_stopped", "etcd_leader_paused"}
+SAMPLE = {"leader_killed", "leader_stopped"}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from tests.lab.story import NewVm
 from tests.lab.trial import Trial
 from tests.lab.witness import Witness
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 TOLERANCE = 0.05
 # Below these, five percent would be less than what one reading more or less makes.

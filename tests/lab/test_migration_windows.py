@@ -150,6 +150,7 @@ def test_a_strict_migration_never_lets_two_run(cell: MigrationCell, victim: Vict
         assert complaints(seen.account, seen.boots, seen.move.began) == []
 
 
+@pytest.mark.long
 def test_a_guest_that_dies_before_it_goes_on_goes_on_where_it_was(cell: MigrationCell) -> None:
     """What never ran over there has changed nothing, although its domain was there to stay."""
     stayed = 0

@@ -45,8 +45,9 @@ def test_a_playbook_that_is_cut_off_is_run_again(site: Site) -> None:
     site.play("site").checked()
     print(f"from there to its end: {time.monotonic() - began:.0f} s")
     site.until_all_ready()
-    again = site.play("site").checked()
-    assert again.changed == {node.name: 0 for node in site.nodes}, again.text
+    for options in ((), ("--check", "--diff")):
+        again = site.play("site", *options).checked()
+        assert again.changed == {node.name: 0 for node in site.nodes}, again.text
 
 
 def test_power_that_fails_and_comes_back_leaves_everything_as_it_is_wanted(

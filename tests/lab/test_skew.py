@@ -78,6 +78,7 @@ def test_agents_of_the_release_before_serve_until_they_are_replaced(tmp_path: Pa
         _deletes_all(trial)
 
 
+@pytest.mark.long
 def test_the_release_before_leads_agents_of_this_one_and_is_replaced(tmp_path: Path) -> None:
     plan = LabPlan(nodes=2, previous=frozenset({"r1"}))
     with trial_of(plan, tmp_path) as trial:

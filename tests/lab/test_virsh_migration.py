@@ -30,7 +30,7 @@ from tests.lab.nodes import POOLS, LightNode
 from tests.lab.state import virtlockd_program
 from tests.lab.virsh_migration import VirshMigration
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 SIZE_GIB = 1
 COUNTS_BEFORE = 3
