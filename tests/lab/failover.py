@@ -21,6 +21,8 @@ from tests.lab.link import wait_until
 
 # A replica that stands still for longer than any lease of it.
 PAUSED_S = 8.0
+# What a scrape of tens of thousands of VMs costs a replica is over by then.
+QUIET_S = 3.0
 # How long a machine that was lost is away, before it comes back for the next run.
 LOST_S = 12.0
 # Around a fault: from a little before it until the slowest gate has passed twice.
@@ -103,6 +105,7 @@ def done_to(cell: FailoverCell, fault: Fault) -> Run:
     """Do a fault to a cell at rest, and return what came of it once it is at rest again."""
     cell.settle()
     before = cell.scrapes()
+    time.sleep(QUIET_S)
     at = time.monotonic()
     fault.strike(cell)
     cell.settle()
