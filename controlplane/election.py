@@ -224,10 +224,9 @@ class Election:
             resigning = asyncio.ensure_future(self._resign(reign.leader_revision))
             try:
                 await asyncio.shield(resigning)
-            except asyncio.CancelledError:
-                # A process that ends asks for this while its term does: half of it is nothing.
+            finally:
+                # A process may ask to end while its term does: half a resignation is none.
                 await resigning
-                raise
             raise
 
     async def _resign(self, leader_revision: int) -> None:
