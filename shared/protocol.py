@@ -3,6 +3,9 @@
 ``Session``: one bidirectional stream per node to the leader; small and rare messages. Whatever is
 pushed to an agent carries the term, and for a VM its revision and generation.
 ``Telemetry``: batches of samples to any replica, acknowledged cumulatively.
+
+A leader keeps what it told and was told of each VM: as with records, the garbage collector follows
+none of it (``gc=False``).
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class MigrationRole(OpenEnum):
     UNKNOWN = "unknown"
 
 
-class DestinationLayout(Struct, frozen=True, kw_only=True):
+class DestinationLayout(Struct, frozen=True, kw_only=True, gc=False):
     """Where the destination keeps what the domain's XML names; ``disk_paths`` go with the spec."""
 
     kernel_path: str
@@ -71,7 +74,7 @@ class DestinationLayout(Struct, frozen=True, kw_only=True):
     console_log_path: str
 
 
-class MigrationTarget(Struct, frozen=True, kw_only=True):
+class MigrationTarget(Struct, frozen=True, kw_only=True, gc=False):
     """What a destination has made ready; the token opens its relay once, and is stored nowhere."""
 
     node_name: str
@@ -85,7 +88,7 @@ class MigrationTarget(Struct, frozen=True, kw_only=True):
         return f"MigrationTarget(node_name={self.node_name!r}, …)"  # the token stays out of logs
 
 
-class MigrationOrder(Struct, frozen=True, kw_only=True):
+class MigrationOrder(Struct, frozen=True, kw_only=True, gc=False):
     """What a node is to do in the open migration of a VM; each stage is told until answered.
 
     ``generation`` is the claim's, the destination's in its boot ``boot_id``. ``peer`` is the other
@@ -106,7 +109,7 @@ class MigrationOrder(Struct, frozen=True, kw_only=True):
     target: MigrationTarget | None = None
 
 
-class MigrationReport(Struct, frozen=True, kw_only=True):
+class MigrationReport(Struct, frozen=True, kw_only=True, gc=False):
     """How far a node has come with an order's stage, and what its end of the migration is.
 
     ``over``: a source that will not (again) begin, and whose job has ended. ``settled``: what the
@@ -124,7 +127,7 @@ class MigrationReport(Struct, frozen=True, kw_only=True):
     figures: MigrationFigures | None = None
 
 
-class VmReport(Struct, frozen=True, kw_only=True, tag="report"):
+class VmReport(Struct, frozen=True, kw_only=True, gc=False, tag="report"):
     """What an agent sees of one VM, read under the VM's lock: never in the middle of an action.
 
     ``generation`` is the attempt this is about; ``permit_used`` says that the agent will never
@@ -240,7 +243,7 @@ class Rejected(Struct, frozen=True, kw_only=True, tag="rejected"):
     problem: Problem
 
 
-class Desired(Struct, frozen=True, kw_only=True, tag="desired"):
+class Desired(Struct, frozen=True, kw_only=True, gc=False, tag="desired"):
     """What should be of one VM on this node.
 
     ``generation`` names the attempt. With ``permitted`` it is a start permit: valid once, and only

@@ -51,8 +51,8 @@ T = TypeVar("T")
 CATCH_UP_S = 2.0
 # Set by the server: cuts the connection without waiting for what is not read.
 ABORT = "novacron.abort"
-# Backups that one replica sends at a time.
-STREAMS_MAX = 2
+# Backups, and scrapes, that one replica sends at a time: two monitors of one cell, and a look.
+STREAMS_MAX = 4
 REPLAYED = (b"idempotency-replayed", b"true")
 
 

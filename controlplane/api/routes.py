@@ -126,9 +126,9 @@ async def _readyz(call: Call) -> Answer:
     return json_answer(200 if found.ready else 503, found)
 
 
-async def _scrape(call: Call) -> Answer:
-    text = await call.metrics.render(await scrape_view(call.context.state))
-    return Answer(200, CONTENT_TYPE.encode(), text)
+async def _scrape(call: Call) -> Streamed:
+    view = await scrape_view(call.context.state)
+    return Streamed(CONTENT_TYPE.encode(), call.metrics.render(view))
 
 
 async def _console_log(call: Call) -> Answer:
@@ -489,5 +489,6 @@ ROUTES: tuple[Route, ...] = (
         permission=Permission.METRICS_READ,
         summary="Scrape this replica's metrics (Prometheus text format)",
         text=CONTENT_TYPE,
+        streams=True,
     ),
 )

@@ -77,7 +77,7 @@ class PlacementRequest(Struct, frozen=True, kw_only=True):
     move: Move | None = None
 
 
-class Load(Struct, frozen=True, kw_only=True):
+class Load(Struct, frozen=True, kw_only=True, gc=False):
     """What one VM takes of one node; ``groups`` says of each group whether the VM hard-repels it.
 
     ``memory_mib`` includes the overhead.

@@ -200,8 +200,9 @@ class Hub:
         except TimeoutError:
             await _reject(channel, Unavailable("the greeting took too long"))
             return
-        except Overloaded as busy:
-            await _reject(channel, busy)
+        except Unavailable as passing:
+            # A thousand of them come to a replica that ceases to lead: no news, and no time for it.
+            await _reject(channel, passing)
             return
         except NovacronError as error:
             log.warning("the session of %s is refused: %s", identity.name, error)

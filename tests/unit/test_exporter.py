@@ -40,7 +40,7 @@ def metrics(windows: Windows) -> Metrics:
 
 async def scrape(metrics: Metrics, view: View | None = None) -> dict[str, dict[Labels, float]]:
     """Return the figures by sample name and label set."""
-    text = (await metrics.render(view or View())).decode()
+    text = await text_of(metrics, view or View())
     found: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -49,6 +49,10 @@ async def scrape(metrics: Metrics, view: View | None = None) -> dict[str, dict[L
             assert labels not in by_labels, f"{sample.name}{sample.labels} is there twice"
             by_labels[labels] = sample.value
     return found
+
+
+async def text_of(metrics: Metrics, view: View) -> str:
+    return b"".join([piece async for piece in metrics.render(view)]).decode()
 
 
 def labels(**pairs: str) -> Labels:
@@ -172,6 +176,6 @@ async def test_a_large_cell_is_written_in_pieces_that_make_one_metric(
     nodes = [
         NodeFigures(id=f"node-{i}", name=f"n{i}", ready=True, cordoned=False) for i in range(5)
     ]
-    text = (await metrics.render(View(nodes))).decode()
+    text = await text_of(metrics, View(nodes))
     assert text.count("# TYPE novacron_node_ready gauge") == 1
     assert len((await scrape(metrics, View(nodes)))["novacron_node_ready"]) == 5

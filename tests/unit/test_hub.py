@@ -24,7 +24,7 @@ from controlplane.sessions.hub import (
     HubSettings,
 )
 from controlplane.store.applier import Applier
-from shared.errors import IllegalTransition, NodeUnreachable, Overloaded
+from shared.errors import IllegalTransition, LeadershipLost, NodeUnreachable, Overloaded
 from shared.model import Cluster, NodeState, ObservedPower, Term
 from shared.problems import problem_of
 from shared.protocol import (
@@ -287,6 +287,26 @@ def test_more_than_can_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatc
             await greeted(it, "late")
 
     virtual(main())
+
+
+def test_a_leader_that_ceases_sends_agents_on_without_a_word_in_its_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thousand of them come at once, and it has better things to do."""
+
+    async def lost(_: Command[Any]) -> Any:
+        raise LeadershipLost("another replica leads")
+
+    async def main() -> None:
+        async with site() as it:
+            monkeypatch.setattr(it.applier, "submit", lost)
+            stream = it.dial()
+            await stream.send(a_hello())
+            told = await stream.expect(Rejected)
+            assert told.problem == problem_of(LeadershipLost("another replica leads"))
+
+    virtual(main())
+    assert not caplog.records
 
 
 def test_a_greeting_that_takes_too_long_is_ended() -> None:

@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import astuple, replace
 
 from controlplane.commands.vms import DeleteVm
+from controlplane.scheduler.request import Load
 from controlplane.state import Changes, ClusterState, Stored
 from shared.model import (
     AuditRecord,
@@ -21,6 +22,7 @@ from shared.model import (
     Record,
     Vm,
 )
+from shared.protocol import Desired, MigrationReport, VmReport
 from shared.states import VmAction
 from tests.unit.core_world import USER, CoreWorld
 from tests.unit.samples import SAMPLES
@@ -129,6 +131,11 @@ async def test_everyone_who_waits_is_woken() -> None:
     changes.notify()
 
     await asyncio.gather(*waiting)
+
+
+@pytest.mark.parametrize("kind", [Desired, VmReport, MigrationReport, Load])
+def test_nor_what_a_leader_keeps_of_each_vm(kind: type[Struct]) -> None:
+    assert kind.__struct_config__.gc is False
 
 
 @pytest.mark.parametrize("sample", STORED, ids=lambda sample: type(sample).__name__)
