@@ -7,41 +7,65 @@ import logging
 import os
 import random
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from agent import doctor, join
 from agent.app import Agent, AgentPorts
 from agent.append_log import FileLog
 from agent.config import AgentConfig, check_pools
 from agent.drivers import Driver, open_driver, remember_probe
 from agent.exporter import CONTENT_TYPE, AgentExporter
 from agent.figures import Figures
+from agent.identity_files import IdentityFiles
 from agent.inventory import NodeFacts
 from agent.metrics_server import MetricsServer
 from agent.node_sampler import NodeSampler
 from agent.outbox import Outbox
 from agent.relay_node import NodeRelays, relay_settings
+from agent.renewal import CertificateRenewal
+from agent.request_spawn import request_in_a_process
 from agent.sampler import Sampler
 from agent.session_grpc import Dialler
 from agent.telemetry import Telemetry
 from shared.addresses import host_and_port
-from shared.clock import SystemClock
+from shared.clock import Clock, SystemClock
 from shared.config import load_config
-from shared.daemon import run_daemon
+from shared.daemon import Verb, run_daemon
 from shared.lifetime import run_until_asked_to_stop
-from shared.log import set_up_logging
-from shared.offload import ThreadOffload
+from shared.log import set_log_level, set_up_logging
+from shared.offload import Offload, ThreadOffload
+from shared.reload import Reload
 from shared.systemd import Systemd
-from shared.tls import load_material
+from shared.tls import TlsMaterial, load_material
 from shared.version import VERSION
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path("/etc/novacron/agent.toml")
+CHANGEABLE = {"log_level": lambda config: set_log_level(config.log_level)}
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
+VERBS = (
+    Verb(
+        name="join",
+        about="let this node into a cell, with a join token",
+        add_arguments=join.add_arguments,
+        run=join.join,
+    ),
+    Verb(
+        name="doctor",
+        about="say what on this node keeps its agent from working",
+        add_arguments=doctor.add_arguments,
+        run=doctor.diagnose,
+    ),
+)
+
+
 def main() -> None:
-    run_daemon("novacron-agent", __doc__, DEFAULT_CONFIG, _load, _run)
+    run_daemon("novacron-agent", __doc__, DEFAULT_CONFIG, _load, _run, VERBS)
 
 
 def _load(path: Path) -> AgentConfig:
@@ -50,15 +74,15 @@ def _load(path: Path) -> AgentConfig:
     return config
 
 
-def _run(config: AgentConfig) -> None:
+def _run(config: AgentConfig, load: Callable[[], AgentConfig]) -> None:
     set_up_logging(config.log_level, os.environ)
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, load))
 
 
-async def serve(config: AgentConfig) -> None:
+async def serve(config: AgentConfig, load: Callable[[], AgentConfig]) -> None:
     """Serve until a signal asks to stop; guests are left as they are."""
     systemd = Systemd(os.environ)
-    tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
+    tls = _material(config)
     rng = random.SystemRandom()
     node = _node_facts(config)
     disk = ThreadOffload("fence")
@@ -68,6 +92,7 @@ async def serve(config: AgentConfig) -> None:
     relays = NodeRelays(relay_settings(config), os.environ)
     hypervisor = open_driver(config, node.boot_id, clock, rng)
     dialler = Dialler(tls, rng)
+    renewal = _renewal(config, dialler, disk, clock, rng)
     outbox = Outbox(config.telemetry.batch_period_s)
     agent = Agent(
         node,
@@ -106,7 +131,9 @@ async def serve(config: AgentConfig) -> None:
             telemetry.run(),
             relays.run(),
             dialler.keep_open(config.controlplane),
+            renewal.run(),
             _watched(systemd, hypervisor),
+            on_hangup=partial(_hung_up, Reload(config, load, CHANGEABLE), renewal),
         )
     finally:
         systemd.ending()
@@ -118,6 +145,31 @@ async def serve(config: AgentConfig) -> None:
         state.close()
         disk.close()
         sampling.close()
+
+
+def _hung_up(reload: Reload[AgentConfig], renewal: CertificateRenewal) -> None:
+    """Take over what may change of the configuration, and renew the certificates."""
+    reload()
+    renewal.renew_now()
+
+
+def _renewal(
+    config: AgentConfig, dialler: Dialler, disk: Offload, clock: Clock, rng: random.Random
+) -> CertificateRenewal:
+    return CertificateRenewal(
+        IdentityFiles(config),
+        config.controlplane,
+        dialler.renew,
+        lambda key: request_in_a_process(config.node_name, key),
+        lambda: dialler.use(_material(config)),
+        disk,
+        clock,
+        rng,
+    )
+
+
+def _material(config: AgentConfig) -> TlsMaterial:
+    return load_material(config.tls.ca, config.tls.certificate, config.tls.key)
 
 
 async def _watched(systemd: Systemd, hypervisor: Driver) -> None:

@@ -12,9 +12,16 @@ from shared.errors import ConfigInvalid, FieldError
 
 
 class TlsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``ca`` vouches for replicas, ``peers_ca`` for other nodes' agents: ``ca`` if left out.
+
+    A node that joins with a token has key and certificate in one file, which its agent replaces:
+    ``certificate`` and ``key`` are then the same path, and ``peers_ca`` is there.
+    """
+
     ca: Path
     certificate: Path
     key: Path
+    peers_ca: Path | None = None
 
 
 class HypervisorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ import libvirt
 from lxml import etree
 
 from agent.hypervisor import HypervisorFacts
+from agent.identity_files import QEMU_TLS_FILES
 from agent.libvirt_settings import LibvirtSettings
 from shared.model import CpuFacts, NumaCell, PoolFacts
 from shared.units import GIB, MIB
@@ -21,14 +22,6 @@ from shared.units import GIB, MIB
 log = logging.getLogger(__name__)
 
 ARCHITECTURE = "x86_64"
-# The names that libvirt hands to QEMU, which is server and client of migrations.
-QEMU_TLS_FILES = (
-    "ca-cert.pem",
-    "server-cert.pem",
-    "server-key.pem",
-    "client-cert.pem",
-    "client-key.pem",
-)
 
 # The pattern of shared.model.Name: what a VM's spec may call an artefact.
 _ARTEFACT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from agent.relay_orders import TlsFiles
 
@@ -76,7 +78,15 @@ def identity(link: ssl.SSLSocket | ssl.SSLObject) -> str:
 
     Raises PermissionError when there is none, or more than one.
     """
-    names = (link.getpeercert() or {}).get("subjectAltName", ())
+    return identity_in(link.getpeercert() or {})
+
+
+def identity_in(certificate: Mapping[str, Any]) -> str:
+    """Return the one identity of NovaCron in a certificate, as ``getpeercert`` tells it.
+
+    Raises PermissionError when there is none, or more than one.
+    """
+    names = certificate.get("subjectAltName", ())
     # One entry is a pair of its kind and its value.
     uris = [str(entry[1]) for entry in names if entry[0] == "URI"]
     ours = [uri for uri in uris if uri.startswith(SCHEME)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ssl
 from collections.abc import Mapping
+from typing import Any
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, TlsConfig
 from agent.relay import RelayTarget
-from agent.relay_link import client_context, identity, server_context
+from agent.relay_link import client_context, identity_in, server_context
 from agent.relay_listener import RelayListener
 from agent.relay_orders import TlsFiles
 from agent.relay_outgoing import OutgoingRelays
@@ -61,11 +62,7 @@ class NodeRelays:
 
 def relay_settings(config: AgentConfig) -> RelaySettings:
     """Return the settings of an agent's relays. Raises ConfigInvalid for unusable TLS files."""
-    tls = TlsFiles(
-        ca=str(config.tls.ca.absolute()),
-        certificate=str(config.tls.certificate.absolute()),
-        key=str(config.tls.key.absolute()),
-    )
+    tls = relay_files(config.tls)
     return RelaySettings(
         directory=config.state_dir.absolute() / "relay",
         libvirt_socket=config.relay.libvirt_socket,
@@ -74,8 +71,28 @@ def relay_settings(config: AgentConfig) -> RelaySettings:
     )
 
 
+def relay_files(config: TlsConfig) -> TlsFiles:
+    """Return what this agent shows to other nodes' agents, and knows them by."""
+    return TlsFiles(
+        ca=str((config.peers_ca or config.ca).absolute()),
+        certificate=str(config.certificate.absolute()),
+        key=str(config.key.absolute()),
+    )
+
+
 def own_identity(files: TlsFiles) -> Identity:
     """Return whom the certificate of ``files`` speaks for, as a peer would read it.
+
+    That it is out of date does not matter here. Raises ConfigInvalid.
+    """
+    try:
+        return parse_identity(identity_in(own_certificate(files)))
+    except (OSError, Unauthenticated) as error:
+        raise _unusable(error) from error
+
+
+def own_certificate(files: TlsFiles) -> dict[str, Any]:
+    """Return what the certificate of ``files`` says, as ``ssl.SSLSocket.getpeercert`` tells it.
 
     It shakes hands with itself, since only that makes Python's TLS take a certificate apart. That
     it is out of date does not matter here. Raises ConfigInvalid.
@@ -91,7 +108,10 @@ def own_identity(files: TlsFiles) -> Identity:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
         calls.do_handshake()
-        return parse_identity(identity(calls))
-    except (OSError, Unauthenticated) as error:
-        fault = FieldError("/tls", "unusable", str(error))
-        raise ConfigInvalid("of TLS", (fault,)) from error
+        return calls.getpeercert() or {}
+    except OSError as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> ConfigInvalid:
+    return ConfigInvalid("of TLS", (FieldError("/tls", "unusable", str(error)),))

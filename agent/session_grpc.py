@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from agent.session import LeaderChannel
 from agent.telemetry import TelemetryChannel
+from shared.admission import RENEW_METHOD, Renewal, RenewalAnswer
+from shared.codec import pack, unpack
 from shared.errors import Disconnected
 from shared.grpc_channel import CHANNEL_OPTIONS, GrpcChannel
+from shared.lifetime import until_one_ends
 from shared.protocol import (
     SESSION_METHOD,
     TELEMETRY_METHOD,
@@ -25,6 +28,8 @@ from shared.protocol import (
 from shared.tls import TlsMaterial
 
 CONNECT_TIMEOUT_S = 5.0
+# A replica waits up to 6 s for a leader, who notes the new certificate.
+RENEW_LIMIT_S = 10.0
 # A replica that goes is lost by every agent at once; so long they spread out before they connect to
 # it again. Whoever wants a stream meanwhile does not wait for that.
 HOLD_JITTER_S = 5.0
@@ -39,9 +44,10 @@ RECONNECT_OPTIONS = (
 
 class Dialler:
     def __init__(self, tls: TlsMaterial, rng: random.Random) -> None:
-        self._credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        self._credentials = _credentials(tls)
         self._rng = rng
         self._channels: dict[str, Any] = {}
+        self._replaced = asyncio.Event()
 
     async def session(self, address: str) -> LeaderChannel:
         stream = await self._open(address, SESSION_METHOD)
@@ -51,11 +57,30 @@ class Dialler:
         stream = await self._open(address, TELEMETRY_METHOD)
         return GrpcChannel(stream, TelemetryAnswer, stream.done_writing)
 
+    async def renew(self, address: str, renewal: Renewal) -> RenewalAnswer:
+        """Ask a replica for new certificates. Raises Disconnected."""
+        channel = await self._connected(address)
+        try:
+            data = await channel.unary_unary(RENEW_METHOD)(pack(renewal), timeout=RENEW_LIMIT_S)
+        except grpc.RpcError as error:
+            raise Disconnected(f"{address} did not answer: {error.details()}") from error
+        answer: RenewalAnswer = unpack(data, cast(Any, RenewalAnswer))
+        return answer
+
     async def keep_open(self, addresses: Iterable[str]) -> None:
         """Hold a connection to every replica: a new leader is reached without a handshake."""
-        async with asyncio.TaskGroup() as tasks:
-            for address in addresses:
-                tasks.create_task(self._hold(address))
+        addresses = tuple(addresses)
+        while True:
+            self._replaced.clear()
+            await until_one_ends(self._replaced.wait(), *map(self._hold, addresses))
+
+    async def use(self, tls: TlsMaterial) -> None:
+        """Show these certificates from now on; streams of the ones before end, and come again."""
+        before, self._channels = self._channels, {}
+        self._credentials = _credentials(tls)
+        self._replaced.set()
+        for channel in before.values():
+            await channel.close()
 
     async def close(self) -> None:
         for channel in self._channels.values():
@@ -79,6 +104,9 @@ class Dialler:
         return channel
 
     async def _open(self, address: str, method: str) -> Any:
+        return (await self._connected(address)).stream_stream(method)()
+
+    async def _connected(self, address: str) -> Any:
         channel = self._channel(address)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -87,4 +115,8 @@ class Dialler:
             raise Disconnected(
                 f"{address} did not accept a connection in {CONNECT_TIMEOUT_S:.0f} s"
             ) from None
-        return channel.stream_stream(method)()
+        return channel
+
+
+def _credentials(tls: TlsMaterial) -> Any:
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)

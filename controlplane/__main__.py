@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -16,7 +17,13 @@ from controlplane.api.app import build_app
 from controlplane.api.server import ApiServer, ApiServerSettings
 from controlplane.app import ControlPlane, Ports, ReplicaSettings
 from controlplane.config import DEFAULT_CONFIG, ControlPlaneConfig
-from controlplane.replica_files import etcd_tls, history_file, only_process, read_founding
+from controlplane.replica_files import (
+    etcd_tls,
+    history_file,
+    only_process,
+    read_founding,
+    read_issuer,
+)
 from controlplane.services.cluster import readiness
 from controlplane.sessions.grpc_server import AgentServer
 from controlplane.sessions.peer_grpc import PeerDialler
@@ -31,13 +38,16 @@ from shared.clock import SystemClock
 from shared.config import load_config
 from shared.daemon import run_daemon
 from shared.lifetime import run_until_asked_to_stop
-from shared.log import set_up_logging
+from shared.log import set_log_level, set_up_logging
 from shared.offload import ThreadOffload
+from shared.reload import Reload
 from shared.systemd import Systemd
 from shared.tls import load_material
 from shared.version import VERSION
 
 log = logging.getLogger(__name__)
+
+CHANGEABLE = {"log_level": lambda config: set_log_level(config.log_level)}
 
 # Somebody waits for a start; who leads changes within seconds.
 READY_POLL_S = 0.1
@@ -54,17 +64,19 @@ def _load(path: Path) -> ControlPlaneConfig:
     return load_config(path, ControlPlaneConfig, os.environ)
 
 
-def _run(config: ControlPlaneConfig) -> None:
+def _run(config: ControlPlaneConfig, load: Callable[[], ControlPlaneConfig]) -> None:
     set_up_logging(config.log_level, os.environ)
     with only_process(config.data_dir):
-        asyncio.run(serve(config))
+        asyncio.run(serve(config, load))
 
 
-async def serve(config: ControlPlaneConfig) -> None:
+async def serve(config: ControlPlaneConfig, load: Callable[[], ControlPlaneConfig]) -> None:
     """Serve until a signal asks to stop."""
     systemd = Systemd(os.environ)
     tls = load_material(config.tls.ca, config.tls.certificate, config.tls.key)
     founding = read_founding(config.bootstrap)
+    clock = SystemClock()
+    issuer = read_issuer(config.enrolment, founding.cluster.cell, tls.ca, clock)
     history_thread, planning_thread = ThreadOffload("history"), ThreadOffload("planning")
     history = History(history_file(config.data_dir), history_thread)
     windows = Windows()
@@ -76,7 +88,7 @@ async def serve(config: ControlPlaneConfig) -> None:
     ports = Ports(
         store=store,
         history=history,
-        clock=SystemClock(),
+        clock=clock,
         rng=random.SystemRandom(),
         founding=founding,
         offload=planning_thread,
@@ -84,6 +96,7 @@ async def serve(config: ControlPlaneConfig) -> None:
         metrics=metrics,
         peers=peers,
         settle_memory=_settle_memory,
+        issuer=issuer,
     )
     replica = ControlPlane(_settings(config), ports)
     agents = AgentServer(
@@ -92,6 +105,7 @@ async def serve(config: ControlPlaneConfig) -> None:
         replica.leader_address,
         replica.telemetry,
         replica.peers,
+        replica.renew,
     )
     host, port = host_and_port(config.api.listen)
     api = ApiServer(
@@ -100,13 +114,14 @@ async def serve(config: ControlPlaneConfig) -> None:
             host=host, port=port, certificate=config.tls.certificate, key=config.tls.key
         ),
     )
-    await agents.start(config.agents.listen, tls)
+    await agents.start(config.agents.listen, tls, b"" if issuer is None else issuer.agents_ca)
     log.info("serving", extra={"api": config.api.listen, "agents": config.agents.listen})
     try:
         await run_until_asked_to_stop(
             _served(replica, api),
             _watched(systemd, replica, api, config.api.advertise),
             watch_stalls(metrics.loop_stalled),
+            on_hangup=Reload(config, load, CHANGEABLE),
         )
     finally:
         systemd.ending()

@@ -14,10 +14,12 @@ from msgspec import Struct
 
 from controlplane.commands.migrations import MigrationLimits
 from controlplane.election import Election, ElectionSettings
+from controlplane.issuer import Issues
 from controlplane.leader import Founding, Leader, LeaderParts
 from controlplane.reconcilers import loop
 from controlplane.reconcilers.history import CopyHistory, ForgetHistory
 from controlplane.scheduler.request import SchedulerSettings
+from controlplane.services import admission
 from controlplane.services.context import Context, Leadership
 from controlplane.sessions import following
 from controlplane.sessions.following import Following
@@ -37,6 +39,7 @@ from controlplane.store.space import StoreSpace
 from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import WINDOW_S, Windows
+from shared.admission import Issued, Renewal
 from shared.clock import Clock
 from shared.codec import pack
 from shared.errors import NovacronError
@@ -86,6 +89,7 @@ class Ports(Struct, frozen=True):
 
     ``settle_memory`` is called once the cluster has been listed, which stays for long: a process
     that has its memory to itself keeps its collector from looking at all of it again and again.
+    ``issuer`` is there where this replica holds the nodes' CAs.
     """
 
     store: Store
@@ -98,6 +102,7 @@ class Ports(Struct, frozen=True):
     metrics: Metrics
     peers: PeerCall
     settle_memory: Callable[[], None]
+    issuer: Issues | None = None
 
 
 class ControlPlane:
@@ -241,7 +246,13 @@ class ControlPlane:
             agents=self.agent_versions,
             offload=self._ports.offload,
             version=self._settings.version,
+            new_id=self._ids.new,
+            issuer=self._ports.issuer,
         )
+
+    async def renew(self, name: str, serial: str, renewal: Renewal) -> Issued:
+        """Give a node new certificates; see ``services.admission.renew``."""
+        return await admission.renew(self.context(), name, serial, renewal)
 
     def _agents(self) -> AgentList:
         hub = self.leader.hub

@@ -2,6 +2,7 @@
 
     cluster.json                 id, cell, created_at
     ca.crt  ca.key               the CA; the key leaves this directory only as a copy to replicas
+    agents-ca.crt  agents-ca.key the CA of agents that join; replicas sign with it
     qemu-ca.crt  qemu-ca.key     the CA of the nodes' QEMUs; nothing else trusts it
     etcd-ca.crt  etcd-ca.key     the CA of etcd's members and of those who may talk to them
     admin.token                  the first admin's token, as text
@@ -12,8 +13,9 @@
     nodes/NAME/agent.{crt,key}
     nodes/NAME/qemu/             what the node's /etc/pki/qemu is to hold, by QEMU's own file names
 
-Agents know a replica by its address and our CA. A node's address is in its QEMU's certificate too,
-and a guest may break out into QEMU: so QEMU's certificates are of a CA that agents never see.
+Agents know a replica by its address and our CA. A node's address is in its own certificate and in
+its QEMU's too, and a guest may break out into QEMU: so agents that join get certificates of a CA
+that vouches for no replica, and QEMUs of one that agents never see.
 etcd lets in whomever its CA vouches for, to all that it holds: so nobody else gets one of that CA.
 
 Every step adds what is missing and changes nothing that exists, so that a run that was cut off, or
@@ -22,6 +24,7 @@ one with more names, is simply run again. A key is always written before what is
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -40,8 +43,15 @@ from shared.tls import Identity, Role
 
 ADMIN = "admin"
 _CA = "ca"
+_AGENTS_CA = "agents-ca"
 _QEMU_CA = "qemu-ca"
 _ETCD_CA = "etcd-ca"
+_AUTHORITIES = {
+    _CA: "NovaCron cell {cell}",
+    _AGENTS_CA: "NovaCron cell {cell} agents",
+    _QEMU_CA: "NovaCron cell {cell} QEMU",
+    _ETCD_CA: "NovaCron cell {cell} etcd",
+}
 # By the names that libvirt hands to QEMU.
 _QEMU_FILES = (
     "server-key.pem",
@@ -50,6 +60,18 @@ _QEMU_FILES = (
     "client-cert.pem",
     "ca-cert.pem",
 )
+
+
+class Rotation(enum.StrEnum):
+    """The steps from one CA to the next; everybody has to have the files of one before the next.
+
+    BEGIN: both are trusted, the old one signs. SWITCH: both are trusted, the new one signs, and
+    certificates of the old one are made anew. END: the new one alone is trusted.
+    """
+
+    BEGIN = "begin"
+    SWITCH = "switch"
+    END = "end"
 
 
 class ClusterFile(Struct, frozen=True):
@@ -84,18 +106,64 @@ class CellFiles:
         """
         pki.make_directory(self.root)
         cluster = self._cluster()
-        self._ensure_authority(_CA, f"NovaCron cell {cluster.cell}")
-        self._ensure_authority(_QEMU_CA, f"NovaCron cell {cluster.cell} QEMU")
-        self._ensure_authority(_ETCD_CA, f"NovaCron cell {cluster.cell} etcd")
+        for stem, title in _AUTHORITIES.items():
+            self._ensure_authority(stem, title.format(cell=cluster.cell))
         self._ensure_admin(cluster.cell, token_ttl)
         return cluster
+
+    def reissue(self, stems: Iterable[str]) -> None:
+        """Remove certificates and their keys, so that they are made anew.
+
+        ``stems`` are such as ``replicas/r1/etcd``. The certificate goes first: a key that is alone
+        is used again, a certificate without its key would be in the way.
+        """
+        for stem in stems:
+            for end in ("crt", "key"):
+                (self.root / f"{stem}.{end}").unlink(missing_ok=True)
+
+    def rotate(self, step: Rotation) -> None:
+        """Bring each CA one step on its way to a new key; what is there already is left alone.
+
+        The files with certificates hold both CAs meanwhile, the one that signs first. Raises
+        ValidationFailed for a step whose time has not come.
+        """
+        cluster = self.ensure_cell()
+        for stem, title in _AUTHORITIES.items():
+            self._rotate(stem, title.format(cell=cluster.cell), step)
+
+    def _rotate(self, stem: str, title: str, step: Rotation) -> None:
+        certificate, key = self.root / f"{stem}.crt", self.root / f"{stem}.key"
+        new_key = self.root / f"{stem}.new.key"
+        trusted = pki.split(certificate.read_bytes())
+        if step is Rotation.BEGIN:
+            if len(trusted) == 1:
+                made = self._key(new_key, self.root / f"{stem}.new.crt")
+                new = pki.make_authority(title, made, self._clock.now()).certificate_pem()
+                self._replace(certificate, trusted[0] + new)
+        elif step is Rotation.SWITCH:
+            if len(trusted) == 1:
+                raise _unfit(certificate, "holds one CA: begin first")
+            if new_key.exists():
+                pair = pki.is_pair(trusted[0], new_key.read_bytes())
+                new, old = trusted if pair else reversed(trusted)
+                self._replace(certificate, new + old)
+                new_key.replace(key)
+        else:
+            if new_key.exists():
+                raise _unfit(certificate, "is of the old CA still: switch first")
+            self._replace(certificate, trusted[0])
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        if path.read_bytes() != data:
+            pki.replace(path, data, pki.PUBLIC_MODE)
+            self.made.append(path)
 
     def missing(
         self, replicas: Iterable[str], nodes: Iterable[str], members: Iterable[str]
     ) -> list[Path]:
         """Return what a run with these names would make, and make nothing."""
         names = ["cluster.json"]
-        names += [f"{stem}.{end}" for stem in (_CA, _QEMU_CA, _ETCD_CA) for end in ("key", "crt")]
+        names += [f"{stem}.{end}" for stem in _AUTHORITIES for end in ("key", "crt")]
         if not (self.root / "admin-key.json").exists():
             names += ["admin.token", "admin-key.json"]
         stems = [
@@ -188,7 +256,7 @@ class CellFiles:
         identity = Identity(self._cluster().cell, role, name)
         stem = self.root / authority
         signer = pki.load_authority(stem.with_suffix(".crt"), stem.with_suffix(".key"))
-        pem = pki.issue(signer, identity, [address], key, self._clock.now())
+        pem = pki.issue(signer, identity, [address], key.public_key(), self._clock.now())
         self._write(certificate_file, pem, pki.PUBLIC_MODE)
 
     def _copy(self, source: Path, target: Path, mode: int) -> None:

@@ -47,6 +47,20 @@ class EtcdConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tls: TlsConfig | None = None
 
 
+class EnrolmentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The CAs with which this replica lets nodes in; their keys are read once, at its start.
+
+    A file may hold several certificates: the first signs, whoever any of them vouches for is
+    trusted. ``certificate_lifetime_s``: agents renew theirs after half of it.
+    """
+
+    agents_ca: Path
+    agents_ca_key: Path
+    qemu_ca: Path
+    qemu_ca_key: Path
+    certificate_lifetime_s: Annotated[float, Meta(ge=60, le=90 * 86400)] = 7 * 86400.0
+
+
 class BootstrapConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What ``novacron init`` made; read at every start, used while the cluster is new."""
 
@@ -63,6 +77,7 @@ class ControlPlaneConfig(Struct, frozen=True, kw_only=True, forbid_unknown_field
     tls: TlsConfig
     etcd: EtcdConfig
     bootstrap: BootstrapConfig
+    enrolment: EnrolmentConfig | None = None
     election: ElectionSettings = ElectionSettings()
     sessions: HubSettings = HubSettings()
     scheduler: SchedulerSettings = SchedulerSettings()

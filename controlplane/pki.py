@@ -7,6 +7,7 @@ needs it. Agents do not import it: ``cryptography`` stays out of their memory.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import secrets
@@ -24,7 +25,7 @@ from shared.errors import FieldError, ValidationFailed
 from shared.tls import Identity, Role
 
 CA_LIFETIME = timedelta(days=3653)
-# The longest that common TLS stacks accept; nothing renews a certificate yet.
+# The longest that common TLS stacks accept; for what is renewed by an operator.
 LEAF_LIFETIME = timedelta(days=825)
 # Nodes whose clocks are a little behind must accept a certificate made right now.
 BACKDATED = timedelta(minutes=5)
@@ -47,6 +48,10 @@ class Authority(Struct, frozen=True):
 
 def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
+
+
+def new_serial() -> int:
+    return x509.random_serial_number()
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -76,7 +81,7 @@ def make_authority(title: str, key: ec.EllipticCurvePrivateKey, now: datetime) -
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(new_serial())
         .not_valid_before(now - BACKDATED)
         .not_valid_after(now + CA_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -103,14 +108,17 @@ def issue(
     authority: Authority,
     identity: Identity,
     addresses: Iterable[str],
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     now: datetime,
+    *,
+    lifetime: timedelta = LEAF_LIFETIME,
+    serial: int | None = None,
 ) -> bytes:
     """Return the PEM certificate that lets the holder of ``key`` speak as ``identity``.
 
-    ``addresses`` are host names or IP addresses under which peers reach it, beside its name and,
-    but for QEMU, the loopback. Every role is server and client: replicas dial replicas, agents dial
-    agents, and QEMUs send guests to QEMUs.
+    ``serial`` is drawn at random if it is not given. ``addresses`` are host names or IP addresses
+    under which peers reach it, beside its name and, but for QEMU, the loopback. Every role is
+    server and client: replicas dial replicas, agents dial agents, and QEMUs send guests to QEMUs.
     """
     is_qemu = identity.role is Role.QEMU
     issuer_key_id = authority.certificate.extensions.get_extension_for_class(
@@ -120,10 +128,10 @@ def issue(
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)]))
         .issuer_name(authority.certificate.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
+        .public_key(key)
+        .serial_number(serial or new_serial())
         .not_valid_before(now - BACKDATED)
-        .not_valid_after(min(now + LEAF_LIFETIME, authority.certificate.not_valid_after_utc))
+        .not_valid_after(min(now + lifetime, authority.certificate.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False, enciphers_keys=is_qemu), critical=True)
         .add_extension(
@@ -132,7 +140,7 @@ def issue(
             ),
             critical=False,
         )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key_id),
             critical=False,
@@ -145,10 +153,63 @@ def issue(
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
+def requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key of a certificate request, whose sender has proven to hold it.
+
+    Raises ValueError, which says what is wrong with it.
+    """
+    request = x509.load_pem_x509_csr(pem)
+    key = request.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+        raise ValueError("its key is not of the curve P-256")
+    if not request.is_signature_valid:
+        raise ValueError("its signature is not of its key")
+    return key
+
+
+def key_digest(key: ec.EllipticCurvePublicKey) -> str:
+    """Return the SHA-256 of a public key, in hex."""
+    der = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(der).hexdigest()
+
+
+def fingerprint(pem: bytes) -> str:
+    """Return the SHA-256 of the first certificate in ``pem``, in hex. Raises ValueError."""
+    certificate = x509.load_pem_x509_certificates(pem)[0]
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def serial_of(pem: bytes) -> str:
+    """Return a certificate's serial number, in hex. Raises ValueError."""
+    return f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
+
+
 def make_directory(path: Path, mode: int = KEY_DIRECTORY_MODE) -> None:
     """Make ``path`` and its parents; a directory that exists keeps its mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=mode, exist_ok=True)
+
+
+def split(pem: bytes) -> list[bytes]:
+    """Return the certificates of a file, each as PEM. Raises ValueError."""
+    found = x509.load_pem_x509_certificates(pem)
+    return [each.public_bytes(serialization.Encoding.PEM) for each in found]
+
+
+def is_pair(certificate_pem: bytes, key_pem: bytes) -> bool:
+    """Tell whether a certificate is of a key."""
+    key = serialization.load_pem_private_key(key_pem, password=None)
+    return x509.load_pem_x509_certificate(certificate_pem).public_key() == key.public_key()
+
+
+def replace(path: Path, data: bytes, mode: int) -> None:
+    """Put ``data`` at ``path``, durably and all at once, in the place of what is there."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_new(draft, data, mode)
+    draft.replace(path)
+    _sync_directory(path.parent)
 
 
 def write_new(path: Path, data: bytes, mode: int) -> None:

@@ -6,15 +6,19 @@ Shared by the replica itself and by what is run in its place while it is stopped
 from __future__ import annotations
 
 import fcntl
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
 
 import msgspec
 
-from controlplane.config import BootstrapConfig, TlsConfig
+from controlplane import pki
+from controlplane.config import BootstrapConfig, EnrolmentConfig, TlsConfig
+from controlplane.issuer import Issuer, Trust
 from controlplane.leader import Founding
 from controlplane.store.etcd_grpc import EtcdTls
-from shared.errors import ConfigInvalid, FieldError
+from shared.clock import Clock
+from shared.errors import ConfigInvalid, FieldError, ValidationFailed
 from shared.model import ApiKey, Cluster
 from shared.tls import load_material
 
@@ -33,6 +37,32 @@ def read_founding(config: BootstrapConfig) -> Founding:
     if cluster is None or admin_key is None:
         raise ConfigInvalid("bootstrap", tuple(faults))
     return Founding(cluster, admin_key)
+
+
+def read_issuer(
+    config: EnrolmentConfig | None, cell: str, ca: bytes, clock: Clock
+) -> Issuer | None:
+    """Read the CAs that nodes' certificates are signed with. Raises ConfigInvalid.
+
+    ``ca`` is the one that vouches for replicas.
+    """
+    if config is None:
+        return None
+    try:
+        agents_ca, qemu_ca = config.agents_ca.read_bytes(), config.qemu_ca.read_bytes()
+        return Issuer(
+            cell,
+            pki.load_authority(config.agents_ca, config.agents_ca_key),
+            pki.load_authority(config.qemu_ca, config.qemu_ca_key),
+            Trust(ca, agents_ca, qemu_ca),
+            timedelta(seconds=config.certificate_lifetime_s),
+            clock,
+        )
+    except OSError as error:
+        fault = FieldError("/enrolment", "unreadable", f"{error.filename}: {error.strerror}")
+        raise ConfigInvalid("of enrolment", (fault,)) from error
+    except ValidationFailed as unfit:
+        raise ConfigInvalid("of enrolment", unfit.errors) from unfit
 
 
 def _record(path: Path, kind: type[R], faults: list[FieldError]) -> R | None:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from msgspec import Struct
 
 from controlplane.past import Past
+from shared.admission import Admission, JoinToken
 from shared.model import (
     ApiKey,
     AttemptState,
@@ -43,7 +44,7 @@ class Stored(Struct, Generic[R], frozen=True, gc=False):
 
 
 # The records that are listed page by page.
-LISTED: frozenset[type[Record]] = frozenset({Vm, Node, Operation})
+LISTED: frozenset[type[Record]] = frozenset({Vm, Node, Operation, JoinToken, Admission})
 
 
 class Then(Struct, Generic[R], frozen=True):
@@ -105,6 +106,8 @@ class ClusterState:
         self.operations: dict[str, Stored[Operation]] = {}
         self.api_keys: dict[str, Stored[ApiKey]] = {}
         self.idempotency: dict[str, Stored[IdempotencyRecord]] = {}
+        self.join_tokens: dict[str, Stored[JoinToken]] = {}
+        self.admissions: dict[str, Stored[Admission]] = {}
         self.history: dict[int, HistoryEntry] = {}
         self.last_seq = 0
         self.past: Past[Stored[Any]] = Past()
@@ -115,6 +118,8 @@ class ClusterState:
             Operation: self.operations,
             ApiKey: self.api_keys,
             IdempotencyRecord: self.idempotency,
+            JoinToken: self.join_tokens,
+            Admission: self.admissions,
         }
         self._observers: list[Observer] = []
         self._history_observers: list[HistoryObserver] = []
@@ -198,6 +203,10 @@ class ClusterState:
 
     def get(self, kind: type[R], record_id: str) -> Stored[R] | None:
         return self._table(kind).get(record_id)
+
+    def all_of(self, kind: type[R]) -> Iterable[Stored[R]]:
+        """Return every record of a kind, in no order."""
+        return self._table(kind).values()
 
     def record_count(self) -> int:
         return sum(map(len, self._tables.values()))

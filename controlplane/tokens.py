@@ -36,7 +36,11 @@ class Token(Struct, frozen=True):
 
 
 def new_token(key_id: str) -> Token:
-    return Token(key_id, base32hex(secrets.randbits(SECRET_BITS), SECRET_LENGTH))
+    return Token(key_id, new_secret())
+
+
+def new_secret() -> str:
+    return base32hex(secrets.randbits(SECRET_BITS), SECRET_LENGTH)
 
 
 def parse_token(text: str) -> Token:

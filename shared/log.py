@@ -74,13 +74,18 @@ def set_up_logging(level: str, environ: Mapping[str, str]) -> None:
     """Log from ``level`` on, to the journal when ``environ`` says that stderr leads there."""
     root = logging.getLogger()
     root.handlers[:] = [JournalHandler() if _is_journal(environ) else _stderr(JsonFormatter())]
-    root.setLevel(level.upper())
+    set_log_level(level)
     access = logging.getLogger(ACCESS_LOGGER)
     access.handlers[:] = [_stderr(logging.Formatter("%(message)s"))]
     access.propagate = False
     # Their information is about themselves; what goes wrong is still told.
     for chatty in ("asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def set_log_level(level: str) -> None:
+    """Log from ``level`` on."""
+    logging.getLogger().setLevel(level.upper())
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

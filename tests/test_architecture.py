@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "controlplane/scheduler": ("shared.model",),
     "controlplane/telemetry": ("shared",),
     "controlplane/past.py": (),
-    "controlplane/state.py": ("controlplane.past", "shared.model"),
+    "controlplane/state.py": ("controlplane.past", "shared.admission", "shared.model"),
     "controlplane/commands": ("controlplane.state", "shared"),
     "controlplane/store": ("controlplane.commands", "controlplane.state", "shared"),
     # The file of a backup, how it is made of a store, and what a restore writes into one.
@@ -43,6 +43,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "controlplane/sessions": (
         "controlplane.commands",
+        # Only to read which certificate an agent has shown.
+        "controlplane.pki",
         "controlplane.state",
         "controlplane.store.applier",
         # What peers ask each other for, besides changes.
@@ -59,6 +61,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "controlplane/services": (
         "controlplane.backup.take",
         "controlplane.commands",
+        # The port and the adapter that signs what a use case has let in.
+        "controlplane.issuer",
         "controlplane.sagas",
         "controlplane.scheduler",
         "controlplane.state",
@@ -66,6 +70,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "controlplane.store.port",
         "controlplane.store.history",
         "controlplane.telemetry",
+        # The secret of a join token.
+        "controlplane.tokens",
         "shared",
     ),
     "controlplane/sagas": (
@@ -125,6 +131,7 @@ RESERVED: dict[str, dict[str, str]] = {
         "shared/clock.py": "the port's adapter",
         "controlplane/cli/terminal.py": "the command line's own clock, a port of its client",
         "agent/libvirt_probe.py": "runs in a thread of the driver, beside any loop",
+        "agent/join.py": "a command that waits for a control plane, without a loop",
         "agent/relay_": "relay processes have no loop; and the age of their files",
     },
     "uuid": {
@@ -144,6 +151,7 @@ RESERVED: dict[str, dict[str, str]] = {
     "secrets": {
         "controlplane/tokens.py": "what must not be guessed comes from the system, never a seed",
         "controlplane/pki.py": "names a draft file that nobody may foresee",
+        "agent/identity_files.py": "names a draft file that nobody may foresee",
         "controlplane/cli/client.py": "a request's idempotency key must meet no other's",
         "agent/relay_listener.py": "a one-time token must not be guessed, whatever the seed",
         "controlplane/api/app.py": "the prefix of a process's request ids; no decision reads them",
@@ -151,11 +159,16 @@ RESERVED: dict[str, dict[str, str]] = {
     "socket": {
         "controlplane/api/server.py": "uvicorn hands its sockets over",
         "agent/relay_": "a relay is two sockets, and a connection is handed to its process",
+        "agent/doctor.py": "tries what the agent talks to",
+        "controlplane/cli/doctor.py": "tries the replicas' ports",
     },
     "ssl": {
         "agent/relay_": "relay processes speak TLS without gRPC, which takes long to load",
         "controlplane/api/server.py": "the API's own TLS",
         "controlplane/cli/client.py": "the command checks the API's certificate",
+        "controlplane/cli/doctor.py": "looks at the certificate that a replica shows",
+        "agent/join.py": "trusts the CA that a token names, and nobody before",
+        "agent/identity_files.py": "reads the dates of a certificate",
     },
     "subprocess": {},
     "sqlite3": {"controlplane/store/history.py": "the projection's file"},

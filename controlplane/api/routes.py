@@ -15,6 +15,7 @@ from msgspec import Struct
 from controlplane.api.answer import BYTES, TEXT, Answer, Streamed, json_answer
 from controlplane.commands.vm_patch import VmPatch
 from controlplane.services import (
+    admission,
     audit,
     backups,
     cluster,
@@ -38,25 +39,35 @@ from controlplane.services.requests import (
     CordonOrder,
     DrainOrder,
     DryRunQuery,
+    Enrolment,
     EventQuery,
     MigrateOrder,
     MigrationQuery,
+    NewJoinToken,
     NewVm,
     NoBody,
     NodeQuery,
     NoQuery,
     OperationQuery,
+    PageQuery,
+    RevokeOrder,
     ShutdownOrder,
     UsageQuery,
     VmQuery,
     WaitQuery,
 )
 from controlplane.services.views import (
+    AdmissionList,
+    AdmissionView,
     AuditList,
     ClusterView,
+    EnrolmentView,
     EventList,
+    JoinTokenList,
+    JoinTokenView,
     MigrationList,
     MigrationView,
+    NewJoinTokenView,
     NodeList,
     NodeView,
     OperationList,
@@ -71,6 +82,7 @@ from controlplane.telemetry.exporter import CONTENT_TYPE, Metrics
 from shared.states import VmAction
 
 BASE = "/api/v1"
+PEM = b"application/x-pem-file"
 
 
 class Call(Struct, frozen=True):
@@ -134,6 +146,10 @@ async def _scrape(call: Call) -> Streamed:
 async def _console_log(call: Call) -> Answer:
     log = await console.console_log(call.context, call.principal, call.path["vm"], call.query)
     return Answer(200, TEXT, log)
+
+
+async def _ca(call: Call) -> Answer:
+    return Answer(200, PEM, await admission.read_ca(call.context))
 
 
 async def _backup(call: Call) -> Streamed:
@@ -321,6 +337,14 @@ ROUTES: tuple[Route, ...] = (
     _cordon(cordoned=True, summary="Keep new VMs away from a node"),
     _cordon(cordoned=False, summary="Let new VMs go to a node again"),
     Route(
+        method="DELETE",
+        path=f"{BASE}/nodes/{{node}}",
+        handler=lambda c: nodes.remove_node(c.context, c.principal, c.path["node"]),
+        permission=Permission.NODES_WRITE,
+        summary="Forget a node that has nothing any more, and shut it out",
+        view=NodeView,
+    ),
+    Route(
         method="POST",
         path=f"{BASE}/nodes/{{node}}/actions/declare-gone",
         handler=lambda c: nodes.declare_gone(c.context, c.principal, c.path["node"]),
@@ -465,6 +489,76 @@ ROUTES: tuple[Route, ...] = (
         permission=Permission.CLUSTER_WRITE,
         summary="Make room in the store: compact, defragment, take its alarm back",
         view=ClusterView,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/join-tokens",
+        handler=lambda c: admission.make_join_token(c.context, c.principal, c.body),
+        permission=Permission.NODES_WRITE,
+        summary="Make a token that lets one node join",
+        view=NewJoinTokenView,
+        body=NewJoinToken,
+        status=201,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/join-tokens",
+        handler=lambda c: admission.list_join_tokens(c.context, c.principal, c.query),
+        permission=Permission.NODES_READ,
+        summary="List join tokens",
+        view=JoinTokenList,
+        query=PageQuery,
+    ),
+    Route(
+        method="DELETE",
+        path=f"{BASE}/join-tokens/{{token}}",
+        handler=lambda c: admission.withdraw_join_token(c.context, c.principal, c.path["token"]),
+        permission=Permission.NODES_WRITE,
+        summary="Have nobody join with a token any more",
+        view=JoinTokenView,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/admissions",
+        handler=lambda c: admission.list_admissions(c.context, c.principal, c.query),
+        permission=Permission.NODES_READ,
+        summary="List which nodes were let in, wait for it, or are revoked",
+        view=AdmissionList,
+        query=PageQuery,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/admissions/{{name}}/actions/approve",
+        handler=lambda c: admission.approve(c.context, c.principal, c.path["name"]),
+        permission=Permission.NODES_WRITE,
+        summary="Let a node in that waits for it",
+        view=AdmissionView,
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/admissions/{{name}}/actions/revoke",
+        handler=lambda c: admission.revoke(c.context, c.principal, c.path["name"], c.body),
+        permission=Permission.NODES_WRITE,
+        summary="Have no certificate speak for a node any more",
+        view=AdmissionView,
+        body=RevokeOrder,
+    ),
+    Route(
+        method="GET",
+        path=f"{BASE}/ca",
+        handler=_ca,
+        permission=None,
+        summary="Read the cell's CA, for a node that knows its fingerprint",
+        text=PEM.decode(),
+    ),
+    Route(
+        method="POST",
+        path=f"{BASE}/enrolments",
+        handler=lambda c: admission.enrol(c.context, c.body),
+        permission=None,
+        summary="Join as a node, with a join token",
+        view=EnrolmentView,
+        body=Enrolment,
     ),
     Route(
         method="GET",

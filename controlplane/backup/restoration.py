@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from controlplane.backup.format import Header
 from controlplane.store import keys
 from controlplane.store.port import Put
+from shared.admission import Admission, JoinToken
 from shared.codec import pack, unpack
 from shared.errors import RecordUnreadable
 from shared.model import (
@@ -134,6 +135,12 @@ class _Work:
             self._puts.append(Put(key, pack(self._node(record))))
         elif isinstance(record, Operation):
             self._ended.append(self._operation(record))
+        elif isinstance(record, Admission) and record.revoked_at is None:
+            # Nodes have renewed their certificates since: the next renewal notes them anew.
+            return
+        elif isinstance(record, JoinToken):
+            # It may have been used since, and would let somebody in a second time.
+            return
         else:
             self._puts.append(Put(key, value))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from controlplane.cell_files import CellFiles
+from controlplane.cell_files import CellFiles, Rotation
 from controlplane.cli.invocation import Duration, Invocation, KeyValue, pass_invocation
 from shared.clock import SystemClock
 from shared.ids import looks_like_id
@@ -51,6 +51,14 @@ _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
     multiple=True,
     help="A member of etcd, and the name or address it is reached at.",
 )
+@click.option(
+    "--reissue", is_flag=True, help="Make the named replicas' and members' certificates anew."
+)
+@click.option(
+    "--rotate-ca",
+    type=click.Choice([each.value for each in Rotation]),
+    help="Take the CAs one step further to new keys (docs/operations.md says when).",
+)
 @click.option("--token-ttl", type=Duration(), help="How long the admin token is valid.")
 @click.option("--dry-run", is_flag=True, help="Say what is missing, and make nothing.")
 @pass_invocation
@@ -60,13 +68,18 @@ def init(
     replicas: tuple[tuple[str, str], ...],
     nodes: tuple[tuple[str, str], ...],
     members: tuple[tuple[str, str], ...],
+    reissue: bool,
+    rotate_ca: str | None,
     token_ttl: float | None,
     dry_run: bool,
 ) -> None:
     """Make a cell's CAs, certificates and first admin token.
 
-    Run again with more names, it adds what is missing and changes nothing that exists.
+    Run again with more names, it adds what is missing and changes nothing that exists, unless with
+    --reissue or --rotate-ca.
     """
+    if dry_run and (reissue or rotate_ca):
+        raise click.UsageError("--dry-run tells what is missing: not with --reissue, --rotate-ca")
     _check("--replica", replicas)
     _check("--node", nodes)
     _check("--member", members)
@@ -79,6 +92,13 @@ def init(
         terminal.tell(f"{len(missing)} files would be made in {directory}")
         return
     cluster = files.ensure_cell(None if token_ttl is None else timedelta(seconds=token_ttl))
+    if rotate_ca is not None:
+        files.rotate(Rotation(rotate_ca))
+    if reissue:
+        files.reissue(
+            [f"replicas/{name}/{part}" for name, _ in replicas for part in ("controlplane", "etcd")]
+        )
+        files.reissue([f"members/{name}/etcd" for name, _ in members])
     for name, address in replicas:
         files.add_replica(name, address)
     for name, address in nodes:

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "op": ("op", "op", "Operations: what was accepted, and how it goes."),
     "cluster": ("cluster", "cluster", "The control plane itself."),
     "events": ("events", "events", "What happened."),
+    "doctor": ("doctor", "doctor", "What is wrong with the cell, and what to do."),
     "top": ("top", "top", "What nodes and VMs use."),
     "explain": ("vm_explain", "explain", "Why a VM is where it is, or nowhere (vm explain)."),
     "api": ("api", "api", "Send one request as it is."),

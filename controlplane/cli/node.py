@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from controlplane.cli import node_join
 from controlplane.cli import output as out
 from controlplane.cli.client import path_of
 from controlplane.cli.events import show_events
@@ -106,6 +107,8 @@ def uncordon(invocation: Invocation, nodes: tuple[str, ...], form: str | None) -
 
 
 node.add_command(drain)
+for each in node_join.COMMANDS:
+    node.add_command(each)
 
 
 @node.command("declare-gone")
@@ -128,6 +131,26 @@ def declare_gone(invocation: Invocation, name: str, yes: bool, form: str | None)
     else:
         gone = answer.decode(NodeView).name or name
         output.line(gone if output.form is Format.NAME else f"{gone} is given up for gone")
+
+
+@node.command("rm")
+@click.argument("name", metavar="NODE")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_option
+@pass_invocation
+def remove(invocation: Invocation, name: str, yes: bool, form: str | None) -> None:
+    """Forget a node that has no VMs any more, and refuse its certificate.
+
+    It comes back with a new join token only. Drain it before.
+    """
+    confirm(invocation, f"Forget node {name}?", yes=yes)
+    output = invocation.output(form)
+    answer = invocation.client.delete(path_of("nodes", name))
+    if output.form is Format.JSON:
+        output.json(answer.body)
+    else:
+        gone = answer.decode(NodeView).name or name
+        output.line(gone if output.form is Format.NAME else f"{gone} is removed")
 
 
 @node.command("events")

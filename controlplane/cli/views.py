@@ -54,6 +54,28 @@ class Reference(Struct, frozen=True):
     name: str = ""
 
 
+class JoinTokenView(Struct, frozen=True):
+    """``token`` only in the answer to its making."""
+
+    id: str = ""
+    token: str = ""
+    nodes: tuple[str, ...] = ()
+    needs_approval: bool = False
+    created_by: str = ""
+    expires_at: datetime | None = None
+    used_by: str = ""
+
+
+class AdmissionView(Struct, frozen=True):
+    name: str = ""
+    address: str = ""
+    approved: bool = False
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    reason: str = ""
+
+
 class BootView(Struct, frozen=True):
     kernel: str = ""
     initrd: str | None = None
@@ -144,6 +166,10 @@ class CpuView(Struct, frozen=True):
     model: str = ""
 
 
+class MigrationFactsView(Struct, frozen=True):
+    tls: bool = False
+
+
 class InventoryView(Struct, frozen=True):
     cpus: int = 0
     memory_mib: int = 0
@@ -152,6 +178,7 @@ class InventoryView(Struct, frozen=True):
     networks: tuple[str, ...] = ()
     artefacts: tuple[str, ...] = ()
     virtualization: str = ""
+    migration: MigrationFactsView | None = None
     versions: dict[str, Any] = {}
 
 
@@ -311,6 +338,7 @@ class LeaderView(Struct, frozen=True):
 class ReplicaView(Struct, frozen=True):
     name: str = ""
     url: str = ""
+    agent_address: str = ""
     version: str = ""
 
 
@@ -374,3 +402,4 @@ class UsageView(Struct, frozen=True):
     object: str = ""
     name: str = ""
     latest: FiguresView | None = None
+    as_of: datetime | None = None

@@ -140,12 +140,16 @@ class Draft:
         node_id = self._state.node_id_by_name(name)
         return None if node_id is None else self.find(Node, node_id)
 
+    def all_of(self, kind: type[R]) -> Iterator[R]:
+        """Yield every record of a kind, as this draft leaves it, in no order."""
+        yield from self._changed(kind)
+        for stored in self._state.all_of(kind):
+            if (kind, stored.record.id) not in self._changes:
+                yield stored.record
+
     def nodes(self) -> Iterator[Node]:
         """Yield every node, as this draft leaves it, in no order."""
-        yield from self._changed(Node)
-        for node_id, stored in self._state.nodes.items():
-            if (Node, node_id) not in self._changes:
-                yield stored.record
+        return self.all_of(Node)
 
     def vms_on(self, node_id: str) -> Iterator[Vm]:
         """Yield the VMs of which a node holds, or may hold, something, as the draft leaves it."""

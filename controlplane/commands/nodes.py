@@ -5,11 +5,16 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
+from controlplane.commands.admission import shut_out
 from controlplane.commands.draft import Author, Draft
+from controlplane.commands.restored import must_tell
 from shared.errors import StateConflict
 from shared.model import Inventory, Node, NodeState
 from shared.moves import DrainJournal
 from shared.restores import NodeRecovery
+
+# Of the VMs that keep a node from being removed, so many are named.
+NAMED_MAX = 10
 
 
 class JoinNode(Struct, frozen=True, kw_only=True):
@@ -109,6 +114,39 @@ class SetCordon(Struct, frozen=True, kw_only=True, tag="set_cordon"):
                 )
         draft.audit(f"node.{verb}", node.id, self.by)
         put_cordon(draft, node, self.by, cordoned=self.cordoned, reason=self.reason)
+        return node.id
+
+
+class RemoveNode(Struct, frozen=True, kw_only=True, tag="remove_node"):
+    """Forgets a node that has nothing any more, and shuts it out. Returns its id.
+
+    Raises NotFound; StateConflict while anything of a VM is there, or may be.
+    """
+
+    node_id: str
+    by: Author
+
+    def decide(self, draft: Draft) -> str:
+        node = draft.node(self.node_id)
+        left = sorted(vm.name for vm in draft.vms_on(node.id))
+        if left:
+            shown = ", ".join(left[:NAMED_MAX]) + (", …" if len(left) > NAMED_MAX else "")
+            raise StateConflict(
+                f"node {node.name!r} has {len(left)} VMs ({shown}): drain it first "
+                f"(novacron node drain {node.name})"
+            )
+        if operations := draft.operations_on(node.id):
+            raise StateConflict(f"{operations[0].id} is under way on node {node.name!r}")
+        if must_tell(draft.cluster(), node) and not node.recovery.gone:
+            raise StateConflict(
+                f"node {node.name!r} has not told yet what it has, after the restore: wait, or "
+                f"give it up (novacron node declare-gone {node.name})"
+            )
+        draft.event("node.removed", node.id, self.by, name=node.name)
+        draft.audit("node.removed", node.id, self.by)
+        # First: what ends its session finds it by its name.
+        shut_out(draft, node.name, "removed")
+        draft.delete(Node, node.id)
         return node.id
 
 

@@ -47,7 +47,9 @@ class KeptSnapshot:
             self._dirty.clear()
             for node_id in dirty:
                 stored = self._state.nodes.get(node_id)
-                if stored is not None:
+                if stored is None:
+                    self._snapshot = self._snapshot.without_node(node_id)
+                else:
                     self._reread(self._as_trusted(stored.record))
         return self._snapshot
 

@@ -120,7 +120,8 @@ class Recover:
         untold = [
             node_id
             for node_id in self._hub.connected()
-            if must_tell(cluster, self._state.nodes[node_id].record)
+            if (stored := self._state.nodes.get(node_id)) is not None
+            and must_tell(cluster, stored.record)
         ]
         held = self._state.unproven_vm_ids()
         beside = [

@@ -170,6 +170,17 @@ class Snapshot(Struct, frozen=True):
         _add_shared(shared_gib, view, sign=1)
         return replace(self, nodes=nodes, group_members=members, shared_gib=shared_gib)
 
+    def without_node(self, node_id: str) -> Snapshot:
+        """Return the cluster without a node that was removed, and what counted there."""
+        nodes = dict(self.nodes)
+        before = nodes.pop(node_id, None)
+        if before is None:
+            return self
+        members, shared_gib = dict(self.group_members), dict(self.shared_gib)
+        _add_members(members, before, sign=-1)
+        _add_shared(shared_gib, before, sign=-1)
+        return replace(self, nodes=nodes, group_members=members, shared_gib=shared_gib)
+
     def shared_gib_after(self, changes: Iterable[tuple[Vm | None, Vm | None]]) -> dict[str, int]:
         """Return what is promised of the shared pools after each (before, after) of ``changes``.
 

@@ -225,7 +225,12 @@ def _leader(leadership: Leadership) -> LeaderView | None:
 
 
 def _replica(replica: Replica) -> ReplicaView:
-    return ReplicaView(name=replica.name, url=replica.url, version=replica.version)
+    return ReplicaView(
+        name=replica.name,
+        url=replica.url,
+        agent_address=replica.agent_address,
+        version=replica.version,
+    )
 
 
 def _member(member: MemberStatus) -> MemberView:

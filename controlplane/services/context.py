@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from controlplane.commands.draft import Command
+from controlplane.issuer import Issues
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.state import ClusterState
 from controlplane.store.history import History
@@ -150,7 +151,8 @@ class Context(Struct, frozen=True):
 
     ``offload`` takes planning over the whole cluster off the event loop; ``replicas`` tells the
     registrations that this replica sees, ``agents`` the versions of the agents in session with the
-    leader by node id; ``version`` is this replica's own.
+    leader by node id; ``version`` is this replica's own. ``new_id`` makes an id of a kind;
+    ``issuer`` is there where this replica holds the nodes' CAs.
     """
 
     state: ClusterState
@@ -168,3 +170,5 @@ class Context(Struct, frozen=True):
     agents: Callable[[], dict[str, str]]
     offload: Offload
     version: str
+    new_id: Callable[[str], str]
+    issuer: Issues | None

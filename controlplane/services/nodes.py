@@ -1,11 +1,11 @@
-"""Use cases of nodes: list, read, cordon, give up for gone."""
+"""Use cases of nodes: list, read, cordon, give up for gone, remove."""
 
 from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
 
-from controlplane.commands.nodes import SetCordon
+from controlplane.commands.nodes import RemoveNode, SetCordon
 from controlplane.commands.recovery import DeclareGone
 from controlplane.commands.restored import must_tell
 from controlplane.scheduler.snapshot import loads_of
@@ -83,6 +83,18 @@ async def declare_gone(context: Context, principal: Principal, reference: str) -
     node_id = find_node(context, reference).record.id
     await context.submit(DeclareGone(node_id=node_id, by=author(principal)))
     return node_view(context.state, find_node(context, node_id))
+
+
+async def remove_node(context: Context, principal: Principal, reference: str) -> NodeView:
+    """Forget a node that has nothing any more, and shut it out; returns it as it was.
+
+    Raises Forbidden, NotFound, StateConflict while anything of a VM is there or may be, and what
+    committing raises.
+    """
+    authorize(principal, Permission.NODES_WRITE)
+    stored = find_node(context, reference)
+    await context.submit(RemoveNode(node_id=stored.record.id, by=author(principal)))
+    return node_view(context.state, stored)
 
 
 def node_view(state: ClusterState, stored: Stored[Node]) -> NodeView:

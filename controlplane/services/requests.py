@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from controlplane.commands.vm_patch import SpecPatch, VmPatch
 from controlplane.services.pages import LIMIT_DEFAULT, LIMIT_MAX, CursorText, Limit
 from controlplane.services.views import VmView
+from shared.admission import REQUEST_BYTES_MAX, Renewal
 from shared.model import Labels, Name, OperationState, VmPhase, VmSpec
 from shared.units import KIB, MIB
 
@@ -93,6 +94,47 @@ class DrainOrder(Struct, frozen=True, kw_only=True):
 
 
 class CordonOrder(Struct, frozen=True, kw_only=True):
+    reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+
+
+NodePattern = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=63,
+        pattern=r"^[a-z0-9*]([a-z0-9.*-]*[a-z0-9*])?$",
+        description="a node's name, or a pattern of names: rack1-*",
+    ),
+]
+# As /etc/hosts and certificates take it; a name or an address of either family.
+NodeAddress = Annotated[
+    str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$")
+]
+JOIN_TOKEN_LIFETIME_S = 15 * 60.0
+
+
+class NewJoinToken(Struct, frozen=True, kw_only=True):
+    """``nodes``: who may join with it, by name or pattern; left out, any. It lets one node in."""
+
+    nodes: Annotated[tuple[NodePattern, ...], Meta(max_length=16)] = ()
+    needs_approval: bool = False
+    lifetime_s: Annotated[float, Meta(ge=60, le=7 * 86400)] = JOIN_TOKEN_LIFETIME_S
+
+
+class Enrolment(Struct, frozen=True, kw_only=True):
+    """A node asks to be let in: who it says it is, and the public keys that it has made."""
+
+    token: Annotated[str, Meta(max_length=300)]
+    name: Name
+    address: NodeAddress
+    agent_request: Annotated[str, Meta(max_length=REQUEST_BYTES_MAX)]
+    qemu_request: Annotated[str, Meta(max_length=REQUEST_BYTES_MAX)]
+
+    def keys(self) -> Renewal:
+        return Renewal(agent_request=self.agent_request, qemu_request=self.qemu_request)
+
+
+class RevokeOrder(Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
 
 

@@ -16,6 +16,7 @@ from controlplane.state import Stored
 from controlplane.store.port import Room
 from controlplane.telemetry.progress import Progress as Progress
 from controlplane.telemetry.progress import ProgressFrame
+from shared.admission import Issued
 from shared.errors import FieldError
 from shared.model import (
     AuditRecord,
@@ -107,6 +108,60 @@ class NodeView(Struct, frozen=True, kw_only=True):
     gone: bool
     unrecorded_vms: tuple[str, ...]
     allocated: Allocated
+
+
+class JoinTokenView(Struct, frozen=True, kw_only=True):
+    """``nodes``: who may join with it, any if there are none; ``used_by``: who did."""
+
+    id: str
+    nodes: tuple[str, ...]
+    needs_approval: bool
+    created_at: datetime
+    created_by: str
+    expires_at: datetime
+    used_by: str
+
+
+class NewJoinTokenView(JoinTokenView, frozen=True, kw_only=True):
+    """``token`` is what the node shows; it is told this one time."""
+
+    token: str
+
+
+class JoinTokenList(Struct, frozen=True, kw_only=True):
+    items: tuple[JoinTokenView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class AdmissionView(Struct, frozen=True, kw_only=True):
+    """``expires_at`` is when the node's newest certificate ends; it is renewed long before.
+
+    A node has no other id before it has joined than its name.
+    """
+
+    id: str
+    name: str
+    address: str
+    approved: bool
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    reason: str
+    join_token: str
+
+
+class AdmissionList(Struct, frozen=True, kw_only=True):
+    items: tuple[AdmissionView, ...]
+    next_cursor: str | None
+    revision: str
+
+
+class EnrolmentView(Struct, frozen=True, kw_only=True):
+    """``certificates`` are there once the node is approved: it asks again until then."""
+
+    approved: bool
+    certificates: Issued | None
 
 
 class NodeList(Struct, frozen=True, kw_only=True):
@@ -295,6 +350,7 @@ class LeaderView(Struct, frozen=True, kw_only=True):
 class ReplicaView(Struct, frozen=True, kw_only=True):
     name: str
     url: str
+    agent_address: str
     version: str
 
 

@@ -15,23 +15,33 @@ from controlplane.commands.draft import Command
 from controlplane.commands.newest import ProveNewest
 from controlplane.commands.terms import Expected, OnTerms, RequestKey, check_same, still_kept
 from controlplane.services import cluster, vms
+from controlplane.services.admission import admission_view
 from controlplane.services.context import Context, Principal, Result, Submit
 from controlplane.services.nodes import node_view
 from controlplane.services.operations import find_operation
 from controlplane.services.scope import find_node
 from controlplane.services.views import (
+    AdmissionView,
     ClusterView,
     NodeView,
     OperationView,
     VmView,
     operation_view,
 )
-from shared.errors import NotFound, OutcomeUnknown, Unavailable, ValidationFailed
+from shared.errors import (
+    DeletedSince,
+    NotFound,
+    OutcomeUnknown,
+    StateConflict,
+    Unavailable,
+    ValidationFailed,
+)
 
 # Of the ids that stand for what a request became; a create becomes its operation.
 VM_ID_PREFIX = "vm-"
+NODE_ID_PREFIX = "node-"
 
-Object = OperationView | NodeView | VmView | ClusterView
+Object = OperationView | NodeView | VmView | ClusterView | AdmissionView
 
 
 UseCase = Callable[[Context], Awaitable[object]]
@@ -122,6 +132,15 @@ async def _shown(context: Context, principal: Principal, result: str) -> Object:
         return vms.changed(context, result)
     if result in state.nodes:
         return node_view(state, find_node(context, result))
+    if result.startswith(NODE_ID_PREFIX):
+        raise DeletedSince(f"the request was done; node {result} has been removed since")
+    if result in state.join_tokens:
+        raise StateConflict(
+            f"the request made join token {result}, whose secret is told once: withdraw it, and "
+            "make another"
+        )
+    if result in state.admissions:
+        return admission_view(state.admissions[result].record)
     if result in state.clusters:
         return await cluster.show_cluster(context, principal)
     operation = await find_operation(context, principal.scope, result)

@@ -16,16 +16,19 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 from msgspec.structs import replace
 
+from controlplane.commands.admission import refusal_of
 from controlplane.commands.attempts import ObserveVms
 from controlplane.commands.draft import Author
 from controlplane.commands.migrations import HearOfLeftover
 from controlplane.commands.nodes import JoinNode, ReportInventory, SetNodeState
 from controlplane.commands.restored import must_tell
+from controlplane.sessions.admitted import check_admitted
 from controlplane.sessions.desired import desired_of
 from controlplane.sessions.peer_messages import AgentList
 from controlplane.sessions.session import AgentChannel, AgentSession, Said
 from controlplane.state import ClusterState
 from controlplane.store.applier import Applier
+from shared.admission import Admission
 from shared.errors import (
     Conflict,
     Disconnected,
@@ -189,12 +192,15 @@ class Hub:
         finally:
             session.queries.pop(query.id, None)
 
-    async def serve(self, channel: AgentChannel, identity: Identity) -> None:
-        """Greet an agent in its turn and serve its session until one side ends it."""
+    async def serve(self, channel: AgentChannel, identity: Identity, serial: str = "") -> None:
+        """Greet an agent in its turn and serve its session until one side ends it.
+
+        ``serial`` is of the certificate that it has shown; empty where connections have none.
+        """
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
                 async with self._turn(channel):
-                    session = await self._greet(channel, identity)
+                    session = await self._greet(channel, identity, serial)
         except Disconnected:
             return
         except TimeoutError:
@@ -230,8 +236,9 @@ class Hub:
         finally:
             self._greetings.release()
 
-    async def _greet(self, channel: AgentChannel, identity: Identity) -> AgentSession:
+    async def _greet(self, channel: AgentChannel, identity: Identity, serial: str) -> AgentSession:
         hello = await channel.receive()
+        check_admitted(self._state, identity.name, serial)
         if not isinstance(hello, Hello):
             raise Forbidden("a session begins with a hello")
         if hello.node_name != identity.name:
@@ -266,7 +273,7 @@ class Hub:
         accepted = await channel.receive()
         if not isinstance(accepted, TermAccepted) or accepted.term != self._applier.term:
             raise Forbidden("the agent did not accept the term")
-        session = self._admit(node_id, hello, channel)
+        session = self._admit(node_id, hello, channel, serial)
         try:
             await self._take_hello(session, hello)
         except BaseException:
@@ -315,13 +322,15 @@ class Hub:
                 "do two machines share its certificate?"
             )
 
-    def _admit(self, node_id: str, hello: Hello, channel: AgentChannel) -> AgentSession:
+    def _admit(
+        self, node_id: str, hello: Hello, channel: AgentChannel, serial: str
+    ) -> AgentSession:
         older = self._sessions.get(node_id)
         if older is not None:
             log.warning("a newer session of %s displaces the older one", hello.node_name)
             older.displaced.set()
         now_s = asyncio.get_running_loop().time()
-        session = AgentSession(node_id, hello, channel, now_s)
+        session = AgentSession(node_id, hello, channel, now_s, serial)
         self._sessions[node_id] = session
         self._sessions_changed += 1
         self._tell_trust(node_id)
@@ -353,6 +362,7 @@ class Hub:
         """Hear the agent; nothing here waits for a commit: a slow store is not silence."""
         while True:
             message = await session.channel.receive()
+            check_admitted(self._state, session.node_name, session.serial)
             session.heard_s = asyncio.get_running_loop().time()
             if isinstance(message, Heartbeat):
                 term = self._applier.term
@@ -473,6 +483,8 @@ class Hub:
         return "" if stored is None else stored.record.name
 
     def _record_changed(self, before: Record | None, after: Record | None) -> None:
+        if isinstance(after, Admission):
+            self._end_unless_admitted(after)
         for record in (before, after):
             if not isinstance(record, Vm):
                 continue
@@ -480,6 +492,12 @@ class Hub:
                 session = self._sessions.get(node_id)
                 if session is not None:
                     session.mark(record.id)
+
+    def _end_unless_admitted(self, admission: Admission) -> None:
+        """End the session of a node whose certificate speaks for it no more, heard or not."""
+        session = self._sessions.get(self._state.node_id_by_name(admission.id) or "")
+        if session is not None and refusal_of(admission, session.serial) is not None:
+            session.displaced.set()
 
     def _tell_trust(self, node_id: str) -> None:
         for observer in self._trust_observers:

@@ -28,10 +28,16 @@ Said = tuple[VmReport, ...] | InventoryReport
 
 
 class AgentSession:
-    """``heard_s`` is on the loop's clock; ``greeted`` once the node has accepted the term."""
+    """``heard_s`` is on the loop's clock; ``greeted`` once the node has accepted the term.
 
-    def __init__(self, node_id: str, hello: Hello, channel: AgentChannel, now_s: float) -> None:
+    ``serial`` is of the certificate that the agent has shown.
+    """
+
+    def __init__(
+        self, node_id: str, hello: Hello, channel: AgentChannel, now_s: float, serial: str = ""
+    ) -> None:
         self.node_id = node_id
+        self.serial = serial
         self.node_name = hello.node_name
         self.boot_id = hello.boot_id
         self.agent_version = hello.agent_version

@@ -6,6 +6,7 @@ acknowledgement.
 
 from __future__ import annotations
 
+from controlplane.sessions.admitted import check_admitted
 from controlplane.state import ClusterState
 from controlplane.telemetry.windows import Windows
 from shared.channel import Channel
@@ -29,16 +30,24 @@ class TelemetryServer:
         self._windows = windows
 
     async def serve(
-        self, channel: Channel[TelemetryAnswer, TelemetryMessage], identity: Identity
+        self,
+        channel: Channel[TelemetryAnswer, TelemetryMessage],
+        identity: Identity,
+        serial: str = "",
     ) -> None:
-        """Serve one agent's stream until it ends. Raises Disconnected."""
+        """Serve one agent's stream until it ends. Raises Disconnected, Unauthenticated.
+
+        ``serial`` is of the certificate that it has shown; empty where connections have none.
+        """
         try:
             node_id = await self._greet(channel, identity)
+            check_admitted(self._state, identity.name, serial)
         except NovacronError as error:
             await channel.send(TelemetryRefused(problem=problem_of(error)))
             raise
         while True:
             message = await channel.receive()
+            check_admitted(self._state, identity.name, serial)
             if isinstance(message, Batch):
                 for sample in message.samples:
                     if self._may_speak_of(node_id, sample):

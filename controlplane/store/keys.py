@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shared.admission import Admission, JoinToken
 from shared.errors import RecordUnreadable
 from shared.model import ApiKey, Cluster, IdempotencyRecord, Node, Operation, Record, Vm
 
@@ -14,9 +15,11 @@ MARK = f"{ROOT}applied"
 CLUSTER = f"{STATE}cluster"
 # Not below STATE, where 0.1 complains of what it does not know; elsewhere it looks past it.
 IDEMPOTENCY = f"{ROOT}idempotency/"
+# Nor where 0.2 complains.
+ADMISSION = f"{ROOT}admission/"
 
 # Where only a leader's commits write, besides the mark.
-COMMITTED = (STATE, IDEMPOTENCY, HISTORY)
+COMMITTED = (STATE, IDEMPOTENCY, ADMISSION, HISTORY)
 
 _FOLDERS: dict[type[Record], str] = {
     Vm: f"{STATE}vms/",
@@ -24,6 +27,8 @@ _FOLDERS: dict[type[Record], str] = {
     Operation: f"{STATE}operations/",
     ApiKey: f"{STATE}api-keys/",
     IdempotencyRecord: IDEMPOTENCY,
+    JoinToken: f"{ADMISSION}tokens/",
+    Admission: f"{ADMISSION}nodes/",
 }
 SEQ_DIGITS = 20
 
@@ -38,7 +43,7 @@ def key_of(kind: type[Record], record_id: str) -> str:
 
 def holds_record(key: str) -> bool:
     """Tell whether a key lies where records do, of this release or of another."""
-    return key.startswith((STATE, IDEMPOTENCY))
+    return key.startswith((STATE, IDEMPOTENCY, ADMISSION))
 
 
 def is_committed(key: str) -> bool:
@@ -54,6 +59,12 @@ def record_kind(key: str) -> type[Record]:
         if key.startswith(folder):
             return kind
     raise RecordUnreadable(f"{key} is not a key of this release")
+
+
+def kinds_below(prefix: str) -> list[type[Record]]:
+    """Return whose records lie below one of ``COMMITTED``."""
+    below = [kind for kind, folder in _FOLDERS.items() if folder.startswith(prefix)]
+    return [*below, Cluster] if CLUSTER.startswith(prefix) else below
 
 
 def record_of(key: str) -> tuple[type[Record], str]:

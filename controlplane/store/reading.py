@@ -26,7 +26,7 @@ from controlplane.store import keys
 from controlplane.store.port import KeyValue, Listing, Store
 from shared.codec import unpack
 from shared.errors import RecordUnreadable
-from shared.model import Cluster, IdempotencyRecord
+from shared.model import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -164,10 +164,7 @@ class Reading:
         aside = sum(key.startswith(prefix) for key in self._unreadable)
         if prefix == keys.HISTORY:
             return len(self._state.history) + aside
-        requests = self._state.count(IdempotencyRecord)
-        if prefix == keys.IDEMPOTENCY:
-            return requests + aside
-        return self._state.record_count() - requests + aside
+        return sum(map(self._state.count, keys.kinds_below(prefix))) + aside
 
     def _has(self, item: KeyValue) -> bool:
         if item.key in self._unreadable:

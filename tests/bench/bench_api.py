@@ -169,7 +169,7 @@ def _write_certificate(directory: Path) -> None:
     now = datetime.now(UTC)
     authority = make_authority(CELL, new_key(), now)
     key = new_key()
-    certificate = issue(authority, Identity(CELL, Role.REPLICA, "r1"), (), key, now)
+    certificate = issue(authority, Identity(CELL, Role.REPLICA, "r1"), (), key.public_key(), now)
     (directory / "ca.crt").write_bytes(authority.certificate_pem())
     (directory / "server.crt").write_bytes(certificate)
     (directory / "server.key").write_bytes(key_pem(key))

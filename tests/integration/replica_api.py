@@ -86,6 +86,10 @@ class Api:
         """Return an object below the API's base. Raises Refused, Lost."""
         return _decode(await self.send("GET", BASE + path, **query), kind)
 
+    async def post(self, kind: type[T], path: str, body: Any = None) -> T:
+        """Ask for a change that is done at once, and return what it is of. Raises Refused, Lost."""
+        return _decode(await self.send("POST", BASE + path, body), kind)
+
     async def write(self, method: str, path: str, body: Any = None) -> OperationView:
         """Send a change and return the operation it became. Raises Refused, Lost."""
         answer = await self.send(method, BASE + path, body)

@@ -108,6 +108,7 @@ class ReplicaProcess:
         self.data_dir = self.directory / "data"
         self.config_file = self.directory / "controlplane.toml"
         self._leads = leads
+        self._is_present = environment is None
         self._environment = dict(environment or {"PATH": os.environ["PATH"]})
         self._port = api_port
         self._process: subprocess.Popen[bytes] | None = None
@@ -233,6 +234,14 @@ class ReplicaProcess:
                 "admin_key_file": str(self.cell.files.root / "admin-key.json"),
             },
         }
+        if self._is_present:
+            root = self.cell.files.root
+            config["enrolment"] = {
+                "agents_ca": str(root / "agents-ca.crt"),
+                "agents_ca_key": str(root / "agents-ca.key"),
+                "qemu_ca": str(root / "qemu-ca.crt"),
+                "qemu_ca_key": str(root / "qemu-ca.key"),
+            }
         for section, values in settings.items():
             config[section] = {**config.get(section, {}), **values}
         return config

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from agent.session import LeaderChannel
 from agent.session_grpc import Dialler
@@ -11,9 +13,12 @@ from shared.model import CpuFacts, Inventory, PoolFacts, Sample, Term, VersionFa
 from shared.protocol import (
     Batch,
     Hello,
+    InSync,
     LeaderMessage,
     TelemetryAnswer,
     TelemetryHello,
+    TermAccepted,
+    Welcome,
 )
 from shared.tls import TlsMaterial
 
@@ -38,6 +43,18 @@ class Stranger:
         answer = await channel.receive()
         await channel.close()
         return answer
+
+    @asynccontextmanager
+    async def session(self, name: str) -> AsyncIterator[LeaderChannel]:
+        """Yield the stream of a node whose greeting is over. Raises Disconnected."""
+        channel: LeaderChannel = await self._dialler.session(self._address)
+        await channel.send(_hello(name))
+        welcome = await channel.receive()
+        assert isinstance(welcome, Welcome)
+        await channel.send(TermAccepted(term=welcome.term))
+        assert isinstance(await channel.receive(), InSync)
+        yield channel
+        await channel.close()
 
     async def measure(self, hello: TelemetryHello, *samples: Sample) -> TelemetryAnswer:
         """Say hello, send samples in one batch, return the answer. Raises Disconnected."""

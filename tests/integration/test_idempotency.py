@@ -15,7 +15,7 @@ import pytest
 from controlplane.services.views import OperationView
 from controlplane.store import keys
 from tests.integration.replica_api import new_vm, until
-from tests.integration.replica_process import ReplicaProcess, replica_command
+from tests.integration.replica_process import ReplicaProcess, Settings, replica_command
 from tests.integration.simulated_agent import WitnessNode
 from tests.integration.world import World
 from tests.previous_release import environment, unpack
@@ -97,6 +97,11 @@ class PreviousReplica(ReplicaProcess):
     """A replica of the previous release, on the same cell."""
 
     root = Path()
+
+    def _config(self, settings: Settings) -> Settings:
+        config = super()._config(settings)
+        del config["enrolment"]  # new since then
+        return config
 
     def run(self, config_file: Path) -> subprocess.Popen[bytes]:
         with (self.directory / "log").open("ab") as log:

@@ -170,7 +170,9 @@ def _issue(world: World, identity: Identity) -> TlsMaterial:
     root = world.cell.files.root
     authority = pki.load_authority(root / "ca.crt", root / "ca.key")
     key = pki.new_key()
-    certificate = pki.issue(authority, identity, ["127.0.0.1"], key, SystemClock().now())
+    certificate = pki.issue(
+        authority, identity, ["127.0.0.1"], key.public_key(), SystemClock().now()
+    )
     return TlsMaterial(
         ca=(root / "ca.crt").read_bytes(), certificate=certificate, key=pki.key_pem(key)
     )

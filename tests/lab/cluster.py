@@ -159,6 +159,7 @@ class Lab:
         replica = next(r for r in self.replicas if r.name == name)
         self.link.stop(name)
         self._releases[name] = release
+        self._write_replica(replica)
         self._start_replica(replica)
 
     def start_replicas(self) -> None:
@@ -243,7 +244,7 @@ class Lab:
             for node in self.nodes:
                 self._write_agent(node)
             for replica in self.replicas:
-                configs.write_replica(replica, [m.endpoint for m in self.members])
+                self._write_replica(replica)
             self.start_replicas()
 
     def _write_agent(self, node: LightNode) -> None:
@@ -254,6 +255,10 @@ class Lab:
             cpus=self.plan.cpus,
             memory_mib=self.plan.memory_mib,
         )
+
+    def _write_replica(self, replica: Replica) -> None:
+        endpoints = [member.endpoint for member in self.members]
+        configs.write_replica(replica, endpoints, self.release_of(replica.name))
 
     def _start_replica(self, replica: Replica) -> None:
         self.link.start(_replica_program(replica, self.release_of(replica.name)))

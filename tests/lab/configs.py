@@ -57,6 +57,14 @@ endpoints = {etcd}
 cluster_file = {cluster_file}
 admin_key_file = {admin_key_file}
 """
+# Release 0.2 takes this for an error.
+ENROLMENT = """
+[enrolment]
+agents_ca = {agents_ca}
+agents_ca_key = {agents_ca_key}
+qemu_ca = {qemu_ca}
+qemu_ca_key = {qemu_ca_key}
+"""
 
 AGENT_TOML = """\
 node_name = {name}
@@ -113,16 +121,23 @@ class Replica(Struct, frozen=True, kw_only=True):
         return self.directory / "controlplane.toml"
 
 
-def write_replica(replica: Replica, etcd: Sequence[str]) -> None:
+def write_replica(replica: Replica, etcd: Sequence[str], release: Release) -> None:
     """Write a replica's configuration and hand it its certificate, key and first admin key."""
     directory = replica.directory
-    (directory / "data").mkdir(parents=True)
+    (directory / "data").mkdir(parents=True, exist_ok=True)
     issued = CELL_DIR / "replicas" / replica.name
     sources = (
         *(issued / "controlplane.crt", issued / "controlplane.key"),
         *(CELL_DIR / name for name in ("ca.crt", "cluster.json", "admin-key.json")),
+        *(CELL_DIR / f"{ca}.{end}" for ca in ("agents-ca", "qemu-ca") for end in ("crt", "key")),
     )
     files = _hand_over(sources, directory, REPLICA_UID)
+    enrolment = ENROLMENT.format(
+        agents_ca=_toml(files["agents-ca.crt"]),
+        agents_ca_key=_toml(files["agents-ca.key"]),
+        qemu_ca=_toml(files["qemu-ca.crt"]),
+        qemu_ca_key=_toml(files["qemu-ca.key"]),
+    )
     replica.config_file.write_text(
         REPLICA_TOML.format(
             name=_toml(replica.name),
@@ -137,6 +152,7 @@ def write_replica(replica: Replica, etcd: Sequence[str]) -> None:
             cluster_file=_toml(files["cluster.json"]),
             admin_key_file=_toml(files["admin-key.json"]),
         )
+        + ("" if release is Release.PREVIOUS else enrolment)
     )
     os.chown(directory / "data", REPLICA_UID, REPLICA_UID)
     os.chown(directory, REPLICA_UID, REPLICA_UID)

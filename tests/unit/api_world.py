@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,8 @@ from controlplane.commands.attempts import BindVm, ObserveVm, PermitStart
 from controlplane.commands.cluster import MakeCluster
 from controlplane.commands.draft import Author, Command, Draft
 from controlplane.commands.nodes import JoinNode, SetNodeState
+from controlplane.issuer import Issuer, Trust
+from controlplane.pki import make_authority, new_key
 from controlplane.scheduler.request import SchedulerSettings
 from controlplane.services.context import Context, Leadership
 from controlplane.state import ClusterState
@@ -31,6 +34,7 @@ from controlplane.telemetry.exporter import Metrics
 from controlplane.telemetry.progress import ProgressBoard
 from controlplane.telemetry.windows import Windows
 from controlplane.tokens import Token, digest
+from shared.clock import SystemClock
 from shared.codec import pack
 from shared.errors import NodeUnreachable
 from shared.ids import IdSource
@@ -99,6 +103,17 @@ class OneMember:
         )
 
 
+@functools.cache
+def an_issuer() -> Issuer:
+    """Return an issuer of the cell, with CAs made for these tests."""
+    clock = SystemClock()
+    ca, agents, qemu = (
+        make_authority(title, new_key(), clock.now()) for title in ("cell", "agents", "QEMUs")
+    )
+    trust = Trust(*(each.certificate_pem() for each in (ca, agents, qemu)))
+    return Issuer(CELL, agents, qemu, trust, timedelta(days=7), clock)
+
+
 class HandSpace:
     """Room in the store, as a test says."""
 
@@ -156,6 +171,8 @@ class World:
             agents=lambda: self.agents,
             offload=inline,
             version="0.1.0",
+            new_id=self.ids.new,
+            issuer=an_issuer(),
         )
 
     def app(self) -> Starlette:

@@ -61,7 +61,7 @@ class Certificates:
             issuer = pki.make_authority(CELL, pki.new_key(), made)
             self._authorities[authority] = issuer
         key = pki.new_key()
-        certificate = pki.issue(issuer, Identity(cell, role, name), [], key, made)
+        certificate = pki.issue(issuer, Identity(cell, role, name), [], key.public_key(), made)
         directory = self._directory / uuid.uuid4().hex
         directory.mkdir()
         files = TlsFiles(*(str(directory / each) for each in ("ca.crt", "agent.crt", "agent.key")))

@@ -113,7 +113,7 @@ async def test_tls_shows_the_replicas_certificate(world: World, tmp_path: Path) 
     authority = make_authority(CELL, new_key(), now)
     key = new_key()
     (tmp_path / "crt").write_bytes(
-        issue(authority, Identity(CELL, Role.REPLICA, "r1"), (), key, now)
+        issue(authority, Identity(CELL, Role.REPLICA, "r1"), (), key.public_key(), now)
     )
     (tmp_path / "key").write_bytes(key_pem(key))
     settings = ApiServerSettings(

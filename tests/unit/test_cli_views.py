@@ -328,7 +328,12 @@ def test_events_of_a_name_are_those_of_its_object(cli: Cli, api: FakeApi) -> Non
 
 
 def test_top_shows_the_busiest_first(cli: Cli, api: FakeApi) -> None:
-    calm = {"object": "vm-1", "name": "calm", "latest": {"cpu_percent": 1.25}, "as_of": 1.0}
+    calm = {
+        "object": "vm-1",
+        "name": "calm",
+        "latest": {"cpu_percent": 1.25},
+        "as_of": "2026-11-01T12:00:00Z",
+    }
     busy = {
         "object": "vm-2",
         "name": "busy",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from controlplane.commands.admission import refusal_of
 from controlplane.commands.cluster import MakeCluster, TrimHistory
-from controlplane.commands.nodes import ReportInventory, SetCordon, SetNodeState
+from controlplane.commands.nodes import RemoveNode, ReportInventory, SetCordon, SetNodeState
 from shared.errors import NotFound, StateConflict
 from shared.model import ApiKey, Cluster, NodeState
 from tests.unit.core_world import BORN, INVENTORY, LEADER, USER, CoreWorld
@@ -87,3 +88,22 @@ def test_trimmed_history_is_gone_and_numbers_go_on() -> None:
 
     world.join("n2")
     assert min(world.state.history) == last + 1
+
+
+def test_a_node_with_vms_is_not_removed_and_one_without_is_shut_out() -> None:
+    world = CoreWorld()
+    vm_id = world.running()
+    refusal = world.refused(RemoveNode(node_id=world.node_id, by=USER))
+    assert isinstance(refusal, StateConflict)
+    assert "novacron node drain n1" in str(refusal)
+    other = world.join("n2")
+
+    world.apply(RemoveNode(node_id=other, by=USER))
+
+    assert other not in world.state.nodes
+    assert world.state.node_id_by_name("n2") is None
+    why = refusal_of(world.state.admissions["n2"].record, "any certificate")
+    assert why is not None
+    assert world.events()[-1] == "node.removed"
+    assert vm_id in world.state.vms
+    assert isinstance(world.refused(RemoveNode(node_id=other, by=USER)), NotFound)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 
 from controlplane.store import keys
+from shared.admission import Admission, JoinToken
 from shared.errors import RecordUnreadable
 from shared.model import ApiKey, Cluster, IdempotencyRecord, Node, Operation, Record, Vm
 
 
-@pytest.mark.parametrize("kind", [Vm, Node, Operation, ApiKey, IdempotencyRecord])
+@pytest.mark.parametrize(
+    "kind", [Vm, Node, Operation, ApiKey, IdempotencyRecord, JoinToken, Admission]
+)
 def test_a_key_names_its_record(kind: type[Record]) -> None:
     key = keys.key_of(kind, "some-id")
 
@@ -34,6 +37,15 @@ def test_idempotency_keys_lie_where_the_release_before_looks_past_them() -> None
     known_to_0_1 = (keys.STATE, keys.HISTORY, keys.REPLICAS, keys.LEADER, keys.MARK)
 
     assert not keys.IDEMPOTENCY.startswith(known_to_0_1)
+    assert not keys.ADMISSION.startswith((*known_to_0_1, keys.IDEMPOTENCY))
+
+
+def test_every_record_lies_below_one_place_that_is_listed_at_a_takeover() -> None:
+    below = [kind for prefix in keys.COMMITTED for kind in keys.kinds_below(prefix)]
+
+    assert sorted(below, key=repr) == sorted(
+        [Vm, Node, Operation, ApiKey, IdempotencyRecord, JoinToken, Admission, Cluster], key=repr
+    )
 
 
 @pytest.mark.parametrize("key", [f"{keys.STATE}quotas/q", f"{keys.STATE}x", keys.LEADER])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.libvirt_facts import QEMU_TLS_FILES, has_qemu_tls
+from agent.identity_files import QEMU_TLS_FILES
+from agent.libvirt_facts import has_qemu_tls
 from agent.libvirt_settings import LibvirtSettings
 
 

@@ -42,7 +42,7 @@ def certificate_of(path: Path) -> x509.Certificate:
 
 def issued(addresses: list[str], identity: Identity = REPLICA) -> x509.Certificate:
     authority = pki.make_authority("k3f9q2", pki.new_key(), NOW)
-    pem = pki.issue(authority, identity, addresses, pki.new_key(), NOW)
+    pem = pki.issue(authority, identity, addresses, pki.new_key().public_key(), NOW)
     return x509.load_pem_x509_certificate(pem)
 
 
@@ -96,7 +96,9 @@ def test_a_leaf_does_not_outlive_its_authority() -> None:
     authority = pki.make_authority("k3f9q2", pki.new_key(), NOW)
     late = NOW + pki.CA_LIFETIME - timedelta(days=1)
 
-    leaf = x509.load_pem_x509_certificate(pki.issue(authority, REPLICA, [], pki.new_key(), late))
+    leaf = x509.load_pem_x509_certificate(
+        pki.issue(authority, REPLICA, [], pki.new_key().public_key(), late)
+    )
 
     assert leaf.not_valid_after_utc == authority.certificate.not_valid_after_utc
 
@@ -136,6 +138,8 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
         "ca.crt": "0o644",
         "qemu-ca.key": "0o400",
         "qemu-ca.crt": "0o644",
+        "agents-ca.key": "0o400",
+        "agents-ca.crt": "0o644",
         "etcd-ca.key": "0o400",
         "etcd-ca.crt": "0o644",
         "admin.token": "0o600",

@@ -21,6 +21,7 @@ from controlplane.commands.drains import RequestDrain
 from controlplane.commands.migrations import RequestMigration
 from controlplane.commands.vms import DeleteVm
 from controlplane.store import keys
+from shared.admission import Admission, JoinToken
 from shared.codec import pack, unpack
 from shared.errors import RecordUnreadable
 from shared.ids import IdSource
@@ -243,6 +244,20 @@ def test_all_else_stays_as_it_is() -> None:
     puts = {put.key: put.value for put in made(items).puts}
     assert puts[keys.record_key(kept)] == pack(kept)
     assert puts[foreign[0]] == foreign[1]
+
+
+def test_who_was_revoked_stays_so_and_everybody_else_shows_what_they_have_by_now() -> None:
+    """Nodes have renewed since the backup: what it says of their certificates is old."""
+    admitted = Admission(
+        id="n1", address="10.0.0.1", approved=True, serials=("a1",), created_at=BORN
+    )
+    revoked = replace(admitted, id="n2", approved=False, serials=(), revoked_at=BORN)
+    token = JoinToken(
+        id="join-1", sha256="00", created_at=BORN, created_by="admin", expires_at=BORN
+    )
+    puts = {put.key for put in made(items_of(CoreWorld(), admitted, revoked, token)).puts}
+    assert keys.record_key(revoked) in puts
+    assert not {keys.record_key(admitted), keys.record_key(token)} & puts
 
 
 def test_what_processes_left_behind_is_not_restored() -> None:

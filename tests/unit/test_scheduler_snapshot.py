@@ -138,3 +138,12 @@ def test_equal_nodes_go_by_name_whatever_their_ids() -> None:
     request = request_of(make_vm("v", vcpus="1", memory="512"))
     assert place(snapshot, request).node == "node-2"
     assert [c.node_name for c in plan(snapshot, request).candidates] == ["a", "b", "c"]
+
+
+def test_a_node_that_was_removed_takes_what_counted_there_along() -> None:
+    other = make_node("n2", cpus="8", memory="4096", pools="default:100:80")
+    stays, goes = make_vm("a", **BOUND), make_vm("b", **{**BOUND, "on": "n2"})
+    both = build_snapshot([NODE, other], [stays, goes], SETTINGS)
+
+    assert both.without_node(other.id) == build_snapshot([NODE], [stays], SETTINGS)
+    assert both.without_node("node-none") is both
