@@ -66,12 +66,17 @@ class CertificateRenewal:
         self._now.set()
 
     async def run(self) -> None:
-        """Renew for ever; does nothing where somebody else replaces the files."""
-        if not self._files.are_own:
-            await asyncio.Event().wait()
+        """Renew for ever; where somebody else replaces the files, only tell of their end."""
         not_before_s = 0.0
+        while not self._files.are_own:
+            validity = await self._disk(self._files.validity)
+            self._tell(validity, "nobody renews it: make it anew, or let the node join")
+            await self._pause(RETRY_MAX_S)
+            self._now.clear()
         while True:
             validity = await self._disk(self._files.validity)
+            if self._clock.now() < validity.begins_at:
+                self._tell(validity, "the clock is behind, or the control plane's was ahead")
             await self._wait_until(self._due_at(validity), not_before_s)
             await self._until_renewed(validity)
             lifetime_s = (validity.ends_at - validity.begins_at).total_seconds()
@@ -98,7 +103,7 @@ class CertificateRenewal:
             try:
                 issued = await self._renewed()
             except (NovacronError, OSError) as error:
-                self._tell(validity, error)
+                self._tell(validity, str(error))
             else:
                 log.info("new certificates", extra={"until": issued.expires_at.isoformat()})
                 return
@@ -132,23 +137,32 @@ class CertificateRenewal:
             failure = error_of(answer.problem)
         raise failure
 
-    def _tell(self, validity: Validity, error: Exception) -> None:
-        now, ends_at = self._clock.now(), validity.ends_at
-        if now >= ends_at:
+    def _tell(self, validity: Validity, reason: str) -> None:
+        """Log how it is with a certificate that is not renewed, unless there is time enough."""
+        now, told = self._clock.now(), {"reason": reason}
+        begins_at, ends_at = validity.begins_at, validity.ends_at
+        if now < begins_at:
+            log.error(
+                "the certificate of this node begins at %s, and its clock says %s: set the clock",
+                begins_at.isoformat(),
+                now.isoformat(timespec="seconds"),
+                extra=told,
+            )
+        elif now >= ends_at:
             log.error(
                 "the certificate of this node ended at %s: make a join token (novacron node "
                 "join-token) and run novacron-agent join",
                 ends_at.isoformat(),
-                extra={"reason": str(error)},
+                extra=told,
             )
-            return
-        worrying = now >= validity.begins_at + WORRY_AT * (ends_at - validity.begins_at)
-        log.log(
-            logging.ERROR if worrying else logging.WARNING,
-            "no new certificate yet; the present one ends at %s",
-            ends_at.isoformat(),
-            extra={"reason": str(error)},
-        )
+        elif now >= begins_at + WORRY_AT * (ends_at - begins_at):
+            log.error("the certificate of this node ends at %s", ends_at.isoformat(), extra=told)
+        elif self._files.are_own:
+            log.warning(
+                "no new certificate yet; the present one ends at %s",
+                ends_at.isoformat(),
+                extra=told,
+            )
 
     async def _pause(self, pause_s: float) -> None:
         try:

@@ -38,6 +38,7 @@ SETTINGS: dict[str, object] = {
         "namespaces": [],
         "stdio_handler": "file",
     },
+    "agent_labels": {"name": "{{ inventory_hostname }}"},
     "agent_cpus": 4,
     "agent_memory_mib": 2048,
 }
@@ -135,13 +136,17 @@ class Site:
 
     def hand_out_artefacts(self) -> None:
         """Put the tiny guest where an operator would put images."""
-        artefacts = ensure_guest_artefacts()
         for node in self.nodes:
-            for name in (KERNEL_NAME, INITRD_NAME):
-                node.copy(artefacts / name, Path("/var/lib/novacron/artefacts") / name)
+            self.put_artefacts(node)
             # It would notice within a minute.
             node.run("systemctl restart novacron-agent")
         self.until_all_ready()
+
+    def put_artefacts(self, node: FullNode) -> None:
+        artefacts, place = ensure_guest_artefacts(), Path("/var/lib/novacron/artefacts")
+        node.run(f"mkdir -p {place}")
+        for name in (KERNEL_NAME, INITRD_NAME):
+            node.copy(artefacts / name, place / name)
 
     def _all_ready(self) -> bool:
         told = self.keeper.attempt(f"{self._command} cluster status -o json")
@@ -191,6 +196,11 @@ class Site:
         link = place / "cluster"
         if not link.is_symlink():
             link.symlink_to(REPOSITORY / "ansible")
+
+
+def guests_of(node: FullNode) -> str:
+    """Return the processes that run the node's guests, and since when."""
+    return node.run("ps -C qemu-system-x86_64 -o pid=,lstart= || true").strip()
 
 
 class ClientWrites:

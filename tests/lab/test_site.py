@@ -17,7 +17,7 @@ from shared.version import VERSION
 from tests.lab.full_lab import FullLab
 from tests.lab.full_node import FullNode
 from tests.lab.link import wait_until
-from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site
+from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site, guests_of
 from tests.release.build import build
 
 pytestmark = pytest.mark.lab
@@ -76,11 +76,11 @@ def test_a_guest_outlives_whatever_happens_to_the_agent(site: Site) -> None:
     site.hand_out_artefacts()
     site.novacron(f"vm create web-1 {BOOT}")
     node = site.node_of("web-1")
-    guest = _guest(node)
+    guest = guests_of(node)
     agent = _main_pid(node, "novacron-agent")
 
     node.run("systemctl restart novacron-agent")
-    assert _guest(node) == guest
+    assert guests_of(node) == guest
     restarted = _main_pid(node, "novacron-agent")
     assert restarted != agent
     node.run(f"kill -9 {restarted}")
@@ -90,7 +90,7 @@ def test_a_guest_outlives_whatever_happens_to_the_agent(site: Site) -> None:
         limit_s=REST_LIMIT_S,
     )
     site.until_all_ready()
-    assert _guest(node) == guest
+    assert guests_of(node) == guest
 
 
 @pytest.mark.parametrize("unit", ["novacron-agent", "novacron-controlplane"])
@@ -138,7 +138,7 @@ def test_a_guest_moves_between_machines(site: Site) -> None:
 
 
 def test_an_upgrade_stops_no_guest_and_fails_no_client(site: Site, tmp_path: Path) -> None:
-    guests = {node.name: _guest(node) for node in site.nodes}
+    guests = {node.name: guests_of(node) for node in site.nodes}
     with ClientWrites(site, "web-1", tmp_path) as writes:
         for playbook, version in (("upgrade", NEXT), ("rollback", VERSION)):
             began = time.monotonic()
@@ -149,12 +149,7 @@ def test_an_upgrade_stops_no_guest_and_fails_no_client(site: Site, tmp_path: Pat
             agents = site.asked("node ls")["items"]
             assert {n["inventory"]["versions"]["agent"] for n in agents} == {version}
     assert writes.count() > 0
-    assert {node.name: _guest(node) for node in site.nodes} == guests
-
-
-def _guest(node: FullNode) -> str:
-    """Return the processes that run the node's guests, and since when."""
-    return node.run("ps -C qemu-system-x86_64 -o pid=,lstart= || true").strip()
+    assert {node.name: guests_of(node) for node in site.nodes} == guests
 
 
 def _main_pid(node: FullNode, unit: str) -> str:

@@ -1,16 +1,17 @@
-"""Five nodes, three with etcd and a replica: playbooks that are cut off, power that fails."""
+"""Five nodes, three with etcd and a replica: every playbook, cut-offs, and power that fails."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.lab.full_lab import FullLab
 from tests.lab.link import wait_until
-from tests.lab.site import BOOT, REST_LIMIT_S, Site
+from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site, guests_of
 from tests.release.build import build
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
@@ -20,6 +21,16 @@ CONTROL = 3
 CUTS = 5
 # From before its first task to long after its last.
 CUT_S = (3.0, 60.0)
+ROTATED = (
+    "/etc/novacron/tls/ca.crt",
+    "/etc/novacron/tls/controlplane.crt",
+    "/etc/novacron/tls/agents-ca.crt",
+    "/etc/novacron/etcd/ca.crt",
+    "/etc/novacron/etcd/etcd.crt",
+    "/var/lib/novacron/agent/tls/agent.pem",
+    "/etc/pki/qemu/ca-cert.pem",
+    "/etc/pki/qemu/server-cert.pem",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +40,52 @@ def lab() -> Iterator[FullLab]:
 
 
 @pytest.fixture(scope="module")
-def site(lab: FullLab, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    dist = tmp_path_factory.mktemp("dist")
-    build(lambda line: None, dist)
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dist")
+    build(lambda line: None, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def four(lab: FullLab, dist: Path) -> Site:
+    """Return the site before its last node is there."""
+    return Site(lab.nodes[:-1], lab.nodes[:CONTROL], dist)
+
+
+@pytest.fixture(scope="module")
+def site(lab: FullLab, dist: Path) -> Site:
+    """Return the site with all nodes in its inventory."""
     return Site(lab.nodes, lab.nodes[:CONTROL], dist)
 
 
-def test_a_playbook_that_is_cut_off_is_run_again(site: Site) -> None:
+def test_a_playbook_that_is_cut_off_is_run_again(four: Site) -> None:
     moments = random.Random(5)
     for _ in range(CUTS):
         cut_s = moments.uniform(*CUT_S)
-        status = site.play_for(cut_s, "site").status
+        status = four.play_for(cut_s, "site").status
         print(f"cut off after {cut_s:.1f} s: {status}")
     began = time.monotonic()
-    site.play("site").checked()
+    four.play("site").checked()
     print(f"from there to its end: {time.monotonic() - began:.0f} s")
-    site.until_all_ready()
+    four.until_all_ready()
     for options in ((), ("--check", "--diff")):
-        again = site.play("site", *options).checked()
-        assert again.changed == {node.name: 0 for node in site.nodes}, again.text
+        again = four.play("site", *options).checked()
+        assert again.changed == {node.name: 0 for node in four.nodes}, again.text
+
+
+def test_a_node_is_added(site: Site) -> None:
+    """From the start of the playbook to its first VM, without what a mirror takes."""
+    node = site.nodes[-1]
+    site.put_artefacts(node)
+    began = time.monotonic()
+    site.play("add_node", "-e", f"novacron_node={node.name}").checked()
+    site.novacron(f"vm create first --node-label name={node.name} {BOOT}")
+    print(f"a node is added, and its first VM runs: {time.monotonic() - began:.0f} s")
+    assert site.node_of("first").name == node.name
+    site.until_all_ready()
+    site.novacron("vm rm first --yes")
+    again = site.play("add_node", "-e", f"novacron_node={node.name}").checked()
+    assert set(again.changed.values()) == {0}, again.text
 
 
 def test_power_that_fails_and_comes_back_leaves_everything_as_it_is_wanted(
@@ -69,3 +107,64 @@ def test_power_that_fails_and_comes_back_leaves_everything_as_it_is_wanted(
         told = node.run("systemctl --failed --no-legend --plain")
         assert "novacron" not in told, told
         assert "etcd" not in told, told
+
+
+def test_certificates_and_their_cas_are_replaced_under_guests_and_clients(
+    site: Site, tmp_path: Path
+) -> None:
+    guests = {node.name: guests_of(node) for node in site.nodes}
+    before = {path: site.keeper.run(f"cat {path}") for path in ROTATED}
+    with ClientWrites(site, "web-1", tmp_path) as writes:
+        began = time.monotonic()
+        site.play("rotate_certificates").checked()
+        print(f"new certificates: {time.monotonic() - began:.0f} s")
+    assert writes.count() > 0
+    began = time.monotonic()
+    site.play("rotate_certificates", "-e", "novacron_rotate_ca=true").checked()
+    print(f"new CAs: {time.monotonic() - began:.0f} s")
+    after = {path: site.keeper.run(f"cat {path}") for path in ROTATED}
+    assert not set(before.values()) & set(after.values())
+    site.until_all_ready()
+    assert {node.name: guests_of(node) for node in site.nodes} == guests
+    site.novacron("vm migrate web-1")
+    assert site.play("site").checked().changed == {node.name: 0 for node in site.nodes}
+
+
+def test_a_member_of_etcd_that_lost_its_disk_is_replaced(site: Site) -> None:
+    lost = site.nodes[CONTROL - 1]
+    lost.run("systemctl stop etcd && rm -r /var/lib/etcd/novacron")
+    site.play("replace_etcd_member", "-e", f"novacron_member={lost.name}").checked()
+    members = site.asked("cluster status")["members"]
+    assert [member["reachable"] for member in members] == [True] * CONTROL
+    assert site.play("site").checked().changed == {node.name: 0 for node in site.nodes}
+
+
+def test_a_backup_is_made_and_restored_under_guests(site: Site, tmp_path: Path) -> None:
+    guests = {node.name: guests_of(node) for node in site.nodes}
+    site.play("backup", "-e", f"novacron_backup_dir={tmp_path}").checked()
+    (backup,) = tmp_path.iterdir()
+    assert backup.stat().st_mode & 0o077 == 0
+    epoch = site.asked("cluster status")["epoch"]
+    restore = ("-e", f"novacron_backup={backup}", "-e", "novacron_replace=true")
+    site.play("restore", *restore).checked()
+    wait_until(
+        lambda: not (site.asked("cluster status")["restore"] or {"recovering": True})["recovering"],
+        "the recovery to end",
+        limit_s=REST_LIMIT_S,
+    )
+    assert site.asked("cluster status")["epoch"] > epoch
+    site.until_all_ready()
+    assert {node.name: guests_of(node) for node in site.nodes} == guests
+
+
+def test_a_node_that_is_removed_leaves_no_vm_behind_and_is_let_in_no_more(site: Site) -> None:
+    node = site.nodes[-1]
+    site.play("remove_node", "-e", f"novacron_node={node.name}").checked()
+    assert node.name not in {each["name"] for each in site.asked("node ls")["items"]}
+    vms = site.asked("vm ls")["items"]
+    assert {vm["status"]["phase"] for vm in vms} == {"Running"}
+    assert node.attempt("systemctl is-active novacron-agent").stdout.strip() == "inactive"
+    again = site.play("remove_node", "-e", f"novacron_node={node.name}").checked()
+    assert set(again.changed.values()) == {0}, again.text
+    site.play("add_node", "-e", f"novacron_node={node.name}").checked()
+    site.until_all_ready()

@@ -194,12 +194,31 @@ def test_it_renews_when_it_is_told_to() -> None:
     run(test)
 
 
-def test_files_that_somebody_else_writes_are_left_alone() -> None:
+def test_files_that_somebody_else_writes_are_left_alone_and_their_end_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def test(site: Site) -> None:
         site.disk.are_own = False
         site.running.cancel()
         site.running = asyncio.ensure_future(site.renewal.run())
-        await asyncio.sleep(30 * DAY_S)
+        await asyncio.sleep(5 * DAY_S)
+        assert not caplog.records
+        await asyncio.sleep(3 * DAY_S)
         assert not site.asked
 
-    run(test)
+    with caplog.at_level(logging.WARNING):
+        run(test)
+    assert "nobody renews it" in caplog.records[0].__dict__["reason"]
+    assert "ended at" in caplog.records[-1].getMessage()
+    assert len(caplog.records) < 4 * 24
+
+
+def test_a_clock_that_is_behind_its_certificate_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(site: Site) -> None:
+        site.clock.off = timedelta(days=-2)
+        await asyncio.sleep(60)
+
+    with caplog.at_level(logging.ERROR):
+        run(test)
+    assert "2026-10-30T00:00:00" in caplog.text
+    assert "set the clock" in caplog.text
