@@ -100,6 +100,9 @@ def write(path: Path, text: str, mode: int) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask took
+            if os.geteuid() == 0:
+                # An operator runs this as root, for an agent that is not: it owns its directories.
+                os.fchown(file.fileno(), path.parent.stat().st_uid, -1)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -117,7 +117,8 @@ def join(config: AgentConfig, arguments: argparse.Namespace) -> None:
         raise _unwritable(error) from error
     sys.stdout.write(
         f"{config.node_name} has joined; its certificate is good until "
-        f"{issued.expires_at:%Y-%m-%d %H:%M} UTC and renewed by its agent\n"
+        f"{issued.expires_at:%Y-%m-%d %H:%M} UTC and renewed by its agent. If that runs already: "
+        "systemctl reload novacron-agent\n"
     )
 
 

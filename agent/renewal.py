@@ -16,7 +16,7 @@ from datetime import datetime
 from agent.identity_files import IdentityFiles, Validity
 from shared.admission import Issued, Renewal, RenewalAnswer
 from shared.clock import Clock
-from shared.errors import Disconnected, NovacronError, RecordUnreadable
+from shared.errors import Disconnected, NovacronError, RecordUnreadable, Unauthenticated
 from shared.offload import Offload
 from shared.problems import error_of
 
@@ -104,6 +104,9 @@ class CertificateRenewal:
                 issued = await self._renewed()
             except (NovacronError, OSError) as error:
                 self._tell(validity, str(error))
+                if isinstance(error, Unauthenticated):
+                    # The node may have joined anew meanwhile, and what it has got be on its disk.
+                    await self._use()
             else:
                 log.info("new certificates", extra={"until": issued.expires_at.isoformat()})
                 return

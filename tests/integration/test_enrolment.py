@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import ssl
 import stat
@@ -10,13 +11,19 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent import session_grpc
 from agent.certificate_request import make_request
 from agent.session_grpc import Dialler
 from controlplane import pki
-from controlplane.services.views import AdmissionList, AdmissionView, NewJoinTokenView
+from controlplane.services.views import (
+    AdmissionList,
+    AdmissionView,
+    JoinTokenList,
+    NewJoinTokenView,
+)
 from shared.admission import Issued, Renewal, RenewalRefused
 from shared.clock import SystemClock
 from shared.errors import Disconnected, Unauthenticated
@@ -102,6 +109,37 @@ async def test_a_machine_with_a_token_becomes_a_node(shared_world: World, tmp_pa
     secret = parse_join_token(token).secret
     for shown in (said, shared_world.replica.log_text(), (node.tls / "agent.pem").read_text()):
         assert secret not in shown
+
+
+async def test_a_tokens_secret_is_told_once(shared_world: World) -> None:
+    """Also to a client that asks again under the key of its request."""
+    key = {b"Idempotency-Key": b"one-token"}
+    first, again = [
+        await shared_world.api.send("POST", "/api/v1/join-tokens", {}, headers=key)
+        for _ in range(2)
+    ]
+    assert first.status_code == 201
+    made = msgspec.json.decode(first.content, type=NewJoinTokenView)
+    assert again.status_code == 409
+    assert made.id in again.text
+    assert parse_join_token(made.token).secret not in again.text
+    gone = await shared_world.api.send("DELETE", f"/api/v1/join-tokens/{made.id}")
+    assert gone.status_code == 200
+    listed = await shared_world.api.get(JoinTokenList, "/join-tokens?limit=500")
+    assert made.id not in {each.id for each in listed.items}
+
+
+async def test_what_root_has_joined_belongs_to_the_agent(
+    shared_world: World, tmp_path: Path
+) -> None:
+    node = a_machine(shared_world, tmp_path, "by-root")
+    for directory in (node.tls, node.qemu):
+        os.chown(directory, 4711, 4712)
+        directory.chmod(0o2750)
+    status, said = await node.join(await token_for(shared_world), [shared_world.replica.api_url])
+    assert status == 0, said
+    assert {path.stat().st_uid for path in (*node.tls.iterdir(), *node.qemu.iterdir())} == {4711}
+    assert {path.stat().st_gid for path in node.qemu.iterdir()} == {4712}
 
 
 async def test_a_token_is_good_once(shared_world: World, tmp_path: Path) -> None:

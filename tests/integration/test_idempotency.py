@@ -116,18 +116,23 @@ class PreviousReplica(ReplicaProcess):
             )
 
 
-async def test_the_previous_release_looks_past_the_keys(world: World, tmp_path: Path) -> None:
+async def test_the_previous_release_looks_past_what_it_does_not_know(
+    world: World, tmp_path: Path
+) -> None:
     PreviousReplica.root = unpack(tmp_path)
+    assert (await world.api.send("POST", "/api/v1/join-tokens", {})).status_code == 201
     async with world.agent(WitnessNode("n1")):
         await world.api.done(operation(await send(world, "POST", "/vms", new_vm("web"))))
     await asyncio.to_thread(world.replica.terminate)
     store = world.store()
     try:
-        (kept,) = (await store.list(keys.IDEMPOTENCY)).items
+        found = [*(await store.list(keys.IDEMPOTENCY)).items]
+        found += (await store.list(keys.ADMISSION)).items
+        assert len(found) == 2, "a request under its key, and a join token"
         with PreviousReplica(world.cell, "r0") as previous:
             assert "set aside" not in previous.log_text()
             assert "Traceback" not in previous.log_text()
-            assert await store.get(kept.key) == kept
+            assert [await store.get(kept.key) for kept in found] == found
     finally:
         await store.close()
     world.replica.restart()

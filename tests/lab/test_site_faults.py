@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.version import VERSION
 from tests.lab.full_lab import FullLab
 from tests.lab.link import wait_until
 from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site, guests_of
@@ -18,6 +19,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 NODES = 5
 CONTROL = 3
+# The same code by another name: what playbooks do with it is the same as with another.
+NEXT = f"{VERSION}.1"
 CUTS = 5
 # From before its first task to long after its last.
 CUT_S = (3.0, 60.0)
@@ -42,7 +45,8 @@ def lab() -> Iterator[FullLab]:
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dist")
-    build(lambda line: None, directory)
+    for version in (VERSION, NEXT):
+        build(lambda line: None, directory, version)
     return directory
 
 
@@ -137,6 +141,47 @@ def test_a_member_of_etcd_that_lost_its_disk_is_replaced(site: Site) -> None:
     members = site.asked("cluster status")["members"]
     assert [member["reachable"] for member in members] == [True] * CONTROL
     assert site.play("site").checked().changed == {node.name: 0 for node in site.nodes}
+
+
+def test_an_upgrade_and_its_rollback_stop_no_guest_and_fail_no_client(
+    site: Site, tmp_path: Path
+) -> None:
+    guests = {node.name: guests_of(node) for node in site.nodes}
+    with ClientWrites(site, "web-1", tmp_path) as writes:
+        for playbook, version in (("upgrade", NEXT), ("rollback", VERSION)):
+            began = time.monotonic()
+            site.play(playbook, "-e", f"novacron_version={version}").checked()
+            print(f"{playbook} of {NODES} nodes: {time.monotonic() - began:.0f} s")
+            status = site.asked("cluster status")
+            assert {replica["version"] for replica in status["replicas"]} == {version}
+    assert writes.count() > 0
+    assert {node.name: guests_of(node) for node in site.nodes} == guests
+
+
+def test_a_node_that_is_revoked_is_told_so_and_comes_back_with_a_token(site: Site) -> None:
+    node = site.nodes[-1]
+    guests = guests_of(node)
+    site.novacron(f"node revoke {node.name} --yes --reason stolen")
+    wait_until(
+        lambda: site.asked(f"node show {node.name}")["state"] == "silent",
+        "the node to be silent",
+        limit_s=REST_LIMIT_S,
+    )
+    told = f"node '{node.name}' was revoked at"
+    assert told in node.run("journalctl --no-pager -u novacron-agent")
+    leader = site.asked("cluster status")["leader"]["replica"]
+    replica = next(each for each in site.nodes if each.name == leader)
+    assert told in replica.run("journalctl --no-pager -u novacron-controlplane")
+    assert guests_of(node) == guests
+
+    token = site.novacron(f"node join-token --node {node.name} -o name").strip()
+    join = "runuser -u novacron-agent -- /opt/novacron/current/agent/bin/novacron-agent join"
+    node.run(f"echo {token} | {join} --token-file - --endpoint {site.endpoints[0]}")
+    node.run("systemctl reload novacron-agent")
+    site.until_all_ready()
+    assert guests_of(node) == guests
+    assert "failed" not in node.run("/opt/novacron/current/agent/bin/novacron-agent doctor")
+    assert "failed" not in site.novacron("doctor")
 
 
 def test_a_backup_is_made_and_restored_under_guests(site: Site, tmp_path: Path) -> None:

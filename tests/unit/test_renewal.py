@@ -100,7 +100,7 @@ class Site:
         )
 
     async def _use(self) -> None:
-        assert self.disk.written, "what is new is on the disk before it is used"
+        assert self.disk.written or self.refuses, "what is new is on the disk before it is used"
         self.used += 1
 
     def times(self) -> list[float]:
@@ -179,6 +179,16 @@ def test_a_clock_that_jumps_is_noticed_soon() -> None:
         await asyncio.sleep(DAY_S)
         site.clock.off = timedelta(days=4)
         await asyncio.sleep(2 * LOOK_S)
+        assert site.used == 1
+
+    run(test)
+
+
+def test_one_that_is_refused_looks_whether_its_node_has_joined_anew() -> None:
+    async def test(site: Site) -> None:
+        site.refuses = True
+        site.renewal.renew_now()
+        await asyncio.sleep(1)
         assert site.used == 1
 
     run(test)
