@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgpack
 
+from shared.durable_files import sync_directory
 from shared.errors import RecordUnreadable
 
 # What one interrupted append can leave: records are a tenth of it. More is damage, not an end.
@@ -63,7 +64,7 @@ class FileLog:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
-        _sync_directory(self._path.parent)
+        sync_directory(self._path.parent)
         self._file.close()
         self._file = self._path.open("ab")
 
@@ -74,7 +75,7 @@ class FileLog:
         """Forget a record that a crash cut short, so that the next append follows a whole one."""
         if not self._path.exists():
             self._path.touch(mode=0o600)
-            _sync_directory(self._path.parent)
+            sync_directory(self._path.parent)
             return
         whole_bytes = _records(self._path)[1]
         if whole_bytes < self._path.stat().st_size:
@@ -140,11 +141,3 @@ def _unframed(framed: object) -> bytes | None:
     if not isinstance(record, bytes) or checksum != zlib.crc32(record):
         return None
     return record
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

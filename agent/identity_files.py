@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from msgspec import Struct
 
 from agent.config import AgentConfig
 from agent.relay_node import own_certificate, relay_files
+from shared import durable_files
 from shared.admission import Issued
 from shared.errors import ConfigInvalid, FieldError
 
@@ -91,26 +91,10 @@ def _time(text: object) -> datetime:
 
 
 def write(path: Path, text: str, mode: int) -> None:
-    """Put ``text`` at ``path``, durably and all at once; what is so already is left alone."""
+    """Put ``text`` at ``path``; what is so already is left alone."""
     with contextlib.suppress(FileNotFoundError):
         if path.read_text(encoding="ascii") == text:
             return
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            os.fchmod(file.fileno(), mode)  # whatever the umask took
-            if os.geteuid() == 0:
-                # An operator runs this as root, for an agent that is not: it owns its directories.
-                os.fchown(file.fileno(), path.parent.stat().st_uid, -1)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    # An operator may run this as root, for an agent that is not: it owns its directories.
+    owner_uid = path.parent.stat().st_uid if os.geteuid() == 0 else -1
+    durable_files.replace(path, text.encode("ascii"), mode, owner_uid=owner_uid)

@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
-from agent.certificate_request import KeyAndRequest, make_request
 from agent.config import AgentConfig
 from agent.identity_files import KEY_MODE, IdentityFiles, write
 from shared.admission import Issued
@@ -45,6 +44,9 @@ PAUSE_S = 2.0
 WAIT_S = 600.0
 ANSWER_BYTES_MAX = 1024 * 1024
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.S)
+
+if TYPE_CHECKING:
+    from agent.certificate_request import KeyAndRequest
 
 T = TypeVar("T")
 
@@ -88,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def join(config: AgentConfig, arguments: argparse.Namespace) -> None:
     """Join and write what vouches for this node. Raises NovacronError for what cannot be mended."""
+    # Only here: the daemon knows this command, and has no use for what it loads.
+    from agent.certificate_request import make_request
+
     files = IdentityFiles(config)
     files.check_own()
     token_text = _read_token(arguments.token_file)
@@ -96,9 +101,15 @@ def join(config: AgentConfig, arguments: argparse.Namespace) -> None:
     deadline_s = time.monotonic() + arguments.wait
     try:
         agent = _kept_request(config)
-        qemu = make_request(config.node_name, files.qemu_key())
     except OSError as error:
         raise _unwritable(error) from error
+    try:
+        qemu = make_request(config.node_name, files.qemu_key())
+    except OSError as error:
+        detail = f"{error.filename}: {error.strerror}; it has to be the agent's own"
+        raise ValidationFailed(
+            (FieldError("/hypervisor/qemu_tls_dir", "unreadable", detail),)
+        ) from error
     context = _trusted(_until(deadline_s, endpoints, lambda e: _read_ca(e, token)))
     body = msgspec.json.encode(
         {
@@ -137,6 +148,8 @@ def _kept_key(config: AgentConfig) -> Path:
 
 def _kept_request(config: AgentConfig) -> KeyAndRequest:
     """Return a request for this node's new key, which is on its disk before it is used."""
+    from agent.certificate_request import make_request
+
     path = _kept_key(config)
     if path.exists():
         return make_request(config.node_name, path.read_text(encoding="ascii"))
@@ -191,16 +204,20 @@ def _until_approved(
 
 
 def _until(deadline_s: float, endpoints: tuple[str, ...], attempt: Callable[[str], T]) -> T:
-    """Return the first endpoint's answer; raises at once what another attempt cannot mend."""
+    """Return the first endpoint's answer; raises what all of them refuse.
+
+    One replica may be behind the others, or show a certificate that they have replaced.
+    """
     while True:
+        failures: list[NovacronError] = []
         for endpoint in endpoints:
             try:
                 return attempt(endpoint)
             except NovacronError as error:
-                if not error.retryable:
-                    raise
-                last = error
-        _pause(deadline_s, last)
+                failures.append(error)
+        if not any(failure.retryable for failure in failures):
+            raise failures[-1]
+        _pause(deadline_s, failures[-1])
 
 
 def _pause(deadline_s: float, otherwise: NovacronError) -> None:

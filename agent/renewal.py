@@ -16,7 +16,7 @@ from datetime import datetime
 from agent.identity_files import IdentityFiles, Validity
 from shared.admission import Issued, Renewal, RenewalAnswer
 from shared.clock import Clock
-from shared.errors import Disconnected, NovacronError, RecordUnreadable, Unauthenticated
+from shared.errors import Disconnected, NovacronError, RecordUnreadable
 from shared.offload import Offload
 from shared.problems import error_of
 
@@ -50,7 +50,7 @@ class CertificateRenewal:
         clock: Clock,
         rng: random.Random,
     ) -> None:
-        """``use`` has the new files used."""
+        """``use`` has the files on the disk used; it does nothing when they are already."""
         self._files = files
         self._replicas = list(replicas)
         self._ask = ask
@@ -69,12 +69,12 @@ class CertificateRenewal:
         """Renew for ever; where somebody else replaces the files, only tell of their end."""
         not_before_s = 0.0
         while not self._files.are_own:
-            validity = await self._disk(self._files.validity)
+            validity = await self._validity()
             self._tell(validity, "nobody renews it: make it anew, or let the node join")
             await self._pause(RETRY_MAX_S)
             self._now.clear()
         while True:
-            validity = await self._disk(self._files.validity)
+            validity = await self._validity()
             if self._clock.now() < validity.begins_at:
                 self._tell(validity, "the clock is behind, or the control plane's was ahead")
             await self._wait_until(self._due_at(validity), not_before_s)
@@ -82,6 +82,16 @@ class CertificateRenewal:
             lifetime_s = (validity.ends_at - validity.begins_at).total_seconds()
             # A machine whose clock is days ahead would ask without end.
             not_before_s = asyncio.get_running_loop().time() + REST * lifetime_s
+
+    async def _validity(self) -> Validity:
+        """Return until when the certificate is good, once it can be read."""
+        while True:
+            try:
+                return await self._disk(self._files.validity)
+            except (NovacronError, OSError) as error:
+                log.error("the certificate cannot be read", extra={"reason": str(error)})
+            await self._pause(RETRY_MAX_S)
+            self._now.clear()
 
     def _due_at(self, validity: Validity) -> datetime:
         share = RENEW_AT + self._rng.uniform(0, RENEW_SPREAD)
@@ -104,15 +114,20 @@ class CertificateRenewal:
                 issued = await self._renewed()
             except (NovacronError, OSError) as error:
                 self._tell(validity, str(error))
-                if isinstance(error, Unauthenticated):
-                    # The node may have joined anew meanwhile, and what it has got be on its disk.
-                    await self._use()
+                await self._use_what_is_there()
             else:
                 log.info("new certificates", extra={"until": issued.expires_at.isoformat()})
                 return
             await self._pause(pause_s * self._rng.uniform(0.5, 1.0))
             self._now.clear()
             pause_s = min(2 * pause_s, RETRY_MAX_S)
+
+    async def _use_what_is_there(self) -> None:
+        """Use what is on the disk: the node may have joined anew meanwhile."""
+        try:
+            await self._use()
+        except (NovacronError, OSError) as error:
+            log.error("what vouches for this node cannot be read", extra={"reason": str(error)})
 
     async def _renewed(self) -> Issued:
         """Ask for certificates and use them. Raises NovacronError, OSError."""

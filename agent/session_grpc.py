@@ -6,6 +6,7 @@ The replica must show a certificate of this cell's CA for the address that was d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterable
 from typing import Any, cast
@@ -44,7 +45,7 @@ RECONNECT_OPTIONS = (
 
 class Dialler:
     def __init__(self, tls: TlsMaterial, rng: random.Random) -> None:
-        self._credentials = _credentials(tls)
+        self._tls = tls
         self._rng = rng
         self._channels: dict[str, Any] = {}
         self._replaced = asyncio.Event()
@@ -62,8 +63,8 @@ class Dialler:
         channel = await self._connected(address)
         try:
             data = await channel.unary_unary(RENEW_METHOD)(pack(renewal), timeout=RENEW_LIMIT_S)
-        except grpc.RpcError as error:
-            raise Disconnected(f"{address} did not answer: {error.details()}") from error
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            raise Disconnected(f"{address} did not answer: {error}") from error
         answer: RenewalAnswer = unpack(data, cast(Any, RenewalAnswer))
         return answer
 
@@ -75,9 +76,11 @@ class Dialler:
             await until_one_ends(self._replaced.wait(), *map(self._hold, addresses))
 
     async def use(self, tls: TlsMaterial) -> None:
-        """Show these certificates from now on; streams of the ones before end, and come again."""
+        """Show these certificates from now on; streams of others end, and come again."""
+        if tls == self._tls:
+            return
         before, self._channels = self._channels, {}
-        self._credentials = _credentials(tls)
+        self._tls = tls
         self._replaced.set()
         for channel in before.values():
             await channel.close()
@@ -88,23 +91,31 @@ class Dialler:
 
     async def _hold(self, address: str) -> None:
         channel = self._channel(address)
-        while True:
-            # gRPC connects again by itself only while somebody asks for a stream.
-            state = channel.get_state(try_to_connect=True)
-            await channel.wait_for_state_change(state)
-            await asyncio.sleep(self._rng.uniform(0, HOLD_JITTER_S))
+        # A channel that is closed, for another certificate, says so in this way.
+        with contextlib.suppress(grpc.aio.BaseError):
+            while True:
+                # gRPC connects again by itself only while somebody asks for a stream.
+                state = channel.get_state(try_to_connect=True)
+                await channel.wait_for_state_change(state)
+                await asyncio.sleep(self._rng.uniform(0, HOLD_JITTER_S))
+        await asyncio.sleep(HOLD_JITTER_S)
 
     def _channel(self, address: str) -> Any:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.secure_channel(
-                address, self._credentials, options=(*CHANNEL_OPTIONS, *RECONNECT_OPTIONS)
-            )
+            tls = self._tls
+            credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+            options = (*CHANNEL_OPTIONS, *RECONNECT_OPTIONS)
+            channel = grpc.aio.secure_channel(address, credentials, options=options)
             self._channels[address] = channel
         return channel
 
     async def _open(self, address: str, method: str) -> Any:
-        return (await self._connected(address)).stream_stream(method)()
+        channel = await self._connected(address)
+        try:
+            return channel.stream_stream(method)()
+        except grpc.aio.BaseError as error:
+            raise Disconnected(f"the channel to {address} was closed") from error
 
     async def _connected(self, address: str) -> Any:
         channel = self._channel(address)
@@ -115,8 +126,6 @@ class Dialler:
             raise Disconnected(
                 f"{address} did not accept a connection in {CONNECT_TIMEOUT_S:.0f} s"
             ) from None
+        except grpc.aio.BaseError as error:
+            raise Disconnected(f"the channel to {address} was closed") from error
         return channel
-
-
-def _credentials(tls: TlsMaterial) -> Any:
-    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)

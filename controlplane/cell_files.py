@@ -11,6 +11,7 @@
     replicas/NAME/etcd.{crt,key} what it shows to etcd
     members/NAME/etcd.{crt,key}  what a member shows to replicas and other members
     nodes/NAME/agent.{crt,key}
+    nodes/NAME/peers.crt         whom its agent takes for another node's
     nodes/NAME/qemu/             what the node's /etc/pki/qemu is to hold, by QEMU's own file names
 
 Agents know a replica by its address and our CA. A node's address is in its own certificate and in
@@ -35,6 +36,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import Struct
 
 from controlplane import pki, tokens
+from shared import durable_files
 from shared.clock import Clock
 from shared.errors import FieldError, ValidationFailed
 from shared.ids import IdSource, new_cell
@@ -66,12 +68,14 @@ class Rotation(enum.StrEnum):
     """The steps from one CA to the next; everybody has to have the files of one before the next.
 
     BEGIN: both are trusted, the old one signs. SWITCH: both are trusted, the new one signs, and
-    certificates of the old one are made anew. END: the new one alone is trusted.
+    certificates of the old one are made anew. END: the new one alone is trusted. DONE: everybody
+    has the files of END, and the next rotation may begin.
     """
 
     BEGIN = "begin"
     SWITCH = "switch"
     END = "end"
+    DONE = "done"
 
 
 class ClusterFile(Struct, frozen=True):
@@ -128,8 +132,16 @@ class CellFiles:
         ValidationFailed for a step whose time has not come.
         """
         cluster = self.ensure_cell()
+        ended = self.root / "rotation-ended"
+        if step is Rotation.DONE:
+            ended.unlink(missing_ok=True)
+            return
+        if ended.exists() and step is not Rotation.END:
+            return  # not everybody has the files of the last step yet
         for stem, title in _AUTHORITIES.items():
             self._rotate(stem, title.format(cell=cluster.cell), step)
+        if step is Rotation.END:
+            ended.touch(pki.PUBLIC_MODE)
 
     def _rotate(self, stem: str, title: str, step: Rotation) -> None:
         certificate, key = self.root / f"{stem}.crt", self.root / f"{stem}.key"
@@ -155,7 +167,7 @@ class CellFiles:
 
     def _replace(self, path: Path, data: bytes) -> None:
         if path.read_bytes() != data:
-            pki.replace(path, data, pki.PUBLIC_MODE)
+            durable_files.replace(path, data, pki.PUBLIC_MODE)
             self.made.append(path)
 
     def missing(
@@ -172,6 +184,7 @@ class CellFiles:
         stems += [f"members/{name}/etcd" for name in members]
         for name in nodes:
             stems.append(f"nodes/{name}/agent")
+            names.append(f"nodes/{name}/peers.crt")
             names += [f"nodes/{name}/qemu/{file}" for file in _QEMU_FILES]
         names += [f"{stem}.{end}" for stem in stems for end in ("key", "crt")]
         return [path for path in map(self.root.joinpath, names) if not path.exists()]
@@ -187,6 +200,10 @@ class CellFiles:
     def add_node(self, name: str, address: str) -> None:
         place = self.root / "nodes" / name
         self._enrol(_CA, Role.AGENT, name, address, place / "agent")
+        peers = place / "peers.crt"
+        if not peers.exists():
+            trusted = [(self.root / f"{stem}.crt").read_bytes() for stem in (_AGENTS_CA, _CA)]
+            self._write(peers, b"".join(trusted), pki.PUBLIC_MODE)
         self._add_qemu(name, address, place / "qemu")
 
     def _add_qemu(self, name: str, address: str, directory: Path) -> None:
@@ -274,7 +291,7 @@ class CellFiles:
         return IdSource(cell, self._clock, self._rng)
 
     def _write(self, path: Path, data: bytes, mode: int) -> None:
-        pki.write_new(path, data, mode)
+        durable_files.write_new(path, data, mode)
         self.made.append(path)
 
 

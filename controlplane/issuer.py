@@ -59,7 +59,7 @@ class Issues(Protocol):
 
     def draw(self, request: Renewal) -> Draw: ...
 
-    def issue(self, name: str, address: str, draw: Draw) -> Issued: ...
+    def issue(self, name: str, draw: Draw) -> Issued: ...
 
 
 class Issuer:
@@ -92,13 +92,18 @@ class Issuer:
         expires_at = self._clock.now() + self._lifetime
         return Draw(agent_key, qemu_key, pki.new_serial(), expires_at.replace(microsecond=0))
 
-    def issue(self, name: str, address: str, draw: Draw) -> Issued:
+    def issue(self, name: str, draw: Draw) -> Issued:
+        """Return certificates that speak for a node.
+
+        Of names they hold its own alone, which is what peers ask for: an address is what a machine
+        says of itself, and might be another's.
+        """
         now = self._clock.now()
         lifetime = draw.expires_at - now
         certificate = pki.issue(
             self._agents,
             Identity(self._cell, Role.AGENT, name),
-            [address],
+            [],
             draw.agent_key,
             now,
             lifetime=lifetime,
@@ -107,7 +112,7 @@ class Issuer:
         qemu_certificate = pki.issue(
             self._qemu,
             Identity(self._cell, Role.QEMU, name),
-            [address],
+            [],
             draw.qemu_key,
             now,
             lifetime=lifetime,

@@ -1,16 +1,13 @@
 """The cell's certificate authorities: their keys, and certificates for replicas, agents, QEMUs.
 
-Owns every private key that is ever written here and the way it is written: complete or not at
-all, with its final mode, never over something that exists. It never holds a key longer than a call
-needs it. Agents do not import it: ``cryptography`` stays out of their memory.
+Owns every private key that is ever written here, and the modes of files. It never holds a key
+longer than a call needs it. Agents do not import it: ``cryptography`` stays out of their memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
-import os
-import secrets
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -204,30 +201,6 @@ def is_pair(certificate_pem: bytes, key_pem: bytes) -> bool:
     return x509.load_pem_x509_certificate(certificate_pem).public_key() == key.public_key()
 
 
-def replace(path: Path, data: bytes, mode: int) -> None:
-    """Put ``data`` at ``path``, durably and all at once, in the place of what is there."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    write_new(draft, data, mode)
-    draft.replace(path)
-    _sync_directory(path.parent)
-
-
-def write_new(path: Path, data: bytes, mode: int) -> None:
-    """Put ``data`` at ``path``, durably and all at once; raises FileExistsError if it is taken."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)  # whatever the umask took
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename, a link never replaces
-    finally:
-        draft.unlink()
-    _sync_directory(path.parent)
-
-
 def _alternative_names(identity: Identity, addresses: Iterable[str]) -> list[x509.GeneralName]:
     names: dict[str, x509.GeneralName] = {
         str(identity): x509.UniformResourceIdentifier(str(identity)),
@@ -258,14 +231,6 @@ def _usage(*, signs_certificates: bool, enciphers_keys: bool = False) -> x509.Ke
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _invalid(source: Path, code: str, message: str) -> ValidationFailed:

@@ -43,10 +43,12 @@ class Admission(Record, frozen=True, kw_only=True):
     ``serials`` are those of its newest certificate and of the one that it was asked for with, in
     hex: an answer that was lost leaves the node with one that counts. A node that is not
     ``approved`` has none yet; one that is ``revoked`` comes back only with a new join token.
+    ``key_sha256`` is of the key that it joined with.
     """
 
     address: str
     approved: bool
+    key_sha256: str = ""
     serials: tuple[str, ...] = ()
     expires_at: datetime | None = None
     token: str = ""

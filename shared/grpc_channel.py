@@ -53,6 +53,8 @@ class GrpcChannel(Generic[Sent, Received]):
         try:
             async with self._sending:
                 await self._stream.write(data)
+        except asyncio.CancelledError as error:
+            raise _closed_here(error) from error
         except _BROKEN as error:
             raise Disconnected(f"the stream broke while sending: {_why(error)}") from error
 
@@ -70,12 +72,22 @@ class GrpcChannel(Generic[Sent, Received]):
     async def _read(self) -> bytes:
         try:
             data = await self._stream.read()
+        except asyncio.CancelledError as error:
+            raise _closed_here(error) from error
         except _BROKEN as error:
             raise Disconnected(f"the stream broke: {_why(error)}") from error
         if data is grpc.aio.EOF:
             raise Disconnected("the peer ended the stream")
         message: bytes = data
         return message
+
+
+def _closed_here(cancelled: asyncio.CancelledError) -> BaseException:
+    """Return what a cancelled call means: its channel was closed, unless its task is cancelled."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        return cancelled
+    return Disconnected("the channel was closed")
 
 
 def _why(error: Exception) -> str:

@@ -6,6 +6,7 @@ Each exception stands in a table with its reason. A new one belongs in a decisio
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.source_tree import (
     PACKAGES,
+    ROOT,
     dotted,
     files,
     imports,
@@ -150,8 +152,7 @@ RESERVED: dict[str, dict[str, str]] = {
     },
     "secrets": {
         "controlplane/tokens.py": "what must not be guessed comes from the system, never a seed",
-        "controlplane/pki.py": "names a draft file that nobody may foresee",
-        "agent/identity_files.py": "names a draft file that nobody may foresee",
+        "shared/durable_files.py": "names a draft file that nobody may foresee",
         "controlplane/cli/client.py": "a request's idempotency key must meet no other's",
         "agent/relay_listener.py": "a one-time token must not be guessed, whatever the seed",
         "controlplane/api/app.py": "the prefix of a process's request ids; no decision reads them",
@@ -244,6 +245,12 @@ def test_who_watches_the_product_shares_nothing_with_it(file: str) -> None:
 
 def test_no_code_imports_tests() -> None:
     assert [file for file in CODE if imports_any(file, "tests")] == []
+
+
+def test_the_agent_runs_without_what_signs_requests() -> None:
+    """A library of ten megabytes that it needs twice a week: a process of its own loads it."""
+    program = "import sys, agent.__main__; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_agent_and_control_plane_never_meet() -> None:

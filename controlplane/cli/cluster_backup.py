@@ -16,6 +16,7 @@ from controlplane.cli import output as out
 from controlplane.cli.client import BASE
 from controlplane.cli.errors import CliError
 from controlplane.cli.invocation import Invocation, pass_invocation
+from shared.durable_files import sync_directory
 from shared.errors import RecordUnreadable
 
 NOT_IN_IT = (
@@ -74,7 +75,7 @@ def write_backup(file: Path, pieces: Iterable[bytes], *, force: bool) -> Summary
     finally:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
-    _sync(file.parent)
+    sync_directory(file.parent)
     return summary
 
 
@@ -92,12 +93,3 @@ def _write_checked(opened: BinaryIO, pieces: Iterable[bytes]) -> Summary:
 
 def _taken(file: Path) -> CliError:
     return CliError(f"{file} is there already", "give another name, or --force to replace it")
-
-
-def _sync(directory: Path) -> None:
-    """Have the name survive a loss of power, too."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,6 @@ separated by commas), ``NOVACRON_TOKEN``, ``NOVACRON_CA`` (a file), ``NOVACRON_O
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.cli.errors import CliError, NotLoggedIn
+from shared import durable_files
 
 DEFAULT_CONTEXT = "default"
 DEFAULT_PORT = 8443
@@ -68,21 +66,15 @@ def load_config(path: Path) -> ConfigFile:
         )
 
 
+# It holds tokens.
+FILE_MODE = 0o600
+
+
 def save_config(path: Path, config: ConfigFile) -> None:
     """Replace the file; a reader sees the old one or the new one, and other users see neither."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     data = msgspec.toml.encode(config)
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".config-")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(draft).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(draft).unlink()
-        raise
+    durable_files.replace(path, data, FILE_MODE)
 
 
 def effective_context(environ: Mapping[str, str], chosen: str | None = None) -> Context:

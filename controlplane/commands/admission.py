@@ -12,8 +12,10 @@ from controlplane.commands.draft import Author, Draft
 from shared.admission import Admission, JoinToken
 from shared.errors import Conflict, Forbidden, NotFound, StateConflict, Unauthenticated
 
-# Tokens that are good at one time; each is for one node, and gone within a day of its end.
+# Tokens that are good at one time; each is for one node.
 TOKENS_MAX = 1_000
+# Of those that are over, so many go with each that is made: a transaction has room for 128 writes.
+SWEPT_AT_ONCE = 20
 # A node that waits for its approval asks again with its token; so long after the token's end, too.
 KEPT_AFTER_END = timedelta(days=1)
 
@@ -29,14 +31,13 @@ class MakeJoinToken(Struct, frozen=True, kw_only=True, tag="make_join_token"):
     by: Author
 
     def decide(self, draft: Draft) -> str:
-        kept = 0
-        for token in draft.all_of(JoinToken):
-            if token.expires_at + KEPT_AFTER_END < draft.now:
-                draft.delete(JoinToken, token.id)
-            else:
-                kept += 1
-        if kept >= TOKENS_MAX:
-            raise Conflict(f"there are {TOKENS_MAX} join tokens: withdraw some, or wait a day")
+        tokens = list(draft.all_of(JoinToken))
+        over = [each.id for each in tokens if each.expires_at + KEPT_AFTER_END < draft.now]
+        for token_id in sorted(over)[:SWEPT_AT_ONCE]:
+            draft.delete(JoinToken, token_id)
+        good = sum(not each.used_by and each.expires_at > draft.now for each in tokens)
+        if good >= TOKENS_MAX:
+            raise Conflict(f"{TOKENS_MAX} join tokens wait for a node already: withdraw some")
         draft.put(
             JoinToken(
                 id=self.id,
@@ -70,8 +71,9 @@ class Enrol(Struct, frozen=True, kw_only=True, tag="enrol"):
     """Lets a node in for a token, whose secret was proven, or has it wait for approval.
 
     ``serial`` is of the certificate that is handed out when this returns APPROVED; WAITING hands
-    none out. Raises Unauthenticated for a token that is over or another's, Forbidden for a name
-    that it is not for, Conflict for an address that another node has.
+    none out. A node that is there already is displaced by nobody: it is revoked first. Raises
+    Unauthenticated for a token that is over or another's, Forbidden for a name that it is not for,
+    Conflict for a name or an address that another machine has.
     """
 
     token_id: str
@@ -92,6 +94,8 @@ class Enrol(Struct, frozen=True, kw_only=True, tag="enrol"):
             raise Unauthenticated(f"the join token was used for node {token.used_by!r}")
         elif known is None or known.token != token.id or known.revoked_at is not None:
             raise Unauthenticated("the join token was used: make another")
+        elif known.address != self.address:
+            raise Conflict(f"node {self.name!r} has asked to join as {known.address} before")
         elif known.serials and token.expires_at < draft.now:
             raise Unauthenticated(_over(token))
         if not known.approved:
@@ -104,27 +108,46 @@ class Enrol(Struct, frozen=True, kw_only=True, tag="enrol"):
             raise Unauthenticated(_over(token))
         if token.nodes and not any(fnmatchcase(self.name, each) for each in token.nodes):
             raise Forbidden(f"the join token is for {', '.join(token.nodes)}, not {self.name!r}")
-        for other in draft.all_of(Admission):
-            if other.address == self.address and other.id != self.name and not other.revoked_at:
-                raise Conflict(
-                    f"node {other.id!r} has the address {self.address}: revoke it first "
-                    f"(novacron node revoke {other.id}) if this machine takes its place"
-                )
+        self._refuse_to_displace(draft, known)
         draft.put(replace(token, used_by=self.name, used_key=self.key_sha256))
         admission = Admission(
             id=self.name,
             address=self.address,
             approved=not token.needs_approval,
+            key_sha256=self.key_sha256,
             token=token.id,
             created_at=draft.now,
         )
         draft.put(admission)
         by = Author(f"join:{token.id}")
         kind = "node.waits_for_approval" if token.needs_approval else "node.admitted"
-        again = known is not None and known.revoked_at is None
-        draft.event(kind, self.name, by, name=self.name, address=self.address, again=again)
+        draft.event(kind, self.name, by, name=self.name, address=self.address)
         draft.audit(kind, self.name, by)
         return admission
+
+    def _refuse_to_displace(self, draft: Draft, known: Admission | None) -> None:
+        """Raise Conflict for what another machine has, or may have.
+
+        One that came this far before, and lost what it was given, has the same key. A node that
+        nobody has heard of has no guests that would be started a second time.
+        """
+        is_shut_out = known is not None and known.revoked_at is not None
+        is_same = known is not None and known.key_sha256 == self.key_sha256
+        if draft.node_by_name(self.name) is not None and not (is_shut_out or is_same):
+            raise Conflict(
+                f"there is a node {self.name!r}: if this machine takes its place, make sure that "
+                f"the other is off, and revoke it first (novacron node revoke {self.name})"
+            )
+        revoked = {each.id for each in draft.all_of(Admission) if each.revoked_at is not None}
+        taken = {each.id: each.address for each in draft.all_of(Admission)}
+        taken |= {node.name: node.address for node in draft.nodes()}
+        for name, address in sorted(taken.items()):
+            if address.lower() != self.address.lower() or name in revoked | {self.name}:
+                continue
+            raise Conflict(
+                f"node {name!r} has the address {self.address}: revoke it first "
+                f"(novacron node revoke {name}) if this machine takes its place"
+            )
 
 
 APPROVED = "approved"

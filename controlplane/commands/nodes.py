@@ -5,10 +5,11 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.commands.admission import shut_out
+from controlplane.commands.admission import refusal_of, shut_out
 from controlplane.commands.draft import Author, Draft
 from controlplane.commands.restored import must_tell
-from shared.errors import StateConflict
+from shared.admission import Admission
+from shared.errors import StateConflict, Unauthenticated
 from shared.model import Inventory, Node, NodeState
 from shared.moves import DrainJournal
 from shared.restores import NodeRecovery
@@ -20,8 +21,9 @@ NAMED_MAX = 10
 class JoinNode(Struct, frozen=True, kw_only=True):
     """Takes what an agent says of its node in its hello. Returns the node's id.
 
-    The caller has checked that the certificate speaks for this name. A node that is new gets its
-    record here; it becomes ready only when it has accepted the term.
+    The caller has checked that the certificate speaks for this name; that the one with this
+    ``serial`` still does is checked here. A node that is new gets its record here; it becomes ready
+    only when it has accepted the term. Raises Unauthenticated.
     """
 
     name: str
@@ -30,9 +32,12 @@ class JoinNode(Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     inventory: Inventory
     foreign_domains: tuple[str, ...]
+    serial: str = ""
     by: Author
 
     def decide(self, draft: Draft) -> str:
+        if (why := refusal_of(draft.find(Admission, self.name), self.serial)) is not None:
+            raise Unauthenticated(why)
         known = draft.node_by_name(self.name)
         node = known or Node(
             id=draft.new_id("node"),

@@ -96,11 +96,11 @@ async def enrol(context: Context, enrolment: Enrolment) -> EnrolmentView:
     """
     issuer = _issuer(context)
     token = parse_join_token(enrolment.token)
-    draw = issuer.draw(enrolment.keys())
     stored = context.state.join_tokens.get(token.id)
-    # Only what has a token's secret is worth the leader's time.
+    # Only what has a token's secret is worth the leader's time: others are refused right here.
     if stored is None or not tokens.matches(token.secret, stored.record.sha256):
         raise Unauthenticated("there is no such join token: make another")
+    draw = issuer.draw(enrolment.keys())
     outcome = await context.submit(
         Enrol(
             token_id=token.id,
@@ -113,9 +113,7 @@ async def enrol(context: Context, enrolment: Enrolment) -> EnrolmentView:
     )
     if outcome != APPROVED:
         return EnrolmentView(approved=False, certificates=None)
-    return EnrolmentView(
-        approved=True, certificates=issuer.issue(enrolment.name, enrolment.address, draw)
-    )
+    return EnrolmentView(approved=True, certificates=issuer.issue(enrolment.name, draw))
 
 
 async def renew(context: Context, name: str, serial: str, renewal: Renewal) -> Issued:
@@ -138,7 +136,7 @@ async def renew(context: Context, name: str, serial: str, renewal: Renewal) -> I
             expires_at=draw.expires_at,
         )
     )
-    return issuer.issue(name, address, draw)
+    return issuer.issue(name, draw)
 
 
 async def list_admissions(

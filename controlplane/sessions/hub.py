@@ -257,6 +257,7 @@ class Hub:
                 labels=hello.labels,
                 inventory=hello.inventory,
                 foreign_domains=hello.foreign_domains,
+                serial=serial,
                 by=by,
             )
         )
@@ -273,6 +274,8 @@ class Hub:
         accepted = await channel.receive()
         if not isinstance(accepted, TermAccepted) or accepted.term != self._applier.term:
             raise Forbidden("the agent did not accept the term")
+        # It may have been shut out while it was greeted.
+        check_admitted(self._state, identity.name, serial)
         session = self._admit(node_id, hello, channel, serial)
         try:
             await self._take_hello(session, hello)

@@ -16,6 +16,7 @@ import pytest
 
 from agent import session_grpc
 from agent.certificate_request import make_request
+from agent.session import LeaderChannel
 from agent.session_grpc import Dialler
 from controlplane import pki
 from controlplane.services.views import (
@@ -29,10 +30,18 @@ from shared.clock import SystemClock
 from shared.errors import Disconnected, Unauthenticated
 from shared.join_token import JoinTokenText, parse_join_token
 from shared.model import Sample
-from shared.protocol import BatchSeen, Rejected, TelemetryHello, TelemetryRefused, Welcome
+from shared.protocol import (
+    BatchSeen,
+    Heartbeat,
+    Rejected,
+    TelemetryHello,
+    TelemetryRefused,
+    Welcome,
+)
 from shared.tls import Identity, Role, TlsMaterial
 from tests.integration.joining_node import JoiningNode
 from tests.integration.replica_api import until
+from tests.integration.replica_process import free_ports
 from tests.integration.stranger import Stranger
 from tests.integration.world import World
 
@@ -290,6 +299,39 @@ async def test_a_session_ends_when_its_node_is_revoked(
             # What was on its way to it may come first.
             with pytest.raises(Disconnected):
                 [await channel.receive() for _ in range(100)]
+
+
+async def test_who_waits_on_a_stream_hears_that_its_certificate_was_replaced(
+    shared_world: World, tmp_path: Path, dialler: list[Dialler]
+) -> None:
+    """Not that it is cancelled: nobody would look after it any more."""
+    node = await joined(shared_world, tmp_path, "changing")
+    connection = Dialler(node.material, random.Random(1))
+    dialler.append(connection)
+    address = shared_world.replica.agents_address
+    channel = await connection.session(address)
+    waiting = asyncio.ensure_future(channel.receive())
+    (silent,) = free_ports(1)
+    dialling = asyncio.ensure_future(connection.session(f"127.0.0.1:{silent}"))
+    await asyncio.sleep(0.5)
+    await renewed(shared_world, node, dialler)
+    await connection.use(node.material)
+    for each in (waiting, dialling):
+        with pytest.raises(Disconnected):
+            await each
+    with pytest.raises(Disconnected):
+        await channel.send(Heartbeat(number=1))
+    again = await connection.session(address)
+    await connection.use(node.material)
+    assert not await _has_ended(again), "nothing changed: the stream goes on"
+
+
+async def _has_ended(channel: LeaderChannel) -> bool:
+    """Whether a stream that was not greeted has ended, after a moment."""
+    waiting = asyncio.ensure_future(channel.receive())
+    done, _ = await asyncio.wait({waiting}, timeout=0.5)
+    waiting.cancel()
+    return bool(done)
 
 
 async def test_a_certificate_that_has_ended_does_not_get_past_tls(shared_world: World) -> None:

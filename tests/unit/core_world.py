@@ -91,7 +91,7 @@ class CoreWorld:
             return error
         raise AssertionError(f"{command} was not refused")
 
-    def join(self, name: str, boot_id: str = "boot-1") -> str:
+    def join(self, name: str, boot_id: str = "boot-1", serial: str = "") -> str:
         node_id = self.apply(
             JoinNode(
                 name=name,
@@ -100,6 +100,7 @@ class CoreWorld:
                 labels={},
                 inventory=INVENTORY,
                 foreign_domains=(),
+                serial=serial,
                 by=Author(f"agent:{name}"),
             )
         )

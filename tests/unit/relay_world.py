@@ -25,6 +25,7 @@ from agent.relay_node import NodeRelays
 from agent.relay_orders import TlsFiles
 from agent.relay_settings import RelaySettings
 from controlplane import pki
+from shared.durable_files import write_new
 from shared.tls import Identity, Role
 from tests.lab.processes import ProcessKey, find_by_environment, send
 
@@ -65,9 +66,9 @@ class Certificates:
         directory = self._directory / uuid.uuid4().hex
         directory.mkdir()
         files = TlsFiles(*(str(directory / each) for each in ("ca.crt", "agent.crt", "agent.key")))
-        pki.write_new(Path(files.ca), issuer.certificate_pem(), 0o644)
-        pki.write_new(Path(files.certificate), certificate, 0o644)
-        pki.write_new(Path(files.key), pki.key_pem(key), 0o400)
+        write_new(Path(files.ca), issuer.certificate_pem(), 0o644)
+        write_new(Path(files.certificate), certificate, 0o644)
+        write_new(Path(files.key), pki.key_pem(key), 0o400)
         return files
 
 

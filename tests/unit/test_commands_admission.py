@@ -18,6 +18,7 @@ from controlplane.commands.admission import (
     WithdrawJoinToken,
     refusal_of,
 )
+from controlplane.commands.nodes import RemoveNode
 from shared.admission import Admission
 from shared.errors import Conflict, Forbidden, NotFound, StateConflict, Unauthenticated
 from tests.unit.core_world import BORN, USER, CoreWorld
@@ -200,27 +201,75 @@ def test_a_node_of_init_is_revoked_too(world: CoreWorld) -> None:
         world.apply(RevokeNode(name="n9", reason="", by=USER))
 
 
-def test_a_machine_that_takes_a_nodes_name_displaces_it(world: CoreWorld) -> None:
-    """An operator has made it a token for that name: the old one's certificate is of no use."""
+def test_a_node_that_is_there_is_displaced_by_nobody(world: CoreWorld) -> None:
+    """Its guests would be taken for lost, and started a second time on the other machine."""
+    made(world)
+    made(world, number=2, needs_approval=True)
+    for token in ("join-1", "join-2"):
+        with pytest.raises(Conflict, match="novacron node revoke n1"):
+            enrol(world, token=token, name="n1")
+    assert "n1" not in world.state.admissions
+    enrol(world, name="n7")
+    world.join("n7", serial="a1")
+    with pytest.raises(Conflict, match="novacron node revoke n7"):
+        enrol(world, token="join-2", key="k2", serial="b1", address="10.0.0.70")
+    assert refusal_of(admitted(world), "a1") is None
+    world.apply(RevokeNode(name="n7", reason="", by=USER))
+    assert enrol(world, token="join-2", key="k2", address="10.0.0.70") == WAITING
+
+
+def test_a_node_that_lost_what_it_was_given_joins_again_with_its_key(world: CoreWorld) -> None:
+    """As when a playbook was cut off: it makes another token."""
+    made(world)
+    made(world, number=2)
+    enrol(world)
+    world.join("n7", serial="a1")
+    assert enrol(world, token="join-2", serial="b1") == APPROVED
+    assert admitted(world).serials == ("b1",)
+
+
+def test_one_that_nobody_has_heard_of_yet_may_be_another_machine(world: CoreWorld) -> None:
+    made(world)
+    made(world, number=2)
+    enrol(world)
+    assert enrol(world, token="join-2", key="k2", serial="b1", address="10.0.0.70") == APPROVED
+    assert refusal_of(admitted(world), "a1") is not None
+
+
+def test_a_node_that_asks_again_is_where_it_was(world: CoreWorld) -> None:
+    made(world, needs_approval=True)
+    enrol(world)
+    world.apply(ApproveNode(name="n7", by=USER))
+    with pytest.raises(Conflict, match=r"as 10\.0\.0\.7 before"):
+        enrol(world, address="10.0.0.1")
+
+
+def test_a_shut_out_node_does_not_join_while_it_is_greeted(world: CoreWorld) -> None:
     made(world)
     enrol(world)
-    made(world, "n7", number=2)
-    enrol(world, token="join-2", key="k2", serial="b1", address="10.0.0.70")
-    assert refusal_of(admitted(world), "b1") is None
-    assert refusal_of(admitted(world), "a1") is not None
+    world.join("n7", serial="a1")
+    node_id = world.state.node_id_by_name("n7")
+    assert node_id is not None
+    world.apply(RemoveNode(node_id=node_id, by=USER))
+    with pytest.raises(Unauthenticated, match="was revoked"):
+        world.join("n7", serial="a1")
+    assert world.state.node_id_by_name("n7") is None
 
 
 def test_tokens_are_swept_a_day_after_their_end_and_never_too_many(
     world: CoreWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "TOKENS_MAX", 2)
+    monkeypatch.setattr(admission, "TOKENS_MAX", 3)
     made(world)
-    made(world, number=2)
+    enrol(world)
+    for number in (2, 3, 4):
+        made(world, number=number)
     with pytest.raises(Conflict, match="withdraw some"):
-        made(world, number=3)
+        made(world, number=5)
     world.clock.at += timedelta(days=1, seconds=MINUTES_15)
-    made(world, number=3)
-    assert set(world.state.join_tokens) == {"join-3"}
+    monkeypatch.setattr(admission, "SWEPT_AT_ONCE", 3)
+    made(world, number=5)
+    assert set(world.state.join_tokens) == {"join-4", "join-5"}
 
 
 def test_each_change_is_told_and_audited(world: CoreWorld) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import random
 import stat
 from datetime import UTC, datetime, timedelta
@@ -103,27 +102,6 @@ def test_a_leaf_does_not_outlive_its_authority() -> None:
     assert leaf.not_valid_after_utc == authority.certificate.not_valid_after_utc
 
 
-def test_write_new_never_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    pki.write_new(path, b"first", pki.KEY_MODE)
-
-    with pytest.raises(FileExistsError):
-        pki.write_new(path, b"second", pki.KEY_MODE)
-
-    assert path.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["key"]  # noqa: PTH208
-
-
-def test_write_new_sets_the_mode_whatever_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o777)
-    try:
-        pki.write_new(tmp_path / "a", b"", 0o644)
-    finally:
-        os.umask(before)
-
-    assert mode(tmp_path / "a") == 0o644
-
-
 def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
     files = cell_files(tmp_path / "cell")
     cluster = files.ensure_cell()
@@ -152,6 +130,7 @@ def test_init_makes_everything_with_its_mode(tmp_path: Path) -> None:
         "members/m1/etcd.crt": "0o644",
         "nodes/n1/agent.key": "0o400",
         "nodes/n1/agent.crt": "0o644",
+        "nodes/n1/peers.crt": "0o644",
         "nodes/n1/qemu/server-key.pem": "0o400",
         "nodes/n1/qemu/server-cert.pem": "0o644",
         "nodes/n1/qemu/client-key.pem": "0o400",
@@ -252,8 +231,9 @@ def test_a_second_run_adds_and_changes_nothing(tmp_path: Path) -> None:
 
     after = everything(tmp_path)
     assert before.items() <= after.items()
-    assert again.made[:2] == [tmp_path / "nodes/n2/agent.key", tmp_path / "nodes/n2/agent.crt"]
-    assert {p.parent for p in again.made[2:]} == {tmp_path / "nodes/n2/qemu"}
+    place = tmp_path / "nodes/n2"
+    assert again.made[:3] == [place / "agent.key", place / "agent.crt", place / "peers.crt"]
+    assert {p.parent for p in again.made[3:]} == {place / "qemu"}
 
 
 def test_a_cell_from_before_qemu_had_certificates_gets_them(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_old_and_new_are_trusted_until_the_end(cell: CellFiles, times: int) -> N
     assert _trusts(cell, new) == {True}
     assert _trusts(cell, old) == {False}
     assert not list(cell.root.glob("*.new.key"))
+    # Whoever was cut off here runs all of it again: that begins nothing.
+    for step in (Rotation.BEGIN, Rotation.SWITCH, Rotation.END):
+        cell.rotate(step)
+    assert _trusts(cell, new) == {True}
+    assert _trusts(cell, old) == {False}
+    _step(cell, Rotation.DONE, times)
+    cell.rotate(Rotation.BEGIN)
+    assert len(pki.split((cell.root / "ca.crt").read_bytes())) == 2
 
 
 def _step(cell: CellFiles, step: Rotation, times: int) -> None:
