@@ -57,8 +57,10 @@ def four(lab: FullLab, dist: Path) -> Site:
 
 
 @pytest.fixture(scope="module")
-def site(lab: FullLab, dist: Path) -> Site:
-    """Return the site with all nodes in its inventory."""
+def site(lab: FullLab, dist: Path, four: Site) -> Site:
+    """Return the site with all nodes in its inventory, of which the last is not there yet."""
+    four.play("site").checked()
+    four.until_all_ready()
     return Site(lab.nodes, lab.nodes[:CONTROL], dist)
 
 
