@@ -64,6 +64,16 @@ def site(lab: FullLab, dist: Path, four: Site) -> Site:
     return Site(lab.nodes, lab.nodes[:CONTROL], dist)
 
 
+@pytest.fixture(scope="module")
+def running(site: Site) -> Site:
+    """Return the site with all its nodes, and VMs on them."""
+    site.play("site").checked()
+    site.hand_out_artefacts()
+    for number in range(1, NODES + 1):
+        site.novacron(f"vm create web-{number} {BOOT}")
+    return site
+
+
 def test_a_playbook_that_is_cut_off_is_run_again(four: Site) -> None:
     moments = random.Random(5)
     for _ in range(CUTS):
@@ -95,18 +105,17 @@ def test_a_node_is_added(site: Site) -> None:
 
 
 def test_power_that_fails_and_comes_back_leaves_everything_as_it_is_wanted(
-    lab: FullLab, site: Site
+    lab: FullLab, running: Site
 ) -> None:
-    site.hand_out_artefacts()
-    for number in range(1, NODES + 1):
-        site.novacron(f"vm create web-{number} {BOOT}")
     for node in reversed(lab.nodes):
         node.crash(lab.link)
         node.boot(lab.link)
         node.wait_running(lab.link)
-        site.until_all_ready()
+        running.until_all_ready()
         wait_until(
-            lambda: {vm["status"]["phase"] for vm in site.asked("vm ls")["items"]} == {"Running"},
+            lambda: (
+                {vm["status"]["phase"] for vm in running.asked("vm ls")["items"]} == {"Running"}
+            ),
             f"all VMs to run after {node.name} was back",
             limit_s=REST_LIMIT_S,
         )
@@ -116,102 +125,104 @@ def test_power_that_fails_and_comes_back_leaves_everything_as_it_is_wanted(
 
 
 def test_certificates_and_their_cas_are_replaced_under_guests_and_clients(
-    site: Site, tmp_path: Path
+    running: Site, tmp_path: Path
 ) -> None:
-    guests = {node.name: guests_of(node) for node in site.nodes}
-    before = {path: site.keeper.run(f"cat {path}") for path in ROTATED}
-    with ClientWrites(site, "web-1", tmp_path) as writes:
+    guests = {node.name: guests_of(node) for node in running.nodes}
+    before = {path: running.keeper.run(f"cat {path}") for path in ROTATED}
+    with ClientWrites(running, "web-1", tmp_path) as writes:
         began = time.monotonic()
-        site.play("rotate_certificates").checked()
+        running.play("rotate_certificates").checked()
         print(f"new certificates: {time.monotonic() - began:.0f} s")
     assert writes.count() > 0
     began = time.monotonic()
-    site.play("rotate_certificates", "-e", "novacron_rotate_ca=true").checked()
+    running.play("rotate_certificates", "-e", "novacron_rotate_ca=true").checked()
     print(f"new CAs: {time.monotonic() - began:.0f} s")
-    after = {path: site.keeper.run(f"cat {path}") for path in ROTATED}
+    after = {path: running.keeper.run(f"cat {path}") for path in ROTATED}
     assert not set(before.values()) & set(after.values())
-    site.until_all_ready()
-    assert {node.name: guests_of(node) for node in site.nodes} == guests
-    site.novacron("vm migrate web-1")
-    assert site.play("site").checked().changed == {node.name: 0 for node in site.nodes}
+    running.until_all_ready()
+    assert {node.name: guests_of(node) for node in running.nodes} == guests
+    running.novacron("vm migrate web-1")
+    assert running.play("site").checked().changed == {node.name: 0 for node in running.nodes}
 
 
-def test_a_member_of_etcd_that_lost_its_disk_is_replaced(site: Site) -> None:
-    lost = site.nodes[CONTROL - 1]
+def test_a_member_of_etcd_that_lost_its_disk_is_replaced(running: Site) -> None:
+    lost = running.nodes[CONTROL - 1]
     lost.run("systemctl stop etcd && rm -r /var/lib/etcd/novacron")
-    site.play("replace_etcd_member", "-e", f"novacron_member={lost.name}").checked()
-    members = site.asked("cluster status")["members"]
+    running.play("replace_etcd_member", "-e", f"novacron_member={lost.name}").checked()
+    members = running.asked("cluster status")["members"]
     assert [member["reachable"] for member in members] == [True] * CONTROL
-    assert site.play("site").checked().changed == {node.name: 0 for node in site.nodes}
+    assert running.play("site").checked().changed == {node.name: 0 for node in running.nodes}
 
 
 def test_an_upgrade_and_its_rollback_stop_no_guest_and_fail_no_client(
-    site: Site, tmp_path: Path
+    running: Site, tmp_path: Path
 ) -> None:
-    guests = {node.name: guests_of(node) for node in site.nodes}
-    with ClientWrites(site, "web-1", tmp_path) as writes:
+    guests = {node.name: guests_of(node) for node in running.nodes}
+    with ClientWrites(running, "web-1", tmp_path) as writes:
         for playbook, version in (("upgrade", NEXT), ("rollback", VERSION)):
             began = time.monotonic()
-            site.play(playbook, "-e", f"novacron_version={version}").checked()
+            running.play(playbook, "-e", f"novacron_version={version}").checked()
             print(f"{playbook} of {NODES} nodes: {time.monotonic() - began:.0f} s")
-            status = site.asked("cluster status")
+            status = running.asked("cluster status")
             assert {replica["version"] for replica in status["replicas"]} == {version}
     assert writes.count() > 0
-    assert {node.name: guests_of(node) for node in site.nodes} == guests
+    assert {node.name: guests_of(node) for node in running.nodes} == guests
 
 
-def test_a_node_that_is_revoked_is_told_so_and_comes_back_with_a_token(site: Site) -> None:
-    node = site.nodes[-1]
+def test_a_node_that_is_revoked_is_told_so_and_comes_back_with_a_token(running: Site) -> None:
+    node = running.nodes[-1]
     guests = guests_of(node)
-    site.novacron(f"node revoke {node.name} --yes --reason stolen")
+    running.novacron(f"node revoke {node.name} --yes --reason stolen")
     wait_until(
-        lambda: site.asked(f"node show {node.name}")["state"] == "silent",
+        lambda: running.asked(f"node show {node.name}")["state"] == "silent",
         "the node to be silent",
         limit_s=REST_LIMIT_S,
     )
     told = f"node '{node.name}' was revoked at"
     assert told in node.run("journalctl --no-pager -u novacron-agent")
-    leader = site.asked("cluster status")["leader"]["replica"]
-    replica = next(each for each in site.nodes if each.name == leader)
+    leader = running.asked("cluster status")["leader"]["replica"]
+    replica = next(each for each in running.nodes if each.name == leader)
     assert told in replica.run("journalctl --no-pager -u novacron-controlplane")
     assert guests_of(node) == guests
 
-    token = site.novacron(f"node join-token --node {node.name} -o name").strip()
+    token = running.novacron(f"node join-token --node {node.name} -o name").strip()
     join = "runuser -u novacron-agent -- /opt/novacron/current/agent/bin/novacron-agent join"
-    node.run(f"echo {token} | {join} --token-file - --endpoint {site.endpoints[0]}")
+    node.run(f"echo {token} | {join} --token-file - --endpoint {running.endpoints[0]}")
     node.run("systemctl reload novacron-agent")
-    site.until_all_ready()
+    running.until_all_ready()
     assert guests_of(node) == guests
     assert "failed" not in node.run("/opt/novacron/current/agent/bin/novacron-agent doctor")
-    assert "failed" not in site.novacron("doctor")
+    assert "failed" not in running.novacron("doctor")
 
 
-def test_a_backup_is_made_and_restored_under_guests(site: Site, tmp_path: Path) -> None:
-    guests = {node.name: guests_of(node) for node in site.nodes}
-    site.play("backup", "-e", f"novacron_backup_dir={tmp_path}").checked()
+def test_a_backup_is_made_and_restored_under_guests(running: Site, tmp_path: Path) -> None:
+    guests = {node.name: guests_of(node) for node in running.nodes}
+    running.play("backup", "-e", f"novacron_backup_dir={tmp_path}").checked()
     (backup,) = tmp_path.iterdir()
     assert backup.stat().st_mode & 0o077 == 0
-    epoch = site.asked("cluster status")["epoch"]
+    epoch = running.asked("cluster status")["epoch"]
     restore = ("-e", f"novacron_backup={backup}", "-e", "novacron_replace=true")
-    site.play("restore", *restore).checked()
+    running.play("restore", *restore).checked()
     wait_until(
-        lambda: not (site.asked("cluster status")["restore"] or {"recovering": True})["recovering"],
+        lambda: (
+            not (running.asked("cluster status")["restore"] or {"recovering": True})["recovering"]
+        ),
         "the recovery to end",
         limit_s=REST_LIMIT_S,
     )
-    assert site.asked("cluster status")["epoch"] > epoch
-    site.until_all_ready()
-    assert {node.name: guests_of(node) for node in site.nodes} == guests
+    assert running.asked("cluster status")["epoch"] > epoch
+    running.until_all_ready()
+    assert {node.name: guests_of(node) for node in running.nodes} == guests
 
 
-def test_a_node_that_is_removed_leaves_no_vm_behind_and_is_let_in_no_more(site: Site) -> None:
-    node = site.nodes[-1]
-    site.play("remove_node", "-e", f"novacron_node={node.name}").checked()
-    assert node.name not in {each["name"] for each in site.asked("node ls")["items"]}
-    vms = site.asked("vm ls")["items"]
+def test_a_node_that_is_removed_leaves_no_vm_behind_and_is_let_in_no_more(running: Site) -> None:
+    node = running.nodes[-1]
+    running.play("remove_node", "-e", f"novacron_node={node.name}").checked()
+    assert node.name not in {each["name"] for each in running.asked("node ls")["items"]}
+    vms = running.asked("vm ls")["items"]
     assert {vm["status"]["phase"] for vm in vms} == {"Running"}
     assert node.attempt("systemctl is-active novacron-agent").stdout.strip() == "inactive"
-    again = site.play("remove_node", "-e", f"novacron_node={node.name}").checked()
+    again = running.play("remove_node", "-e", f"novacron_node={node.name}").checked()
     assert set(again.changed.values()) == {0}, again.text
-    site.play("add_node", "-e", f"novacron_node={node.name}").checked()
-    site.until_all_ready()
+    running.play("add_node", "-e", f"novacron_node={node.name}").checked()
+    running.until_all_ready()
