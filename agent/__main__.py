@@ -18,6 +18,7 @@ from agent.config import AgentConfig, check_pools
 from agent.drivers import Driver, open_driver, remember_probe
 from agent.exporter import CONTENT_TYPE, AgentExporter
 from agent.figures import Figures
+from agent.handshake import why_not
 from agent.identity_files import IdentityFiles
 from agent.inventory import NodeFacts
 from agent.metrics_server import MetricsServer
@@ -91,7 +92,7 @@ async def serve(config: AgentConfig, load: Callable[[], AgentConfig]) -> None:
     clock = SystemClock()
     relays = NodeRelays(relay_settings(config), os.environ)
     hypervisor = open_driver(config, node.boot_id, clock, rng)
-    dialler = Dialler(tls, rng)
+    dialler = Dialler(tls, rng, lambda address: disk(lambda: why_not(address, config.tls)))
     renewal = _renewal(config, dialler, disk, clock, rng)
     outbox = Outbox(config.telemetry.batch_period_s)
     agent = Agent(

@@ -11,14 +11,14 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, TlsConfig
+from agent.handshake import why_not
 from agent.identity_files import QEMU_KEYS, QEMU_TLS_FILES, IdentityFiles, Validity
 from agent.renewal import WORRY_AT
-from shared.addresses import host_and_port
 from shared.clock import SystemClock
 from shared.errors import ConfigInvalid
 from shared.findings import Finding, Verdict, failed, lines, warning, well, worst
@@ -50,7 +50,7 @@ def examine(config: AgentConfig, now: datetime) -> Iterator[Finding]:
     yield kvm(KVM)
     yield libvirt(config.relay.libvirt_socket)
     for address in config.controlplane:
-        yield replica(address)
+        yield replica(address, config.tls)
 
 
 def identity(config: AgentConfig, now: datetime) -> Iterator[Finding]:
@@ -122,28 +122,20 @@ def kvm(device: Path) -> Finding:
 
 
 def libvirt(path: Path) -> Finding:
-    def connect() -> None:
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as local:
             local.settimeout(CONNECT_LIMIT_S)
             local.connect(os.fspath(path))
-
-    return _reached(
-        "libvirt", str(path), connect, "systemctl status libvirtd; is the agent in group libvirt?"
-    )
-
-
-def replica(address: str) -> Finding:
-    def connect() -> None:
-        socket.create_connection(host_and_port(address), CONNECT_LIMIT_S).close()
-
-    return _reached(
-        "control plane", address, connect, "is it running, and port 8444 open from this node?"
-    )
-
-
-def _reached(subject: str, target: str, connect: Callable[[], None], remedy: str) -> Finding:
-    try:
-        connect()
     except OSError as error:
-        return failed(subject, f"{target}: {error.strerror or error}", remedy)
-    return well(subject, f"{target} takes connections")
+        remedy = "systemctl status libvirtd; is the agent in group libvirt?"
+        return failed("libvirt", f"{path}: {error.strerror or error}", remedy)
+    return well("libvirt", f"{path} takes connections")
+
+
+def replica(address: str, tls: TlsConfig) -> Finding:
+    """Whether a replica takes this agent: the port is open, and both certificates are good."""
+    reason = why_not(address, tls)
+    if reason:
+        remedy = "is it running, its port open from this node, and are both clocks right?"
+        return failed("control plane", f"{address}: {reason}", remedy)
+    return well("control plane", f"{address} takes this agent")

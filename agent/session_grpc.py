@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
 
 import grpc
@@ -28,6 +28,9 @@ from shared.protocol import (
 )
 from shared.tls import TlsMaterial
 
+# Says in words what stands against a connection to an address; empty if nothing does.
+WhyNot = Callable[[str], Awaitable[str]]
+
 CONNECT_TIMEOUT_S = 5.0
 # A replica waits up to 6 s for a leader, who notes the new certificate.
 RENEW_LIMIT_S = 10.0
@@ -44,9 +47,11 @@ RECONNECT_OPTIONS = (
 
 
 class Dialler:
-    def __init__(self, tls: TlsMaterial, rng: random.Random) -> None:
+    def __init__(self, tls: TlsMaterial, rng: random.Random, why_not: WhyNot | None = None) -> None:
+        """``why_not`` says of an address why it takes no connection."""
         self._tls = tls
         self._rng = rng
+        self._why_not = why_not
         self._channels: dict[str, Any] = {}
         self._replaced = asyncio.Event()
 
@@ -123,9 +128,9 @@ class Dialler:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await channel.channel_ready()
         except TimeoutError:
-            raise Disconnected(
-                f"{address} did not accept a connection in {CONNECT_TIMEOUT_S:.0f} s"
-            ) from None
+            said = f"{address} did not accept a connection in {CONNECT_TIMEOUT_S:.0f} s"
+            reason = "" if self._why_not is None else await self._why_not(address)
+            raise Disconnected(f"{said}: {reason}" if reason else said) from None
         except grpc.aio.BaseError as error:
             raise Disconnected(f"the channel to {address} was closed") from error
         return channel

@@ -160,7 +160,8 @@ RESERVED: dict[str, dict[str, str]] = {
     "socket": {
         "controlplane/api/server.py": "uvicorn hands its sockets over",
         "agent/relay_": "a relay is two sockets, and a connection is handed to its process",
-        "agent/doctor.py": "tries what the agent talks to",
+        "agent/doctor.py": "tries whether libvirt is there",
+        "agent/handshake.py": "tries why a replica takes no connection",
         "controlplane/cli/doctor.py": "tries the replicas' ports",
     },
     "ssl": {
@@ -168,6 +169,7 @@ RESERVED: dict[str, dict[str, str]] = {
         "controlplane/api/server.py": "the API's own TLS",
         "controlplane/cli/client.py": "the command checks the API's certificate",
         "controlplane/cli/doctor.py": "looks at the certificate that a replica shows",
+        "agent/handshake.py": "hears what gRPC keeps to itself",
         "agent/join.py": "trusts the CA that a token names, and nobody before",
         "agent/identity_files.py": "reads the dates of a certificate",
     },

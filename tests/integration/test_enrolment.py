@@ -16,6 +16,7 @@ import pytest
 
 from agent import session_grpc
 from agent.certificate_request import make_request
+from agent.handshake import REFUSED, why_not
 from agent.session import LeaderChannel
 from agent.session_grpc import Dialler
 from controlplane import pki
@@ -271,7 +272,7 @@ async def test_nothing_of_a_revoked_node_is_taken_any_more(
         rejected = await agent.greet("lost")
         assert isinstance(rejected, Rejected)
         assert "node 'lost' was revoked at" in rejected.problem.detail
-        refused = await agent.measure(hello, sample)
+        refused = await agent.measure(hello)
         assert isinstance(refused, TelemetryRefused)
     _, renewal = await asked(shared_world, node.material, dialler, "", "lost")
     assert isinstance(renewal, RenewalRefused)
@@ -334,21 +335,36 @@ async def _has_ended(channel: LeaderChannel) -> bool:
     return bool(done)
 
 
-async def test_a_certificate_that_has_ended_does_not_get_past_tls(shared_world: World) -> None:
-    root = shared_world.cell.files.root
-    authority = pki.load_authority(root / "agents-ca.crt", root / "agents-ca.key")
-    key = pki.new_key()
-    identity = Identity(shared_world.cell.cell, Role.AGENT, "late")
-    long_ago = SystemClock().now() - timedelta(days=9)
-    certificate = pki.issue(
-        authority, identity, ["127.0.0.1"], key.public_key(), long_ago, lifetime=timedelta(days=7)
-    )
-    ca = shared_world.cell.files.ca_file.read_bytes()
-    with pytest.raises(Disconnected):
-        await greeted(
-            shared_world, "late", TlsMaterial(ca=ca, certificate=certificate, key=pki.key_pem(key))
-        )
-    assert "late" not in {node.name for node in await shared_world.api.nodes()}
+def _spoilt(world: World, node: JoiningNode, stem: str, days: float) -> str:
+    """Give a node a certificate that began so many days ago, and return why it fails."""
+    root = world.cell.files.root
+    authority = pki.load_authority(root / f"{stem}.crt", root / f"{stem}.key")
+    key, identity = pki.new_key(), Identity(world.cell.cell, Role.AGENT, node.name)
+    began = SystemClock().now() - timedelta(days=days)
+    week = timedelta(days=7)
+    certificate = pki.issue(authority, identity, [], key.public_key(), began, lifetime=week)
+    node.config.tls.certificate.write_bytes(certificate + pki.key_pem(key))
+    return why_not(world.replica.agents_address, node.config.tls)
+
+
+async def test_both_sides_say_what_is_wrong_with_a_certificate(
+    shared_world: World, tmp_path: Path
+) -> None:
+    node = await joined(shared_world, tmp_path, "spoilt")
+    explain = asyncio.to_thread
+    assert await explain(why_not, shared_world.replica.agents_address, node.config.tls) == ""
+    for stem, days in (("agents-ca", 9.0), ("agents-ca", -2.0), ("qemu-ca", 0.0)):
+        assert await explain(_spoilt, shared_world, node, stem, days) == REFUSED
+        with pytest.raises(Disconnected):
+            await greeted(shared_world, "spoilt", node.material)
+    told = shared_world.replica.log_text()
+    for says in ("certificate has expired", "certificate is not yet valid", "unable to get"):
+        assert says in told
+    (silent,) = free_ports(1)
+    assert await explain(why_not, f"127.0.0.1:{silent}", node.config.tls) == "connection refused"
+    node.config.tls.ca.write_bytes((shared_world.cell.files.root / "etcd-ca.crt").read_bytes())
+    said = await explain(why_not, shared_world.replica.agents_address, node.config.tls)
+    assert "its certificate is not good here" in said
 
 
 async def test_a_node_of_init_renews_into_the_agents_ca(

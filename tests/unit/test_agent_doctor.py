@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from agent import doctor
 from agent.identity_files import QEMU_TLS_FILES, Validity
-from shared.findings import Finding, Verdict
+from shared.findings import Verdict
 
 BORN = datetime(2026, 11, 1, tzinfo=UTC)
 VALIDITY = Validity(BORN, BORN + timedelta(days=7))
@@ -60,28 +59,12 @@ def test_kvm_is_there_or_not(tmp_path: Path) -> None:
     assert doctor.kvm(tmp_path / "kvm").verdict is Verdict.WARNING
 
 
-def _libvirt(directory: Path) -> tuple[socket.socket, Callable[[], Finding]]:
-    path = directory / "socket"
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(path))
-    return listening, lambda: doctor.libvirt(path)
-
-
-def _replica(_: Path) -> tuple[socket.socket, Callable[[], Finding]]:
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    address = "{}:{}".format(*listening.getsockname())
-    return listening, lambda: doctor.replica(address)
-
-
-@pytest.mark.parametrize("make", [_libvirt, _replica])
-def test_what_the_agent_talks_to_takes_connections_or_not(
-    tmp_path: Path, make: Callable[[Path], tuple[socket.socket, Callable[[], Finding]]]
-) -> None:
-    listening, look = make(tmp_path)
-    with listening:
-        refused = look()
+def test_libvirt_takes_connections_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        refused = doctor.libvirt(path)
         assert refused.verdict is Verdict.FAILED
         assert "refused" in refused.detail
         listening.listen()
-        assert look().verdict is Verdict.OK
+        assert doctor.libvirt(path).verdict is Verdict.OK
