@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -202,6 +203,22 @@ class Site:
 def guests_of(node: FullNode) -> str:
     """Return the processes that run the node's guests, and since when."""
     return node.run("ps -C qemu-system-x86_64 -o pid=,lstart= || true").strip()
+
+
+def upgrade_and_back(site: Site, vm: str, directory: Path, there: str) -> None:
+    """Run both playbooks under guests and under a client that writes. Raises LabError."""
+    guests = {node.name: guests_of(node) for node in site.nodes}
+    with ClientWrites(site, vm, directory) as writes:
+        for playbook, version in (("upgrade", there), ("rollback", VERSION)):
+            began = time.monotonic()
+            site.play(playbook, "-e", f"novacron_version={version}").checked()
+            print(f"{playbook} of {len(site.nodes)} nodes: {time.monotonic() - began:.0f} s")
+            status = site.asked("cluster status")
+            assert {replica["version"] for replica in status["replicas"]} == {version}
+            agents = site.asked("node ls")["items"]
+            assert {n["inventory"]["versions"]["agent"] for n in agents} == {version}
+    assert writes.count() > 0
+    assert {node.name: guests_of(node) for node in site.nodes} == guests
 
 
 class ClientWrites:

@@ -7,7 +7,6 @@ that die.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from shared.version import VERSION
 from tests.lab.full_lab import FullLab
 from tests.lab.full_node import FullNode
 from tests.lab.link import wait_until
-from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site, guests_of
+from tests.lab.site import BOOT, REST_LIMIT_S, Site, guests_of, upgrade_and_back
 from tests.release.build import build
 
 pytestmark = pytest.mark.lab
@@ -138,18 +137,7 @@ def test_a_guest_moves_between_machines(site: Site) -> None:
 
 
 def test_an_upgrade_stops_no_guest_and_fails_no_client(site: Site, tmp_path: Path) -> None:
-    guests = {node.name: guests_of(node) for node in site.nodes}
-    with ClientWrites(site, "web-1", tmp_path) as writes:
-        for playbook, version in (("upgrade", NEXT), ("rollback", VERSION)):
-            began = time.monotonic()
-            site.play(playbook, "-e", f"novacron_version={version}").checked()
-            print(f"{playbook} of {NODES} nodes: {time.monotonic() - began:.0f} s")
-            status = site.asked("cluster status")
-            assert {replica["version"] for replica in status["replicas"]} == {version}
-            agents = site.asked("node ls")["items"]
-            assert {n["inventory"]["versions"]["agent"] for n in agents} == {version}
-    assert writes.count() > 0
-    assert {node.name: guests_of(node) for node in site.nodes} == guests
+    upgrade_and_back(site, "web-1", tmp_path, NEXT)
 
 
 def _main_pid(node: FullNode, unit: str) -> str:

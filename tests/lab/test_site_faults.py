@@ -12,7 +12,14 @@ import pytest
 from shared.version import VERSION
 from tests.lab.full_lab import FullLab
 from tests.lab.link import wait_until
-from tests.lab.site import BOOT, REST_LIMIT_S, ClientWrites, Site, guests_of
+from tests.lab.site import (
+    BOOT,
+    REST_LIMIT_S,
+    ClientWrites,
+    Site,
+    guests_of,
+    upgrade_and_back,
+)
 from tests.release.build import build
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
@@ -157,16 +164,7 @@ def test_a_member_of_etcd_that_lost_its_disk_is_replaced(running: Site) -> None:
 def test_an_upgrade_and_its_rollback_stop_no_guest_and_fail_no_client(
     running: Site, tmp_path: Path
 ) -> None:
-    guests = {node.name: guests_of(node) for node in running.nodes}
-    with ClientWrites(running, "web-1", tmp_path) as writes:
-        for playbook, version in (("upgrade", NEXT), ("rollback", VERSION)):
-            began = time.monotonic()
-            running.play(playbook, "-e", f"novacron_version={version}").checked()
-            print(f"{playbook} of {NODES} nodes: {time.monotonic() - began:.0f} s")
-            status = running.asked("cluster status")
-            assert {replica["version"] for replica in status["replicas"]} == {version}
-    assert writes.count() > 0
-    assert {node.name: guests_of(node) for node in running.nodes} == guests
+    upgrade_and_back(running, "web-1", tmp_path, NEXT)
 
 
 def test_a_node_that_is_revoked_is_told_so_and_comes_back_with_a_token(running: Site) -> None:
