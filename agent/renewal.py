@@ -76,7 +76,7 @@ class CertificateRenewal:
         while True:
             validity = await self._validity()
             if self._clock.now() < validity.begins_at:
-                self._tell(validity, "the clock is behind, or the control plane's was ahead")
+                self._tell(validity, "")
             await self._wait_until(self._due_at(validity), not_before_s)
             await self._until_renewed(validity)
             lifetime_s = (validity.ends_at - validity.begins_at).total_seconds()
@@ -89,7 +89,7 @@ class CertificateRenewal:
             try:
                 return await self._disk(self._files.validity)
             except (NovacronError, OSError) as error:
-                log.error("the certificate cannot be read", extra={"reason": str(error)})
+                log.error("the certificate cannot be read: %s", error)
             await self._pause(RETRY_MAX_S)
             self._now.clear()
 
@@ -127,7 +127,7 @@ class CertificateRenewal:
         try:
             await self._use()
         except (NovacronError, OSError) as error:
-            log.error("what vouches for this node cannot be read", extra={"reason": str(error)})
+            log.error("what vouches for this node cannot be read: %s", error)
 
     async def _renewed(self) -> Issued:
         """Ask for certificates and use them. Raises NovacronError, OSError."""
@@ -157,29 +157,27 @@ class CertificateRenewal:
 
     def _tell(self, validity: Validity, reason: str) -> None:
         """Log how it is with a certificate that is not renewed, unless there is time enough."""
-        now, told = self._clock.now(), {"reason": reason}
-        begins_at, ends_at = validity.begins_at, validity.ends_at
+        now, begins_at, ends_at = self._clock.now(), validity.begins_at, validity.ends_at
         if now < begins_at:
             log.error(
                 "the certificate of this node begins at %s, and its clock says %s: set the clock",
                 begins_at.isoformat(),
                 now.isoformat(timespec="seconds"),
-                extra=told,
             )
         elif now >= ends_at:
             log.error(
                 "the certificate of this node ended at %s: make a join token (novacron node "
-                "join-token) and run novacron-agent join",
+                "join-token) and run novacron-agent join; %s",
                 ends_at.isoformat(),
-                extra=told,
+                reason,
             )
         elif now >= begins_at + WORRY_AT * (ends_at - begins_at):
-            log.error("the certificate of this node ends at %s", ends_at.isoformat(), extra=told)
+            log.error("the certificate of this node ends at %s; %s", ends_at.isoformat(), reason)
         elif self._files.are_own:
             log.warning(
-                "no new certificate yet; the present one ends at %s",
+                "no new certificate yet, the present one ends at %s; %s",
                 ends_at.isoformat(),
-                extra=told,
+                reason,
             )
 
     async def _pause(self, pause_s: float) -> None:

@@ -43,7 +43,8 @@ def _draft(path: Path, data: bytes, mode: int, owner_uid: int) -> Path:
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask took
-            os.fchown(file.fileno(), owner_uid, -1)
+            if owner_uid != -1:  # also to ask for no change is forbidden to a confined service
+                os.fchown(file.fileno(), owner_uid, -1)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

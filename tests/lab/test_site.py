@@ -71,6 +71,19 @@ def test_units_are_valid_and_confined_while_they_work(site: Site) -> None:
         assert float(found[1]) <= most, told
 
 
+def test_an_agent_renews_what_vouches_for_its_node_confined_as_it_is(site: Site) -> None:
+    node = site.nodes[1]
+    files = ("/var/lib/novacron/agent/tls/agent.pem", "/etc/pki/qemu/server-cert.pem")
+    before = {file: node.run(f"cat {file}") for file in files}
+    node.run("systemctl reload novacron-agent")
+    wait_until(
+        lambda: all(node.run(f"cat {file}") != before[file] for file in files),
+        "new certificates",
+        limit_s=REST_LIMIT_S,
+    )
+    site.until_all_ready()
+
+
 def test_a_guest_outlives_whatever_happens_to_the_agent(site: Site) -> None:
     site.hand_out_artefacts()
     site.novacron(f"vm create web-1 {BOOT}")
