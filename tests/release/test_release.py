@@ -14,8 +14,11 @@ from shared.version import VERSION
 from tests.release.build import archive_name, build
 from tests.release.parts import AGENT, CONTROLPLANE, PARTS, Part
 
-# What an agent runs on; each costs memory on every node.
+# What an agent runs on; each costs memory on every node, but for cryptography and what it brings:
+# only the short-lived process that makes keys loads that.
 AGENT_DISTRIBUTIONS = {
+    "cffi",
+    "cryptography",
     "cysystemd",
     "grpcio",
     "libvirt_python",
@@ -26,6 +29,7 @@ AGENT_DISTRIBUTIONS = {
     "novacron_shared",
     "prometheus_client",
     "psutil",
+    "pycparser",
     "typing_extensions",
 }
 

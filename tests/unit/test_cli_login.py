@@ -141,8 +141,8 @@ def test_init_makes_a_cell_and_says_how_to_log_in(fresh: Cli, tmp_path: Path) ->
     assert fresh.run("init", "--dir", str(root), "--node", "n1=10.88.0.11") == 0
     node = root / "nodes" / "n1"
     printed = fresh.stdout.split()
-    assert printed[:2] == [str(node / "agent.key"), str(node / "agent.crt")]
-    assert sorted(printed[2:]) == sorted(str(path) for path in (node / "qemu").iterdir())
+    assert printed[:3] == [str(node / name) for name in ("agent.key", "agent.crt", "peers.crt")]
+    assert sorted(printed[3:]) == sorted(str(path) for path in (node / "qemu").iterdir())
 
 
 def test_a_dry_run_of_init_says_what_is_missing_and_makes_nothing(
