@@ -92,7 +92,7 @@ async def serve(config: AgentConfig, load: Callable[[], AgentConfig]) -> None:
     clock = SystemClock()
     relays = NodeRelays(relay_settings(config), os.environ)
     hypervisor = open_driver(config, node.boot_id, clock, rng)
-    dialler = Dialler(tls, rng, lambda address: disk(lambda: why_not(address, config.tls)))
+    dialler = Dialler(tls, rng, lambda address: asyncio.to_thread(why_not, address, config.tls))
     renewal = _renewal(config, dialler, disk, clock, rng)
     outbox = Outbox(config.telemetry.batch_period_s)
     agent = Agent(
