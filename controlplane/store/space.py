@@ -8,6 +8,7 @@ may be none: without room there are no new leases.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 # Of the quota; what is left is room for some 100,000 changes at etcd's default of 2 GiB.
 SCARCE_SHARE = 0.9
+
+# How long a repair waits for members to free what is forgotten: ten seconds, which is a large
+# database on a slow disk; what comes later is free, and the file stays larger.
+COMPACTED_LOOK_S, COMPACTED_LOOKS_MAX = 0.2, 50
 
 # Told of: whether it is full, the quota, and by member its size and what of it is in use.
 Observe = Callable[[bool, int, Mapping[str, tuple[int, int]]], None]
@@ -72,6 +77,7 @@ class StoreSpace:
         if not heard:
             raise StoreUnavailable("no etcd member answers")
         await self._store.compact(max(member.revision for member in heard), physical=True)
+        await self._until_all_compacted()
         for member in sorted(heard, key=lambda member: member.is_leader):
             log.info("etcd member %s is defragmented", member.endpoint)
             await self._store.defragment(member.endpoint)
@@ -80,6 +86,19 @@ class StoreSpace:
         self._take(after)
         skipped = tuple(member.endpoint for member in before if not member.reachable)
         return Repaired(_largest_bytes(before), _largest_bytes(after), skipped)
+
+    async def _until_all_compacted(self) -> None:
+        """Wait, for a while, until every member has freed what is forgotten.
+
+        Only the one that was asked to compact tells when it has; the others do it in their own
+        time, and one that is defragmented before stays as large as it was. They hold the same, so
+        that about the same is in use.
+        """
+        for _ in range(COMPACTED_LOOKS_MAX):
+            in_use = [m.db_in_use_bytes for m in await self._store.members() if m.reachable]
+            if not in_use or max(in_use) <= 2 * min(in_use):
+                return
+            await asyncio.sleep(COMPACTED_LOOK_S)
 
     def _take(self, members: Sequence[MemberStatus]) -> None:
         heard = [member for member in members if member.reachable]

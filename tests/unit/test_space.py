@@ -10,7 +10,15 @@ from typing import cast
 import pytest
 
 from controlplane.store import keys
-from controlplane.store.port import Committed, Delete, Fence, Put, Room, Store
+from controlplane.store.port import (
+    Committed,
+    Delete,
+    Fence,
+    MemberStatus,
+    Put,
+    Room,
+    Store,
+)
 from controlplane.store.space import SCARCE_SHARE, StoreSpace
 from shared.errors import StateConflict, StoreFull, StoreUnavailable
 from shared.model import AuditRecord, Event
@@ -126,6 +134,62 @@ def test_a_repair_takes_one_member_after_the_other_and_the_leader_last() -> None
             assert repaired.before_bytes > repaired.after_bytes
             assert it.space.room is Room.ENOUGH
             await it.write(100)
+
+    run_virtual(main())
+
+
+class SlowMembers:
+    """Two members: one compacts as it is asked to, the other a while after."""
+
+    def __init__(self) -> None:
+        self.in_use = {"m1": 9_000, "m2": 9_000}
+        self.size = dict(self.in_use)
+        self.looks_left = 3
+
+    async def members(self) -> tuple[MemberStatus, ...]:
+        self.looks_left -= 1
+        if self.looks_left == 0:
+            self.in_use["m2"] = 1_000
+        return tuple(
+            MemberStatus(
+                endpoint=name,
+                reachable=True,
+                is_leader=name == "m1",
+                db_size_bytes=self.size[name],
+                db_in_use_bytes=self.in_use[name],
+            )
+            for name in self.in_use
+        )
+
+    async def compact(self, _: int, *, physical: bool) -> None:
+        assert physical
+        self.in_use["m1"] = 1_000
+
+    async def defragment(self, endpoint: str) -> None:
+        self.size[endpoint] = self.in_use[endpoint]
+
+    async def disarm(self) -> None:
+        pass
+
+
+def test_a_repair_waits_until_every_member_has_freed_what_is_forgotten() -> None:
+    """One that is defragmented before stays as large as it was, and fills up again first."""
+
+    async def main() -> None:
+        members = SlowMembers()
+        space = StoreSpace(cast(Store, members), QUOTA_BYTES, lambda *told: None)
+        repaired = await space.repair()
+        assert (repaired.before_bytes, repaired.after_bytes) == (9_000, 1_000)
+
+    run_virtual(main())
+
+
+def test_a_repair_does_not_wait_for_ever_for_a_slow_member() -> None:
+    async def main() -> None:
+        members = SlowMembers()
+        members.looks_left = -1
+        space = StoreSpace(cast(Store, members), QUOTA_BYTES, lambda *told: None)
+        assert (await space.repair()).after_bytes == 9_000
 
     run_virtual(main())
 
