@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+import psutil
 from msgspec import Struct
 
 from shared.version import VERSION
@@ -113,8 +113,12 @@ class Site:
         process = self._started(playbook, ())
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):  # it was quicker
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it was quicker
+            playing = psutil.Process(process.pid)
+            # Its workers lead groups of their own.
+            for each in (playing, *playing.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
         text, _ = process.communicate()
         return self._outcome(process.returncode, text)
 
