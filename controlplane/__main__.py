@@ -165,7 +165,7 @@ def _settle_memory() -> None:
     """Take what there is for permanent: a collection holds the loop for 120 ms at 50,000 VMs.
 
     What comes later and stays, a leader's sessions, costs 100 ms for a thousand agents: the young
-    are looked at as ever, in steps of 20 ms, all that is not permanent after 2,000,000 new objects.
+    are looked at as ever, all that is not permanent after 2,000,000 new objects.
     """
     gc.collect()
     gc.freeze()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Sequence
 from typing import TypeVar
 
 from msgspec.structs import asdict
@@ -20,7 +20,7 @@ from controlplane.commands.admission import (
 )
 from controlplane.issuer import Issues
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.pages import records, walk
+from controlplane.services.pages import cut, records, walk
 from controlplane.services.requests import Enrolment, NewJoinToken, PageQuery, RevokeOrder
 from controlplane.services.scope import authorize, shown
 from controlplane.services.views import (
@@ -176,17 +176,13 @@ async def read_ca(context: Context) -> bytes:
     return _issuer(context).ca
 
 
-def _page(
-    context: Context, kind: type[R], query: PageQuery
-) -> tuple[tuple[R, ...], str | None, str]:
+def _page(context: Context, kind: type[R], query: PageQuery) -> tuple[Sequence[R], str | None, str]:
     """Return the records of a page, the cursor of the next, and the list's revision."""
     here = walk(context.state, query.cursor, kind.__name__)
     then = records(context.state, kind, here.at)
     found = [stored.record for stored in map(then.get, then.ids()) if stored is not None]
-    start = 0 if here.last is None else bisect_right(found, here.last, key=_id)
-    page = tuple(found[start : start + query.limit])
-    more = start + query.limit < len(found)
-    return page, here.cursor(page[-1].id) if more else None, str(here.at)
+    page, next_cursor = cut(here, found, query.limit, _id)
+    return page, next_cursor, str(here.at)
 
 
 def _id(record: Record) -> str:

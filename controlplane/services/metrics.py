@@ -7,14 +7,13 @@ heard of yet has none.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 from datetime import UTC, datetime
 
 from msgspec.structs import astuple
 
 from controlplane.services.context import Context, Permission, Principal
 from controlplane.services.nodes import NODES_STEP, allocated
-from controlplane.services.pages import records, walk
+from controlplane.services.pages import cut, records, walk
 from controlplane.services.requests import UsageKind, UsageQuery
 from controlplane.services.revisions import ClusterRevision
 from controlplane.services.scope import authorize, find_node, find_vm
@@ -51,13 +50,11 @@ async def list_usage(context: Context, principal: Principal, query: UsageQuery) 
     here = walk(context.state, query.cursor, "usage", query.kind)
     names = _names(context.state, principal, query.kind, here.at)
     ids = sorted(names)
-    start = 0 if here.last is None else bisect_right(ids, here.last)
-    page = ids[start : start + query.limit]
-    more = start + query.limit < len(ids)
+    page, next_cursor = cut(here, ids, query.limit, str)
     latest = await context.figures.latest(page)
     return UsageList(
         items=tuple(_usage(each, names[each], latest.get(each)) for each in page),
-        next_cursor=here.cursor(page[-1]) if more else None,
+        next_cursor=next_cursor,
         revision=str(here.at),
     )
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 
 from controlplane.commands.nodes import RemoveNode, SetCordon
 from controlplane.commands.recovery import DeclareGone
 from controlplane.commands.restored import must_tell
 from controlplane.scheduler.snapshot import loads_of
 from controlplane.services.context import Context, Permission, Principal
-from controlplane.services.pages import records, walk
+from controlplane.services.pages import cut, records, walk
 from controlplane.services.requests import CordonOrder, NodeQuery
 from controlplane.services.revisions import epoch_of, object_revision
 from controlplane.services.scope import authorize, find_node
@@ -43,9 +42,7 @@ async def list_nodes(context: Context, principal: Principal, query: NodeQuery) -
     found = [stored for stored in map(then.get, then.ids()) if stored is not None]
     if query.label:
         found = [stored for stored in found if carries(stored.record.labels, query.label)]
-    start = 0 if here.last is None else bisect_right(found, here.last, key=_id)
-    page = found[start : start + query.limit]
-    more = start + query.limit < len(found)
+    page, next_cursor = cut(here, found, query.limit, _id)
     items: list[NodeView] = []
     for position, stored in enumerate(page):
         if position % NODES_STEP == NODES_STEP - 1:
@@ -53,7 +50,7 @@ async def list_nodes(context: Context, principal: Principal, query: NodeQuery) -
         items.append(node_view(state, stored))
     return NodeList(
         items=tuple(items),
-        next_cursor=here.cursor(_id(page[-1])) if more else None,
+        next_cursor=next_cursor,
         revision=str(here.at),
     )
 

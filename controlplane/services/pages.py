@@ -12,6 +12,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 from msgspec import Meta, Struct
@@ -42,6 +44,7 @@ _CURSOR_LENGTH_MAX = 1600
 _FINGERPRINT_BYTES = 6
 
 R = TypeVar("R", bound=Record)
+Item = TypeVar("Item")
 
 Limit = Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="how many items a page holds")]
 CursorText = Annotated[
@@ -100,6 +103,16 @@ def walk(
     if at.revision > state.revision:
         raise Unavailable("this replica has not seen the revision of the cursor yet")
     return Walk(at, read.last, fingerprint, read.objects)
+
+
+def cut(
+    here: Walk, found: Sequence[Item], limit: int, key: Callable[[Item], str]
+) -> tuple[Sequence[Item], str | None]:
+    """Return the page where a walk stands, and the cursor of the next; ``found`` is by ``key``."""
+    start = 0 if here.last is None else bisect_right(found, here.last, key=key)
+    page = found[start : start + limit]
+    more = start + limit < len(found)
+    return page, here.cursor(key(page[-1])) if more else None
 
 
 def records(state: ClusterState, kind: type[R], at: ClusterRevision) -> Then[R]:

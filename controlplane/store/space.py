@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 # Of the quota; what is left is room for some 100,000 changes at etcd's default of 2 GiB.
 SCARCE_SHARE = 0.9
 
-# How long a repair waits for members to free what is forgotten: ten seconds, which is a large
-# database on a slow disk; what comes later is free, and the file stays larger.
+# How long a repair waits for members to free what is forgotten: ten seconds, where defragmenting
+# each may take minutes. What is freed later is used again; only the file stays larger.
 COMPACTED_LOOK_S, COMPACTED_LOOKS_MAX = 0.2, 50
 
 # Told of: whether it is full, the quota, and by member its size and what of it is in use.
